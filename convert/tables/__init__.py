@@ -1,0 +1,1 @@
+"""One rule table per model family."""

@@ -1,0 +1,1 @@
+"""Small PyTorch modules with the released key names, to compare frameworks side by side."""

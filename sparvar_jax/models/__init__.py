@@ -1,0 +1,1 @@
+"""Transformers, tokenizers and text encoders as thin nnx modules."""

@@ -1,0 +1,110 @@
+"""Prompts to token ids, by the SentencePiece model or the `tokenizer.json` that lies beside the text encoder's weights.
+
+Ids follow T5: the prompt's pieces, then the end token 1, then padding 0. The padded length is one of a few buckets, so that a compiled text encoder
+serves many prompts. Control tokens written inside a prompt count as plain text with `spiece.model` and as control tokens with `tokenizer.json`.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+PAD_ID = 0
+EOS_ID = 1
+BUCKETS = (32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Splits prompts into ids: `split` maps one prompt to its ids without the end token."""
+
+    source: str
+    vocab: int
+    split: Callable[[str], list[int]]
+
+    def encode(
+        self, prompts: Sequence[str], max_length: int = 512
+    ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+        """Ids padded to a bucket, and lengths with the end token, both int32.
+
+        A prompt of more than `max_length` tokens is cut, with a warning, and keeps its end token. Raises ValueError for an empty prompt.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("expected a list of prompts, got one string: put it into a list")
+        if not prompts:
+            raise ValueError("expected at least one prompt, got none")
+        rows = [self._encode_one(prompt, max_length) for prompt in prompts]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        ids = np.full((len(rows), padded_length(int(lengths.max()), max_length)), PAD_ID, np.int32)
+        for row, target in zip(rows, ids, strict=True):
+            target[: len(row)] = row
+        return ids, lengths
+
+    def _encode_one(self, prompt: str, max_length: int) -> list[int]:
+        pieces = self.split(prompt)
+        if not prompt.strip() or not pieces:
+            raise ValueError(f"the prompt is empty ({prompt!r}): describe the picture in at least one word")
+        if len(pieces) + 1 > max_length:
+            warnings.warn(
+                f"the prompt has {len(pieces) + 1} tokens and is cut to {max_length}; it starts with {prompt[:40]!r}",
+                stacklevel=3,
+            )
+        return [*pieces[: max_length - 1], EOS_ID]
+
+
+def padded_length(length: int, max_length: int = 512) -> int:
+    """The smallest bucket that holds `length` tokens, at most `max_length`."""
+    return min([bucket for bucket in BUCKETS if bucket >= length] + [max_length])
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Read the tokenizer of a T5 folder: `tokenizer.json` if there is one, as the released runs do, else `spiece.model`."""
+    directory = Path(directory)
+    as_json, as_pieces = directory / "tokenizer.json", directory / "spiece.model"
+    if as_json.is_file():
+        tokenizer = _from_json(as_json)
+    elif as_pieces.is_file():
+        tokenizer = _from_sentencepiece(as_pieces)
+    else:
+        raise ValueError(f"no tokenizer in {directory}: expected spiece.model or tokenizer.json beside the text encoder")
+    return tokenizer
+
+
+def _from_json(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer as Library
+
+    try:
+        library = Library.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{path} cannot be read as a tokenizer: {_first_line(error)}") from None
+    library.no_padding()
+    library.no_truncation()
+    _check_specials(path, library.token_to_id("<pad>"), library.token_to_id("</s>"))
+
+    def split(prompt: str) -> list[int]:
+        return library.encode(prompt, add_special_tokens=False).ids
+
+    return Tokenizer(path.name, library.get_vocab_size(), split)
+
+
+def _from_sentencepiece(path: Path) -> Tokenizer:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        library = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a SentencePiece model: {_first_line(error)}") from None
+    _check_specials(path, library.pad_id(), library.eos_id())
+    return Tokenizer(path.name, library.vocab_size(), library.encode)
+
+
+def _check_specials(path: Path, pad: int | None, eos: int | None) -> None:
+    if (pad, eos) != (PAD_ID, EOS_ID):
+        raise ValueError(f"{path}: expected <pad> = {PAD_ID} and </s> = {EOS_ID} as T5 has them, got {pad} and {eos}: take T5's own tokenizer")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
