@@ -2,7 +2,7 @@
 
 A `Table` is a list of `Rule`s (tensors that are converted) and `Ignore`s (tensors left behind on
 purpose, each with its reason). Names on both sides are templates: `{i}` stands for a number and
-`{name:regex}` for anything the regex matches; both sides of a rule use the same fields, so one
+`{name:regex}` for what the regex matches (give it on one side); both sides of a rule use the same fields, so one
 table reads a checkpoint and writes it back bit for bit. Every key of a source must match exactly
 one entry; `convert.stream` enforces that and runs the tables.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import NamedTuple
 
 import ml_dtypes
@@ -71,20 +71,25 @@ class _Template(NamedTuple):
     text: str
 
 
+_FIELD = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
+
+
 @cache
-def _compile(template: str) -> _Template:
+def _compile(template: str, partner: str = "") -> _Template:
+    """Template whose fields without a regex borrow the one of `partner`'s field, if any."""
+    regexes = {field[1]: field[2] for field in _FIELD.finditer(partner + template) if field[2]}
     pattern, text, end = "", "", 0
-    for field in re.finditer(r"\{(\w+)(?::([^{}]+))?\}", template):
+    for field in _FIELD.finditer(template):
         literal = template[end : field.start()]
-        pattern += re.escape(literal) + f"(?P<{field[1]}>{field[2] or '[0-9]+'})"
-        text += literal + "{" + field[1] + "}"
+        pattern += f"{re.escape(literal)}(?P<{field[1]}>{regexes.get(field[1], '[0-9]+')})"
+        text += f"{literal}{{{field[1]}}}"
         end = field.end()
     return _Template(re.compile(pattern + re.escape(template[end:])), text + template[end:])
 
 
 def translate(name: str, source: str, target: str) -> str | None:
     """Name carried from template `source` to template `target`; None where it does not match."""
-    match = _compile(source).pattern.fullmatch(name)
+    match = _compile(source, target).pattern.fullmatch(name)
     return None if match is None else _compile(target).text.format(**match.groupdict())
 
 
@@ -136,11 +141,13 @@ class Table:
     canonical: Callable[[str], str] = str
     released: Callable[[str], str] = str
 
-    @cached_property
-    def entries(self) -> tuple[Rule | Ignore, ...]:
-        return (*self.rules, *self.ignored)
-
     def matches(self, key: str) -> list[Rule | Ignore]:
         """Entries whose source template matches a released key."""
         name = self.canonical(key)
-        return [e for e in self.entries if _compile(e.source).pattern.fullmatch(name)]
+        return [
+            entry
+            for entry in (*self.rules, *self.ignored)
+            if _compile(
+                entry.source, entry.target if isinstance(entry, Rule) else entry.like or ""
+            ).pattern.fullmatch(name)
+        ]
