@@ -1,7 +1,9 @@
-"""Prompts to token ids, by the SentencePiece model or the `tokenizer.json` that lies beside the text encoder's weights.
+"""Prompts to token ids, by the tokenizer that lies beside the text encoder's weights.
 
-Ids follow T5: the prompt's pieces, then the end token 1, then padding 0. The padded length is one of a few buckets, so that a compiled text encoder
-serves many prompts. Control tokens written inside a prompt count as plain text with `spiece.model` and as control tokens with `tokenizer.json`.
+Ids follow T5: the prompt's pieces, then the end token 1, then padding 0. The padded length is one
+of a few buckets, so that a compiled text encoder serves many prompts. Control tokens written
+inside a prompt count as plain text with `spiece.model` and as control tokens with
+`tokenizer.json`.
 """
 
 import warnings
@@ -30,7 +32,8 @@ class Tokenizer:
     ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
         """Ids padded to a bucket, and lengths with the end token, both int32.
 
-        A prompt of more than `max_length` tokens is cut, with a warning, and keeps its end token. Raises ValueError for an empty prompt.
+        A prompt of more than `max_length` tokens is cut, with a warning, and keeps its end token.
+        Raises ValueError for an empty prompt.
         """
         if isinstance(prompts, str):
             raise ValueError("expected a list of prompts, got one string: put it into a list")
@@ -46,10 +49,13 @@ class Tokenizer:
     def _encode_one(self, prompt: str, max_length: int) -> list[int]:
         pieces = self.split(prompt)
         if not prompt.strip() or not pieces:
-            raise ValueError(f"the prompt is empty ({prompt!r}): describe the picture in at least one word")
+            raise ValueError(
+                f"the prompt is empty ({prompt!r}): describe the picture in at least one word"
+            )
         if len(pieces) + 1 > max_length:
             warnings.warn(
-                f"the prompt has {len(pieces) + 1} tokens and is cut to {max_length}; it starts with {prompt[:40]!r}",
+                f"the prompt has {len(pieces) + 1} tokens and is cut to {max_length}; "
+                f"it starts with {prompt[:40]!r}",
                 stacklevel=3,
             )
         return [*pieces[: max_length - 1], EOS_ID]
@@ -61,7 +67,10 @@ def padded_length(length: int, max_length: int = 512) -> int:
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Read the tokenizer of a T5 folder: `tokenizer.json` if there is one, as the released runs do, else `spiece.model`."""
+    """Read the tokenizer of a T5 folder: `tokenizer.json` where there is one, else `spiece.model`.
+
+    Raises ValueError where neither is there or the control tokens are not T5's.
+    """
     directory = Path(directory)
     as_json, as_pieces = directory / "tokenizer.json", directory / "spiece.model"
     if as_json.is_file():
@@ -69,7 +78,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     elif as_pieces.is_file():
         tokenizer = _from_sentencepiece(as_pieces)
     else:
-        raise ValueError(f"no tokenizer in {directory}: expected spiece.model or tokenizer.json beside the text encoder")
+        raise ValueError(
+            f"no tokenizer in {directory}: "
+            "expected spiece.model or tokenizer.json beside the text encoder"
+        )
     return tokenizer
 
 
@@ -96,14 +108,19 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     try:
         library = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a SentencePiece model: {_first_line(error)}") from None
+        raise ValueError(
+            f"{path} cannot be read as a SentencePiece model: {_first_line(error)}"
+        ) from None
     _check_specials(path, library.pad_id(), library.eos_id())
     return Tokenizer(path.name, library.vocab_size(), library.encode)
 
 
 def _check_specials(path: Path, pad: int | None, eos: int | None) -> None:
     if (pad, eos) != (PAD_ID, EOS_ID):
-        raise ValueError(f"{path}: expected <pad> = {PAD_ID} and </s> = {EOS_ID} as T5 has them, got {pad} and {eos}: take T5's own tokenizer")
+        raise ValueError(
+            f"{path}: expected <pad> = {PAD_ID} and </s> = {EOS_ID} as T5 has them, "
+            f"got {pad} and {eos}: take T5's own tokenizer"
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,10 @@
 """The T5 encoder: turns token ids into the text features that condition the picture.
 
-Covers T5 v1.1 and Flan-T5 of any size (gated GELU) and the original T5 (ReLU, not gated). Attention is not scaled, one table of relative position
-biases is shared by all layers, norms are RMS norms without bias. The residual stream, the norms and the softmax are float32; matrix products run in
-`T5Config.dtype`. The same module with a small config is what a text encoder trained together with its transformer uses.
+Covers T5 v1.1 and Flan-T5 of any size (gated GELU) and the original T5 (ReLU, not gated).
+Attention is not scaled, one table of relative position biases is shared by all layers, norms are
+RMS norms without bias. The residual stream, the norms and the softmax are float32; matrix products
+run in `T5Config.dtype`. The same module with a small config is what a text encoder trained
+together with its transformer uses.
 """
 
 import math
@@ -39,7 +41,8 @@ class T5Config:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise ValueError(
-                f"T5 activation must be one of {ACTIVATIONS}, got {self.activation!r}: other feed-forward layers were never released with T5 weights"
+                f"T5 activation must be one of {ACTIVATIONS}, got {self.activation!r}: "
+                "other feed-forward layers were never released with T5 weights"
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"T5 dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
@@ -48,18 +51,21 @@ class T5Config:
             raise ValueError(f"T5 sizes must be positive, got {self}")
         if self.buckets < 4 or self.buckets % 2 or self.max_distance <= self.buckets // 4:
             raise ValueError(
-                f"T5 needs an even number of at least 4 relative position buckets and a larger maximal distance, got buckets={self.buckets}, "
-                f"max_distance={self.max_distance}"
+                "T5 needs an even number of at least 4 relative position buckets and a larger "
+                f"maximal distance, got {self.buckets=}, {self.max_distance=}"
             )
 
     @classmethod
     def from_hf(
         cls, config: Mapping[str, Any], *, dtype: Literal["float32", "bfloat16"] = "float32"
     ) -> "T5Config":
-        """Read the fields of a Hugging Face `config.json`; missing optional ones take that library's defaults."""
+        """Read a Hugging Face `config.json`; optional fields take that library's defaults."""
         kind = config.get("model_type", "t5")
         if kind != "t5":
-            raise ValueError(f"expected a config.json of model_type 't5', got {kind!r}: point at a T5 or Flan-T5 folder")
+            raise ValueError(
+                f"expected a config.json of model_type 't5', got {kind!r}: "
+                "point at a T5 or Flan-T5 folder"
+            )
         names = {
             "vocab": "vocab_size",
             "width": "d_model",
@@ -70,7 +76,10 @@ class T5Config:
         }
         missing = [name for name in names.values() if name not in config]
         if missing:
-            raise ValueError(f"the T5 config.json lacks {', '.join(missing)}: take the file that belongs to the weights")
+            raise ValueError(
+                f"the T5 config.json lacks {', '.join(missing)}: "
+                "take the file that belongs to the weights"
+            )
         return cls(
             **{ours: int(config[theirs]) for ours, theirs in names.items()},
             buckets=int(config.get("relative_attention_num_buckets", 32)),
@@ -83,12 +92,15 @@ class T5Config:
 
 @lru_cache(maxsize=32)
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of every (query, key) pair, int32 `[length, length]`: half the buckets for each direction, exact near by, logarithmic far away."""
+    """Bucket of every (query, key) pair, int32 `[length, length]`.
+
+    Half the buckets serve each direction; near by they are exact, far away logarithmic.
+    """
     half = buckets // 2
     exact = half // 2
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     distance = np.abs(offset)
-    # float32 on purpose: a distance on the border of two buckets has to fall the way it fell in training.
+    # float32 on purpose: a distance on the border of two buckets has to fall as in training.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     ratio = ratio / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     far = np.minimum(exact + ratio.astype(np.int32), half - 1)
@@ -108,7 +120,7 @@ class RmsNorm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """Matrix product without bias; takes and gives the dtype of its kernel, accumulates in float32."""
+    """Matrix product without bias in the dtype of its kernel, accumulated and given in float32."""
 
     def __init__(
         self, inputs: int, outputs: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -127,7 +139,9 @@ class Attention(nnx.Module):
         self.heads, self.head_dim = config.heads, config.head_dim
         inner, dtype = config.heads * config.head_dim, jnp.dtype(config.dtype)
         inputs = config.width**-0.5
-        self.q = Projection(config.width, inner, std=inputs * config.head_dim**-0.5, dtype=dtype, rngs=rngs)
+        self.q = Projection(
+            config.width, inner, std=inputs * config.head_dim**-0.5, dtype=dtype, rngs=rngs
+        )
         self.k = Projection(config.width, inner, std=inputs, dtype=dtype, rngs=rngs)
         self.v = Projection(config.width, inner, std=inputs, dtype=dtype, rngs=rngs)
         self.o = Projection(inner, config.width, std=inner**-0.5, dtype=dtype, rngs=rngs)
@@ -185,9 +199,13 @@ class T5Encoder(nnx.Module):
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embed = nnx.Param(_normal(rngs, (config.vocab, config.width), 1.0, jnp.dtype(config.dtype)))
+        self.embed = nnx.Param(
+            _normal(rngs, (config.vocab, config.width), 1.0, jnp.dtype(config.dtype))
+        )
         self.relative_bias = nnx.Param(
-            _normal(rngs, (config.buckets, config.heads), config.width**-0.5, jnp.dtype(jnp.float32))
+            _normal(
+                rngs, (config.buckets, config.heads), config.width**-0.5, jnp.dtype(jnp.float32)
+            )
         )
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
         self.final_norm = RmsNorm(config.width, config.norm_eps)
@@ -209,7 +227,7 @@ class T5Encoder(nnx.Module):
 def encode(
     encoder: T5Encoder, ids: Int[Array, "B T"], lengths: Int[Array, "B"]
 ) -> Float[Array, "B T Ct"]:
-    """Text features, float32, zero at and after `lengths`; the ids found there have no influence on the rest."""
+    """Text features, float32, zero at and after `lengths`; ids found there have no influence."""
     visible = jnp.arange(ids.shape[1])[None, :] < lengths[:, None]
     features = encoder(jnp.where(visible, ids, 0), visible)
     return jnp.where(visible[..., None], features, 0.0)
