@@ -1,9 +1,9 @@
 """Multi-scale binary spherical quantisation: from latents to bits per scale and back.
 
 Everything is NHWC and pure. A *size* is `(height, width)`. Codes have `Cd` channels, the code width
-of the tokenizer; a token carries `N` bits: `Cd`, or `4 Cd` where it covers 2x2 latents (`patchify`).
-All resizing goes through small explicit matrices, because `jax.image.resize` antialiases when it
-shrinks and the released models were trained without.
+of the tokenizer; a token carries `N` bits: `Cd`, or `4 Cd` where it covers 2x2 latents
+(`patchify`). All resizing goes through small explicit matrices, because `jax.image.resize`
+antialiases when it shrinks and the released models were trained without.
 """
 
 from functools import lru_cache
@@ -194,9 +194,9 @@ def quantise(
             f"got {final}: take the schedule of the image's size"
         )
     residual = latent.astype(jnp.float32)
-    code_sum, labels, inputs = None, [], []
+    code_sum, labels, inputs = jnp.zeros_like(residual), [], []
     for index, size in enumerate(sizes):
-        if code_sum is not None:
+        if index:
             inputs.append(next_input(code_sum, size, patchify, mode))
         # The released code normalises over channels first, which changes no sign.
         bits = (resize(residual, latent_size(size, patchify), "area") > 0).astype(jnp.int8)
@@ -205,5 +205,5 @@ def quantise(
             bits = _flip(bits, jax.random.fold_in(flip[0], index), flip[1])
         codes = resize(labels_to_codes(bits), final)
         residual = residual - codes
-        code_sum = accumulate(code_sum, codes, final)
+        code_sum = code_sum + codes
     return Quantised(tuple(labels), code_sum, tuple(inputs))
