@@ -14,6 +14,7 @@ import jax
 from jaxtyping import Array, Float
 
 import pallas_kernels
+from pallas_kernels.api import Implementation
 from sparvar_jax.schedule import Layout, LayoutName, Scale, ScaleSchedule
 
 LayerState = Mapping[str, jax.Array]
@@ -86,7 +87,7 @@ class Attention(Protocol):
 class Dense:
     """Attention over every cached token."""
 
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
     name: ClassVar[str] = "dense"
     layouts: ClassVar[tuple[LayoutName, ...]] = ("packed", "aligned")
@@ -106,12 +107,11 @@ class Dense:
     ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
         """Dense attention over the filled, valid rows; leaves no state."""
         del state
-        valid = None
+        rows = place.kv_length
         if place.layout.padded(place.index):
-            valid = tuple(place.layout.valid(place.index).tolist())
-        out = pallas_kernels.attention(
-            q, k, v, place.kv_length, valid=valid, implementation=self.implementation
-        )
+            tokens = place.layout.physical(place.index)
+            k, v, rows = k[:, :, tokens], v[:, :, tokens], len(tokens)
+        out = pallas_kernels.attention(q, k, v, rows, implementation=self.implementation)
         return out, {}
 
 

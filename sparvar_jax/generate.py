@@ -1,0 +1,318 @@
+"""The generation loop: one compiled step per scale, dispatched asynchronously.
+
+A step takes the model, the condition and a donated state to the next state. Steps are traced once,
+compiled ahead of time in parallel threads, and shared by every plan that contains an equal step.
+`Generator.decode_scale` is the unit; `Generator.run` is a Python loop over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from sparvar_jax import cache as kv_cache
+from sparvar_jax import sampling
+from sparvar_jax.plan import Plan, Step
+from sparvar_jax.sampling import Controls
+from sparvar_jax.strategy import Attention, Place
+
+Progress = Callable[[str, int, int], None]
+"""(stage, done, total): called while steps compile and while scales are dispatched."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What one scale hands to the next; donated, so a state is used once.
+
+    cache: keys and values of every layer. strategies: the layer state of every layer.
+    code_sum: accumulated codes on the final latent grid. codes: the next scale's input codes.
+    """
+
+    cache: tuple[kv_cache.LayerCache, ...]
+    strategies: tuple[dict[str, jax.Array], ...]
+    code_sum: Float[Array, "B height width Cd"]
+    codes: Float[Array, "B T N"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScaleOutput:
+    """What one scale drew. tokens: labels or ids. captured: inner arrays, if asked for."""
+
+    tokens: Int[Array, "B T ..."]
+    captured: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """Everything static about one compiled step. Equal specs share one executable."""
+
+    step: Step
+    place: Place
+    following: int | None
+    live: tuple[frozenset[str], ...]
+    greedy: bool
+    capture: bool
+    forced: bool
+
+
+def step_spec(
+    plan: Plan, index: int, *, greedy: bool = False, capture: bool = False, forced: bool = False
+) -> StepSpec:
+    """The static part of step `index` of a plan."""
+    last = index + 1 == len(plan.steps)
+    live = tuple(plan.live_after(index, layer) for layer in range(plan.depth))
+    following = None if last else index + 1
+    return StepSpec(plan.steps[index], plan.place(index), following, live, greedy, capture, forced)
+
+
+@functools.partial(jax.jit, static_argnames=("apply_block", "config", "place", "attention"))
+def _layer(block, x, inputs, positions, cache, state, *, apply_block, config, place, attention):
+    """One block with its cache and strategy; jitted so that equal layers are traced once."""
+    left: dict[str, Any] = {}
+
+    def attend(q, k, v):
+        keys = kv_cache.write(cache[0], k, place.layout, place.index)
+        values = kv_cache.write(cache[1], v, place.layout, place.index)
+        out, update = attention(q.astype(keys.dtype), keys, values, place, state)
+        left.update(cache=(keys, values), state={**state, **update})
+        return out
+
+    x = apply_block(config, block, x, inputs, positions, attend)
+    return x, left["cache"], left["state"]
+
+
+def _scale(leaves, condition, state, controls, keys, forced, *, treedef, spec):
+    """Pure body of one compiled step; see `Generator.decode_scale`."""
+    model, codebook = jax.tree.unflatten(treedef, leaves)
+    place, step, config = spec.place, spec.step, model.config
+    batch = state.code_sum.shape[0]
+    rows = 2 * batch if step.rows == "both" else batch
+    captured: dict[str, jax.Array] = {}
+    x = model.embed_codes(state.codes, condition)[:rows]
+    captured["input"] = x
+    x = model.add_level(x, place)
+    positions = model.positions(place)
+    guidance = controls.guidance[place.index]
+    caches, strategies = [], []
+    for layer in range(step.depth):
+        attention: Attention = step.segment(layer).attention
+        x, cache, left = _layer(
+            model.blocks[layer],
+            x,
+            model.block_inputs(layer, condition, rows),
+            positions,
+            state.cache[layer],
+            state.strategies[layer],
+            apply_block=type(model).apply_block,
+            config=config,
+            place=place,
+            attention=attention,
+        )
+        caches.append(cache)
+        strategies.append({name: left[name] for name in sorted(spec.live[layer])})
+        if layer == step.merge_at:
+            mixed = sampling.mix(x, guidance)
+            x = jnp.concatenate([mixed, mixed])
+        captured[f"hidden.{layer}"] = x
+    on_logits = step.merge_at == step.depth
+    raw = model.head_logits(x if on_logits or spec.capture else x[:batch], condition)
+    tempered = raw / controls.temperature[place.index]
+    guided = sampling.mix(tempered, guidance) if on_logits else tempered[:batch]
+    captured |= {"raw_logits": raw, "guided_logits": guided}
+    if spec.forced:
+        tokens = forced
+    else:
+        drawn = None if spec.greedy else jax.vmap(jax.random.fold_in, (0, None))(keys, place.index)
+        tokens = type(model).sample(config, guided, controls, drawn)
+    scales = place.schedule.scales
+    following = None if spec.following is None else scales[spec.following]
+    code_sum, codes = type(model).accumulate(
+        config, tokens, state.code_sum, place.scale, following, codebook
+    )
+    left_state = State(tuple(caches), tuple(strategies), code_sum, codes)
+    return left_state, ScaleOutput(tokens, captured if spec.capture else {})
+
+
+class Generator:
+    """Compiles and runs the steps of plans for one model.
+
+    model: an nnx transformer with Infinity's small surface. codebook: what turns tokens into codes
+    where that needs weights (class-conditional VAR), else None.
+    """
+
+    def __init__(self, model: Any, codebook: Any = None):
+        self.model = model
+        self._leaves, self._treedef = jax.tree.flatten((model, codebook))
+        self._compiled: dict[Any, Any] = {}
+
+    def start(self, plan: Plan, batch: int) -> State:
+        """An empty state: zeroed caches and code sum."""
+        config = self.model.config
+        rows = 2 * batch if plan.steps[0].rows == "both" else batch
+        layout = plan.schedule.layout(plan.layout)
+        dtype = config.precision.compute
+        cache = kv_cache.allocate(config.depth, rows, config.heads, config.head_dim, layout, dtype)
+        code_sum = type(self.model).start_codes(config, batch, plan.schedule)
+        return State(cache, tuple({} for _ in range(config.depth)), code_sum, None)
+
+    def compile(
+        self,
+        plan: Plan,
+        condition: Any,
+        batch: int,
+        *,
+        greedy: bool = False,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Trace every step of a plan and compile the new ones in parallel threads."""
+        controls, keys = _abstract_controls(len(plan.schedule), batch)
+        state = jax.eval_shape(lambda: self.start(plan, batch))
+        condition = jax.tree.map(_abstract, condition)
+        waiting = []
+        for index in range(len(plan.steps)):
+            spec = step_spec(plan, index, greedy=greedy)
+            traced = self._trace(spec, condition, state, controls, keys, None)
+            key = _signature(spec, condition, state)
+            if key not in self._compiled:
+                waiting.append((key, traced))
+            state = jax.tree.map(_abstract, traced.out_info[0])
+        with ThreadPoolExecutor(threads) as pool:
+            jobs = pool.map(lambda item: (item[0], item[1].lower().compile()), waiting)
+            for done, (key, compiled) in enumerate(jobs):
+                self._compiled[key] = compiled
+                if progress:
+                    progress("compile", done + 1, len(waiting))
+
+    def decode_scale(
+        self,
+        plan: Plan,
+        index: int,
+        condition: Any,
+        state: State,
+        controls: Controls,
+        keys: PRNGKeyArray,
+        *,
+        forced: Int[Array, "B T ..."] | None = None,
+        greedy: bool = False,
+        capture: bool = False,
+    ) -> tuple[State, ScaleOutput]:
+        """Draw one scale: the unit of generation and of every parity check. Donates `state`.
+
+        forced: tokens to take instead of sampling. capture: also return the input, the hidden
+        state after every block, raw and guided logits.
+        """
+        spec = step_spec(plan, index, greedy=greedy, capture=capture, forced=forced is not None)
+        key = _signature(spec, condition, state)
+        if key not in self._compiled:
+            traced = self._trace(spec, condition, state, controls, keys, forced)
+            self._compiled[key] = traced.lower().compile()
+        return self._compiled[key](self._leaves, condition, state, controls, keys, forced)
+
+    def steps(
+        self,
+        plan: Plan,
+        condition: Any,
+        controls: Controls,
+        keys: PRNGKeyArray,
+        *,
+        greedy: bool = False,
+        forced: tuple[jax.Array, ...] | None = None,
+        capture: bool = False,
+    ) -> Iterator[tuple[State, ScaleOutput]]:
+        """Draw scale after scale; a yielded state must be read before the next one is asked for."""
+        state = self.start(plan, keys.shape[0])
+        for index in range(len(plan.steps)):
+            tokens = None if forced is None else forced[index]
+            state, output = self.decode_scale(
+                plan,
+                index,
+                condition,
+                state,
+                controls,
+                keys,
+                forced=tokens,
+                greedy=greedy,
+                capture=capture,
+            )
+            yield state, output
+
+    def run(
+        self, plan: Plan, condition: Any, controls: Controls, keys: PRNGKeyArray, **options
+    ) -> tuple[Float[Array, "B height width Cd"], tuple[ScaleOutput, ...]]:
+        """The final code sum and the output of every scale. Options as in `steps`."""
+        outputs, code_sum = [], None
+        for state, output in self.steps(plan, condition, controls, keys, **options):
+            outputs.append(output)
+            code_sum = state.code_sum
+        assert code_sum is not None
+        return code_sum, tuple(outputs)
+
+    def _trace(self, spec, condition, state, controls, keys, forced):
+        body = functools.partial(_scale, treedef=self._treedef, spec=spec)
+        leaves = [_abstract(leaf) for leaf in self._leaves]
+        return jax.jit(body, donate_argnums=(2,)).trace(
+            leaves, condition, state, controls, keys, forced
+        )
+
+
+def controls(
+    scales: int,
+    *,
+    guidance: float | tuple[float, ...] = 3.0,
+    temperature: float | tuple[float, ...] = 0.5,
+    top_p: float = 0.97,
+    top_k: int = 0,
+) -> Controls:
+    """Sampling controls from Python numbers: one value for all scales, or one a scale.
+
+    Raises ValueError for a wrong count or values out of range.
+    """
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be at least 0 (0 keeps everything), got {top_k}")
+    guide = _per_scale("guidance", guidance, scales)
+    temper = _per_scale("temperature", temperature, scales)
+    if min(temper) <= 0:
+        raise ValueError(f"temperature must be positive, got {min(temper)}")
+    return Controls(
+        jnp.asarray(guide, jnp.float32),
+        jnp.asarray(temper, jnp.float32),
+        jnp.asarray(top_p, jnp.float32),
+        jnp.asarray(top_k, jnp.int32),
+    )
+
+
+def _per_scale(name: str, value: float | tuple[float, ...], scales: int) -> tuple[float, ...]:
+    values = (value,) * scales if isinstance(value, int | float) else tuple(value)
+    if len(values) != scales:
+        raise ValueError(f"{name} needs one value or {scales} (one a scale), got {len(values)}")
+    if not all(jnp.isfinite(jnp.asarray(v)) for v in values):
+        raise ValueError(f"{name} must be finite, got {values}")
+    return values
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _abstract_controls(scales: int, batch: int) -> tuple[Any, Any]:
+    return (
+        jax.eval_shape(lambda: controls(scales)),
+        jax.eval_shape(lambda: sampling.image_keys(0, batch)),
+    )
+
+
+def _signature(spec: StepSpec, condition: Any, state: State) -> tuple:
+    leaves = jax.tree.leaves(condition) + jax.tree.leaves(state)
+    return spec, tuple((leaf.shape, leaf.dtype) for leaf in leaves)

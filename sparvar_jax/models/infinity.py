@@ -1,0 +1,205 @@
+"""Infinity: text-conditional bitwise visual autoregressive transformer (arXiv 2412.04431).
+
+The module owns parameters and the small pure functions of one scale; the loop over scales, caches
+and compilation live in `sparvar_jax.generate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Int8, PRNGKeyArray
+
+from sparvar_jax import quantizer, sampling
+from sparvar_jax.models import layers
+from sparvar_jax.models.infinity_parts import (
+    Attend,
+    Block,
+    InfinityConfig,
+    Rotary,
+    TextPool,
+    TextProjection,
+)
+from sparvar_jax.schedule import Scale, ScaleSchedule, rotary_table
+from sparvar_jax.strategy import Place
+
+__all__ = ["Condition", "Infinity", "InfinityConfig"]
+
+Guidance = tuple[jax.Array, jax.Array] | str | None
+BlockInputs = tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What text means to every step; rows lead every array.
+
+    pooled: pooled text. modulation: shared adaptive-norm values. head: scale and shift of the head.
+    text_mask: real tokens. text_keys, text_values: one per layer, of cross-attention.
+    """
+
+    pooled: Float[Array, "R C"]
+    modulation: Float[Array, "R 6 C"]
+    head: Float[Array, "R 2 C"]
+    text_mask: Bool[Array, "R M"]
+    text_keys: tuple[Float[Array, "R H M D"], ...]
+    text_values: tuple[Float[Array, "R H M D"], ...]
+
+
+class Infinity(nnx.Module):
+    """Parameters of an Infinity transformer and the pure functions of one scale."""
+
+    def __init__(self, config: InfinityConfig, *, rngs: nnx.Rngs):
+        width, precision, single = config.width, config.precision, jnp.float32
+        self.config = config
+        self.uncond_text = nnx.Param(
+            0.02
+            * jax.random.normal(rngs.params(), (config.text_max_length, config.text_width), single)
+        )
+        self.text_norm = layers.Scale(config.text_width, bias=False, dtype=single)
+        self.text_pool = TextPool(config, rngs)
+        self.text_proj = TextProjection(config, rngs)
+        self.pos_start = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,), single))
+        self.level_embed = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (config.levels, width), single)
+        )
+        self.word_embed = layers.linear(config.bits, width, precision, rngs, weights=single)
+        self.shared_ada = layers.linear(width, 6 * width, precision, rngs, weights=single)
+        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.depth)])
+        self.head_ada = layers.linear(
+            width, 2 * width, precision, rngs, weights=single, compute=single
+        )
+        self.head = layers.linear(
+            width, 2 * config.bits, precision, rngs, weights=single, compute=single
+        )
+
+    def embed_condition(
+        self, text: Float[Array, "B M Ct"], lengths: Int[Array, "B"], guidance: Guidance = None
+    ) -> Condition:
+        """Everything the steps need of the prompts, for conditional then unconditional rows.
+
+        text: padded text-encoder states, float32. guidance: None for conditional rows only, else
+        (features [B, M, Ct], lengths [B]) of negative prompts, or "learned" for the model's own.
+        """
+        if guidance is not None:
+            if isinstance(guidance, str):
+                other = jnp.broadcast_to(self.uncond_text[...][: text.shape[1]], text.shape)
+                other_lengths = lengths
+            else:
+                other, other_lengths = guidance
+            text = jnp.concatenate(_pad_to_longest(text, other))
+            lengths = jnp.concatenate([lengths, other_lengths])
+        config, precision = self.config, self.config.precision
+        mask = layers.length_mask(lengths, text.shape[1])
+        text = layers.rms_norm(text, self.text_norm.scale[...])
+        pooled = self.text_pool(text, mask, precision)
+        memory = self.text_proj(text)
+        active = jax.nn.silu(pooled)
+        rows = pooled.shape[0]
+        modulation = self.shared_ada(active).astype(jnp.float32).reshape(rows, 6, config.width)
+        head = self.head_ada(active).reshape(rows, 2, config.width)
+        pairs = [block.cross.text(memory, config.heads) for block in self.blocks]
+        return Condition(
+            pooled,
+            modulation,
+            head,
+            mask,
+            tuple(key for key, _ in pairs),
+            tuple(value for _, value in pairs),
+        )
+
+    def embed_codes(
+        self, codes: Float[Array, "B T N"] | None, condition: Condition
+    ) -> Float[Array, "R T C"]:
+        """The sequence entering a scale, before the level embedding; None starts at scale 0."""
+        rows = condition.pooled.shape[0]
+        if codes is None:
+            return (condition.pooled + self.pos_start[...])[:, None]
+        x = self.word_embed(codes).astype(jnp.float32)
+        return x if rows == codes.shape[0] else jnp.concatenate([x, x])
+
+    def add_level(self, x: Float[Array, "R T C"], place: Place) -> Float[Array, "R T C"]:
+        """The residual stream before block 0: every token of a scale gets its level's vector."""
+        return x + self.level_embed[...][place.index]
+
+    def positions(self, place: Place) -> Rotary:
+        """Rotary (cos, sin) of a scale's tokens."""
+        cos, sin = rotary_table(place.schedule, place.index, self.config.head_dim)
+        return jnp.asarray(cos), jnp.asarray(sin)
+
+    def head_logits(
+        self, x: Float[Array, "R T C"], condition: Condition
+    ) -> Float[Array, "R T logits"]:
+        """Raw logits [R, T, 2N], entry `2 * bit + label`, float32."""
+        scale, shift = condition.head[: x.shape[0], 0], condition.head[: x.shape[0], 1]
+        return self.head(layers.modulate(x, scale, shift))
+
+    def block_inputs(self, layer: int, condition: Condition, rows: int) -> BlockInputs:
+        """What a block needs of the first `rows` rows of a condition."""
+        text = (condition.text_keys[layer][:rows], condition.text_values[layer][:rows])
+        return condition.modulation[:rows], text, condition.text_mask[:rows]
+
+    @staticmethod
+    def apply_block(
+        config: InfinityConfig,
+        block: Block,
+        x: Float[Array, "R T C"],
+        inputs: BlockInputs,
+        positions: Rotary,
+        attend: Attend,
+    ) -> Float[Array, "R T C"]:
+        """The residual stream after one block."""
+        modulation, text, mask = inputs
+        return block(x, modulation, text, mask, positions, attend, config.precision)
+
+    @staticmethod
+    def sample(
+        config: InfinityConfig,
+        logits: Float[Array, "B T logits"],
+        controls: sampling.Controls,
+        keys: PRNGKeyArray | None,
+    ) -> Int8[Array, "B T N"]:
+        """Bits from guided logits; without keys the likelier label of every bit."""
+        pairs = logits.reshape(*logits.shape[:2], config.bits, 2)
+        return sampling.sample_bits(pairs, controls.top_p, keys)
+
+    @staticmethod
+    def start_codes(
+        config: InfinityConfig, batch: int, schedule: ScaleSchedule
+    ) -> Float[Array, "B height width Cd"]:
+        """The empty code sum on the final latent grid."""
+        size = quantizer.latent_size(schedule.final, config.patchify)
+        return jnp.zeros((batch, *size, config.code_width), jnp.float32)
+
+    @staticmethod
+    def accumulate(
+        config: InfinityConfig,
+        tokens: Int8[Array, "B T N"],
+        code_sum: Float[Array, "B height width Cd"],
+        scale: Scale,
+        following: Scale | None,
+        codebook: None,
+    ) -> tuple[Float[Array, "B height width Cd"], Float[Array, "B T2 N"] | None]:
+        """The code sum with one scale added, and the input codes of the following scale."""
+        del codebook
+        grid = tokens.reshape(-1, scale.height, scale.width, config.bits)
+        codes = quantizer.labels_to_codes(grid, config.patchify)
+        code_sum = quantizer.accumulate(code_sum, codes, code_sum.shape[1:3])
+        if following is None:
+            return code_sum, None
+        size = (following.height, following.width)
+        codes = quantizer.next_input(code_sum, size, config.patchify)
+        return code_sum, codes.reshape(codes.shape[0], following.tokens, config.bits)
+
+
+def _pad_to_longest(
+    a: Float[Array, "B M Ct"], b: Float[Array, "B M2 Ct"]
+) -> tuple[jax.Array, jax.Array]:
+    longest = max(a.shape[1], b.shape[1])
+    return (
+        jnp.pad(a, ((0, 0), (0, longest - a.shape[1]), (0, 0))),
+        jnp.pad(b, ((0, 0), (0, longest - b.shape[1]), (0, 0))),
+    )

@@ -1,0 +1,252 @@
+"""The parts of an Infinity block and of its text conditioning: thin modules, pure calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from sparvar_jax.models import layers
+from sparvar_jax.models.layers import DtypeName, Precision
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(q, k, v) of this scale, [R, H, T, D] each -> attention output: cache and strategy are inside."""
+
+Rotary = tuple[jax.Array, jax.Array]
+"""(cos, sin), each [T, D / 2]."""
+
+PRESETS = {  # depth, width, heads, chunks
+    "infinity_2b": (32, 2048, 16, 8),
+    "infinity_8b": (40, 3584, 28, 8),
+    "infinity_layer12": (12, 768, 8, 4),
+    "infinity_layer16": (16, 1152, 12, 4),
+    "infinity_layer24": (24, 1536, 16, 4),
+    "infinity_layer32": (32, 2080, 20, 4),
+    "infinity_layer40": (40, 2688, 24, 4),
+    "infinity_layer48": (48, 3360, 28, 4),
+    "tiny": (4, 128, 2, 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class InfinityConfig:
+    """Shape and precision of an Infinity transformer.
+
+    bits: bits of one token. patchify: a token covers 2x2 latents (bits are 4 times the code width).
+    chunks: how the released checkpoints group blocks; it changes names in files, nothing else.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    text_width: int = 2048
+    bits: int = 32
+    mlp_width: int = 0
+    chunks: int = 1
+    patchify: bool = False
+    text_max_length: int = 512
+    levels: int = 15
+    dtype: DtypeName = "bfloat16"
+
+    def __post_init__(self):
+        if not self.mlp_width:
+            # Python rounds half to even, as the released models do (layer32 and layer48 need it).
+            object.__setattr__(self, "mlp_width", round(4 * self.width / 256) * 256)
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be divisible by heads {self.heads}")
+        if self.depth % self.chunks:
+            raise ValueError(f"depth {self.depth} must be divisible by chunks {self.chunks}")
+        if self.text_width < 128 or self.width % self.pool_heads:
+            raise ValueError(
+                f"text width {self.text_width} gives {self.pool_heads} pool heads, which must be "
+                f"at least 1 and divide the width {self.width}"
+            )
+        if self.patchify and self.bits % 4:
+            raise ValueError(f"with patchify the bits must be a multiple of 4, got {self.bits}")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> InfinityConfig:
+        """A released shape by name; `infinity_8b` has spatial patchify. `changes` override fields."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+        depth, width, heads, chunks = PRESETS[name]
+        config = cls(depth, width, heads, chunks=chunks)
+        if name == "infinity_8b":
+            config = dataclasses.replace(config, bits=56, patchify=True)
+        if name == "tiny":
+            config = dataclasses.replace(config, text_width=256)
+        return dataclasses.replace(config, **changes)
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def pool_heads(self) -> int:
+        return self.text_width // (64 if self.width > 4096 else 128)
+
+    @property
+    def code_width(self) -> int:
+        """Channels of one latent code."""
+        return self.bits // 4 if self.patchify else self.bits
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(self.dtype)
+
+
+class TextPool(nnx.Module):
+    """Attentive pooling of a prompt's tokens into one vector."""
+
+    def __init__(self, config: InfinityConfig, rngs: nnx.Rngs):
+        heads, width = config.pool_heads, config.width
+        single = jnp.float32
+        self.query = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (heads, width // heads), single)
+        )
+        self.kv = layers.linear(
+            config.text_width, 2 * width, config.precision, rngs, bias=False, weights=single
+        )
+        self.v_bias = nnx.Param(jnp.zeros((width,), single))
+        self.proj = layers.linear(width, width, config.precision, rngs, weights=single)
+
+    def __call__(
+        self, text: Float[Array, "R M Ct"], mask: Bool[Array, "R M"], precision: Precision
+    ) -> Float[Array, "R C"]:
+        """Pooled text; softmax over each prompt's own tokens."""
+        heads = self.query[...].shape[0]
+        key, value = jnp.split(self.kv(text), 2, axis=-1)
+        value = value + self.v_bias[...].astype(value.dtype)
+        query = jnp.broadcast_to(
+            self.query[...][None, :, None, :].astype(key.dtype),
+            (text.shape[0], heads, 1, self.query[...].shape[1]),
+        )
+        pooled = layers.masked_attention(
+            query,
+            layers.split_heads(key, heads),
+            layers.split_heads(value, heads),
+            mask,
+            precision,
+        )
+        return self.proj(layers.merge_heads(pooled))[:, 0].astype(jnp.float32)
+
+
+class TextProjection(nnx.Module):
+    """Two-layer map of text features to the transformer's width."""
+
+    def __init__(self, config: InfinityConfig, rngs: nnx.Rngs):
+        single = jnp.float32
+        self.fc1 = layers.linear(
+            config.text_width, config.width, config.precision, rngs, weights=single
+        )
+        self.fc2 = layers.linear(config.width, config.width, config.precision, rngs, weights=single)
+
+    def __call__(self, text: Float[Array, "R M Ct"]) -> Float[Array, "R M C"]:
+        return self.fc2(jax.nn.gelu(self.fc1(text), approximate=True))
+
+
+class SelfAttention(nnx.Module):
+    """Cosine self-attention with a learned temperature per head and 2D rotary positions."""
+
+    def __init__(self, config: InfinityConfig, rngs: nnx.Rngs):
+        width, dtype = config.width, config.precision.compute
+        self.qkv = layers.linear(width, 3 * width, config.precision, rngs, bias=False)
+        self.q_bias = nnx.Param(jnp.zeros((width,), dtype))
+        self.v_bias = nnx.Param(jnp.zeros((width,), dtype))
+        self.log_temperature = nnx.Param(jnp.full((config.heads,), jnp.log(4.0), dtype))
+        self.proj = layers.linear(width, width, config.precision, rngs)
+
+    def __call__(
+        self, x: Float[Array, "R T C"], rotary: Rotary, attend: Attend
+    ) -> Float[Array, "R T C"]:
+        heads = self.log_temperature[...].shape[0]
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        q = layers.split_heads(q + self.q_bias[...], heads)
+        k = layers.split_heads(k, heads)
+        v = layers.split_heads(v + self.v_bias[...], heads)
+        log_temperature = self.log_temperature[...].astype(jnp.float32)
+        temperature = jnp.exp(jnp.minimum(log_temperature, layers.MAX_LOG_TEMPERATURE))
+        q = layers.rotate(layers.unit(q) * temperature[:, None, None], *rotary)
+        k = layers.rotate(layers.unit(k), *rotary)
+        out = attend(q.astype(x.dtype), k.astype(x.dtype), v)
+        return self.proj(layers.merge_heads(out.astype(x.dtype)))
+
+
+class CrossAttention(nnx.Module):
+    """Attention of image tokens to a prompt's tokens."""
+
+    def __init__(self, config: InfinityConfig, rngs: nnx.Rngs):
+        width = config.width
+        self.q = layers.linear(width, width, config.precision, rngs)
+        self.kv = layers.linear(width, 2 * width, config.precision, rngs, bias=False)
+        self.v_bias = nnx.Param(jnp.zeros((width,), config.precision.compute))
+        self.proj = layers.linear(width, width, config.precision, rngs)
+
+    def text(self, memory: Float[Array, "R M C"], heads: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [R, H, M, D] of projected text, the same for every scale."""
+        key, value = jnp.split(self.kv(memory), 2, axis=-1)
+        value = value + self.v_bias[...]
+        return layers.split_heads(key, heads), layers.split_heads(value, heads)
+
+    def __call__(
+        self,
+        x: Float[Array, "R T C"],
+        text: tuple[jax.Array, jax.Array],
+        mask: Bool[Array, "R M"],
+        precision: Precision,
+    ) -> Float[Array, "R T C"]:
+        key, value = text
+        query = layers.split_heads(self.q(x), key.shape[1])
+        out = layers.masked_attention(query, key, value, mask, precision)
+        return self.proj(layers.merge_heads(out))
+
+
+class FeedForward(nnx.Module):
+    """Two linear maps with tanh-approximated GELU between them."""
+
+    def __init__(self, width: int, hidden: int, precision: Precision, rngs: nnx.Rngs):
+        self.fc1 = layers.linear(width, hidden, precision, rngs)
+        self.fc2 = layers.linear(hidden, width, precision, rngs)
+
+    def __call__(self, x: Float[Array, "R T C"]) -> Float[Array, "R T C"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention and feed-forward on a float32 residual stream."""
+
+    def __init__(self, config: InfinityConfig, rngs: nnx.Rngs):
+        dtype = config.precision.compute
+        self.ada_gss = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (6, config.width)).astype(dtype)
+        )
+        self.attn = SelfAttention(config, rngs)
+        self.cross_norm = layers.Scale(config.width, bias=True, dtype=dtype)
+        self.cross = CrossAttention(config, rngs)
+        self.ffn = FeedForward(config.width, config.mlp_width, config.precision, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "R T C"],
+        modulation: Float[Array, "R 6 C"],
+        text: tuple[jax.Array, jax.Array],
+        text_mask: Bool[Array, "R M"],
+        rotary: Rotary,
+        attend: Attend,
+        precision: Precision,
+    ) -> Float[Array, "R T C"]:
+        """The residual stream after this block (arXiv 2412.04431, figure 2)."""
+        dtype = precision.compute
+        values = self.ada_gss[...].astype(jnp.float32) + modulation
+        gain1, gain2, scale1, scale2, shift1, shift2 = (values[:, i] for i in range(6))
+        y = layers.modulate(x, scale1, shift1).astype(dtype)
+        x = x + gain1[:, None] * self.attn(y, rotary, attend)
+        y = layers.layer_norm(x) * self.cross_norm.scale[...].astype(jnp.float32)
+        y = (y + self.cross_norm.bias[...].astype(jnp.float32)).astype(dtype)
+        x = x + self.cross(y, text, text_mask, precision)
+        y = layers.modulate(x, scale2, shift2).astype(dtype)
+        return x + gain2[:, None] * self.ffn(y)

@@ -1,0 +1,150 @@
+"""Building parts shared by the transformers: linear maps, norms, rotary embedding, masked attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+DtypeName = Literal["bfloat16", "float32"]
+MAX_LOG_TEMPERATURE = 4.605170185988092  # ln 100, the clamp of cosine attention's temperature
+NORM_EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """How a model computes: `weights` and `compute` dtypes, and the matmul precision they imply.
+
+    float32 asks for exact products (no tf32), which parity needs.
+    """
+
+    dtype: DtypeName = "bfloat16"
+
+    def __post_init__(self):
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+
+    @property
+    def compute(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    @property
+    def matmul(self) -> jax.lax.Precision:
+        exact = self.dtype == "float32"
+        return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+
+
+def linear(
+    inputs: int,
+    outputs: int,
+    precision: Precision,
+    rngs: nnx.Rngs,
+    *,
+    bias: bool = True,
+    weights: jnp.dtype | None = None,
+    compute: jnp.dtype | None = None,
+) -> nnx.Linear:
+    """A linear map with kernel [inputs, outputs]; weights and products in the model's dtype.
+
+    weights, compute: override the dtypes where the released runs keep a float32 island.
+    """
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=bias,
+        dtype=compute or precision.compute,
+        param_dtype=weights or precision.compute,
+        precision=precision.matmul,
+        kernel_init=nnx.initializers.truncated_normal(0.02),
+        rngs=rngs,
+    )
+
+
+class Scale(nnx.Module):
+    """The gain (and shift) of a norm."""
+
+    def __init__(self, width: int, *, bias: bool, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype)) if bias else None
+
+
+def layer_norm(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+    """Layer norm without affine, in float32, biased variance, epsilon 1e-6."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    centred = x - mean
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + NORM_EPSILON)
+
+
+def rms_norm(x: Float[Array, "... C"], scale: Float[Array, "C"]) -> Float[Array, "... C"]:
+    """Root-mean-square norm with a gain, in float32, epsilon 1e-6."""
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + NORM_EPSILON) * scale.astype(jnp.float32)
+
+
+def modulate(
+    x: Float[Array, "R T C"], scale: Float[Array, "R C"], shift: Float[Array, "R C"]
+) -> Float[Array, "R T C"]:
+    """Adaptive layer norm: `LN(x) * (1 + scale) + shift`, float32."""
+    return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Vectors divided by their Euclidean norm (at least 1e-12), float32."""
+    x = x.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
+    return x / jnp.maximum(norm, 1e-12)
+
+
+def rotate(
+    x: Float[Array, "R H T D"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
+) -> Float[Array, "R H T D"]:
+    """Rotary embedding: adjacent pairs (2a, 2a + 1) of each head turned by angle a."""
+    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
+    return turned.reshape(x.shape)
+
+
+def split_heads(x: Float[Array, "R T C"], heads: int) -> Float[Array, "R H T D"]:
+    """Width split into heads, heads-major."""
+    rows, tokens, width = x.shape
+    return x.reshape(rows, tokens, heads, width // heads).transpose(0, 2, 1, 3)
+
+
+def merge_heads(x: Float[Array, "R H T D"]) -> Float[Array, "R T C"]:
+    """The inverse of `split_heads`."""
+    rows, heads, tokens, head_dim = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(rows, tokens, heads * head_dim)
+
+
+def masked_attention(
+    q: Float[Array, "R H T D"],
+    k: Float[Array, "R H M D"],
+    v: Float[Array, "R H M D"],
+    mask: Bool[Array, "R M"],
+    precision: Precision,
+) -> Float[Array, "R H T D"]:
+    """Softmax attention over the few tokens of a text, scale 1/sqrt(D), scores in float32."""
+    scores = jnp.einsum(
+        "rhtd,rhmd->rhtm",
+        q,
+        k,
+        precision=precision.matmul,
+        preferred_element_type=jnp.float32,
+    )
+    scores = scores * (q.shape[-1] ** -0.5)
+    scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("rhtm,rhmd->rhtd", weights, v, precision=precision.matmul)
+
+
+def length_mask(lengths: Int[Array, "R"], size: int) -> Bool[Array, "R size"]:
+    """True at the first `lengths[r]` of `size` positions."""
+    return jnp.arange(size)[None, :] < lengths[:, None]
