@@ -1,0 +1,39 @@
+"""Attention on a padded key/value cache: dense, block-sparse, windowed and column-sparse."""
+
+from pallas_kernels.api import (
+    attention,
+    attention_column_sums,
+    block_sparse_attention,
+    column_sparse_attention,
+    implementation_used,
+    select_columns,
+    window_attention,
+)
+from pallas_kernels.sparsity import (
+    BlockTable,
+    Geometry,
+    KeyGrid,
+    blocks_from_mask,
+    coarsen,
+    csla_blocks,
+    dense_blocks,
+    token_rule,
+)
+
+__all__ = [
+    "BlockTable",
+    "Geometry",
+    "KeyGrid",
+    "attention",
+    "attention_column_sums",
+    "block_sparse_attention",
+    "blocks_from_mask",
+    "coarsen",
+    "column_sparse_attention",
+    "csla_blocks",
+    "dense_blocks",
+    "implementation_used",
+    "select_columns",
+    "token_rule",
+    "window_attention",
+]
