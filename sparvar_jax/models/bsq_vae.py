@@ -151,9 +151,8 @@ class ResBlock(nnx.Module):
         self.conv1 = Conv(inputs, outputs, dtype=dtype, rngs=rngs)
         self.norm2 = GroupNorm(outputs)
         self.conv2 = Conv(outputs, outputs, dtype=dtype, rngs=rngs)
-        self.shortcut = None
-        if inputs != outputs:
-            self.shortcut = Conv(inputs, outputs, 1, dtype=dtype, rngs=rngs)
+        changes = inputs != outputs
+        self.shortcut = Conv(inputs, outputs, 1, dtype=dtype, rngs=rngs) if changes else None
 
     def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B height width Co"]:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
@@ -176,18 +175,16 @@ class Level(nnx.Module):
     ) -> None:
         widths = [inputs] + [outputs] * (blocks - 1)
         self.block = nnx.List([ResBlock(w, outputs, dtype=dtype, rngs=rngs) for w in widths])
-        self.change = change
-        if change is not None:
-            setattr(self, change, Conv(outputs, outputs, dtype=dtype, rngs=rngs))
+        conv = None if change is None else Conv(outputs, outputs, dtype=dtype, rngs=rngs)
+        self.downsample = conv if change == "downsample" else None
+        self.upsample = conv if change == "upsample" else None
 
     def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B h w Co"]:
         for block in self.block:
             x = block(x)
-        if self.change == "downsample":
-            return self.downsample(x, stride=2, padding=(0, 1))
-        if self.change == "upsample":
-            return self.upsample(double(x))
-        return x
+        if self.downsample is not None:
+            x = self.downsample(x, stride=2, padding=(0, 1))
+        return x if self.upsample is None else self.upsample(double(x))
 
 
 class Encoder(nnx.Module):
