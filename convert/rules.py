@@ -2,9 +2,9 @@
 
 A `Table` is a list of `Rule`s (tensors that are converted) and `Ignore`s (tensors left behind on
 purpose, each with its reason). Names on both sides are templates: `{i}` stands for a number and
-`{name:regex}` for what the regex matches (give it on one side); both sides of a rule use the same fields, so one
-table reads a checkpoint and writes it back bit for bit. Every key of a source must match exactly
-one entry; `convert.stream` enforces that and runs the tables.
+`{name:regex}` for what the regex matches (give it on one side); both sides of a rule use the same
+fields, so one table reads a checkpoint and writes it back bit for bit. Every key of a source must
+match exactly one entry; `convert.stream` enforces that and runs the tables.
 """
 
 from __future__ import annotations
