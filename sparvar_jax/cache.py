@@ -1,4 +1,4 @@
-"""The key/value cache: one pair of buffers a layer, heads-major, written in place by static slices."""
+"""The key/value cache: one pair of heads-major buffers a layer, written by static slices."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ share compiled steps. Nothing here holds an array.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -140,7 +141,7 @@ def split_at_merge(
         bounds = [start, cut, stop] if start < cut < stop else [start, stop]
         pieces += [
             dataclasses.replace(segment, layers=(a, b))
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            for a, b in itertools.pairwise(bounds)
         ]
     return tuple(pieces)
 

@@ -70,7 +70,7 @@ class InfinityConfig:
 
     @classmethod
     def preset(cls, name: str, **changes) -> InfinityConfig:
-        """A released shape by name; `infinity_8b` has spatial patchify. `changes` override fields."""
+        """A released shape by name (`infinity_8b` has patchify); `changes` override fields."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
         depth, width, heads, chunks = PRESETS[name]

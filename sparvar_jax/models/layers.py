@@ -1,4 +1,4 @@
-"""Building parts shared by the transformers: linear maps, norms, rotary embedding, masked attention."""
+"""Parts shared by the transformers: linear maps, norms, rotary embedding, masked attention."""
 
 from __future__ import annotations
 
