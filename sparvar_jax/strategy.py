@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float
@@ -89,10 +89,21 @@ class Dense:
 
     implementation: Implementation | None = None
 
-    name: ClassVar[str] = "dense"
-    layouts: ClassVar[tuple[LayoutName, ...]] = ("packed", "aligned")
-    reads: ClassVar[frozenset[str]] = frozenset()
-    writes: ClassVar[frozenset[str]] = frozenset()
+    @property
+    def name(self) -> str:
+        return "dense"
+
+    @property
+    def layouts(self) -> tuple[LayoutName, ...]:
+        return ("packed", "aligned")
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def writes(self) -> frozenset[str]:
+        return frozenset()
 
     def pairs(self, place: Place) -> float:
         return float(place.dense_pairs)
@@ -129,7 +140,9 @@ class TokenRule(Protocol):
 class AllTokens:
     """Every token enters every branch."""
 
-    name: ClassVar[str] = "all"
+    @property
+    def name(self) -> str:
+        return "all"
 
     def tokens(self, place: Place) -> int:
         return place.scale.tokens

@@ -187,7 +187,8 @@ class Infinity(nnx.Module):
         del codebook
         grid = tokens.reshape(-1, scale.height, scale.width, config.bits)
         codes = quantizer.labels_to_codes(grid, config.patchify)
-        code_sum = quantizer.accumulate(code_sum, codes, code_sum.shape[1:3])
+        _, final_height, final_width, _ = code_sum.shape
+        code_sum = quantizer.accumulate(code_sum, codes, (final_height, final_width))
         if following is None:
             return code_sum, None
         size = (following.height, following.width)

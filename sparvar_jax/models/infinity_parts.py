@@ -246,6 +246,7 @@ class Block(nnx.Module):
         y = layers.modulate(x, scale1, shift1).astype(dtype)
         x = x + gain1[:, None] * self.attn(y, rotary, attend)
         y = layers.layer_norm(x) * self.cross_norm.scale[...].astype(jnp.float32)
+        assert self.cross_norm.bias is not None
         y = (y + self.cross_norm.bias[...].astype(jnp.float32)).astype(dtype)
         x = x + self.cross(y, text, text_mask, precision)
         y = layers.modulate(x, scale2, shift2).astype(dtype)
