@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from tests.golden.support import golden_folder, golden_stems
 
 
@@ -11,6 +13,12 @@ def pytest_pycollect_makeitem(collector, name, obj):
         if mark.name == "parametrize" and len(mark.args) > 1 and not list(mark.args[1]):
             return []
     return None
+
+
+@pytest.fixture
+def golden_note(record_property):
+    """Function that adds a line (measured error, exempt bits) to the summary of the run."""
+    return lambda text: record_property("golden", text)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -23,6 +31,10 @@ def pytest_terminal_summary(terminalreporter):
         )
         return
     reports = [*terminalreporter.stats.get("passed", ()), *terminalreporter.stats.get("failed", ())]
+    for report in reports:
+        notes = [value for name, value in report.user_properties if name == "golden"]
+        if notes:
+            terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {'; '.join(notes)}")
     ids = {report.nodeid.partition("[")[2] for report in reports}
     stems = golden_stems()
     checked = [stem for stem in stems if any(re.search(rf"\b{re.escape(stem)}\b", i) for i in ids)]
