@@ -1,0 +1,235 @@
+"""Adaptive selection: key blocks per query block and head until a share of the mass is covered.
+
+The mass is measured at the decision scale and carried to later scales: block maps between scales
+are numpy, the mass, the order and the counts are traced, the capacity is static.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels
+from pallas_kernels.sparsity import BlockTable
+from sparvar_jax.plan import Plan
+from sparvar_jax.policies.indices import ceil_div, scale_index
+from sparvar_jax.policies.routing import Layers, Policy, assign, packed_rows
+from sparvar_jax.schedule import LayoutName, Scale
+from sparvar_jax.strategy import LayerState, Place
+
+MASS = "adaptive.mass"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveDecision:
+    """Dense attention that measures the mass of every block pair. Leaves `adaptive.mass`."""
+
+    block: int = 128
+    implementation: str | None = None
+
+    name: ClassVar[str] = "adaptive decision"
+    layouts: ClassVar[tuple[LayoutName, ...]] = ("packed", "aligned")
+    reads: ClassVar[frozenset[str]] = frozenset()
+    writes: ClassVar[frozenset[str]] = frozenset({MASS})
+
+    def pairs(self, place: Place) -> float:
+        return float(place.dense_pairs)
+
+    def __call__(
+        self,
+        q: Float[Array, "R H T D"],
+        k: Float[Array, "Rk H S D"],
+        v: Float[Array, "Rk H S D"],
+        place: Place,
+        state: LayerState,
+    ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
+        """Dense output and the mean attention mass [R, H, query blocks, key blocks], float32."""
+        del state
+        rows = q.shape[0]
+        out, sums = pallas_kernels.attention_column_sums(
+            q, packed_rows(k, rows, place), packed_rows(v, rows, place), place.scale.end,
+            self.block, implementation=self.implementation,
+        )  # fmt: skip
+        return out, {MASS: block_mass(sums, self.block)}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveSparse:
+    """Block-sparse attention over the blocks that cover the carried mass.
+
+    coverage: share of the mass to reach. cap, floor: most and fewest blocks of a query block, as
+    shares of the key blocks. sinks: leading scales whose blocks are always kept.
+    """
+
+    decision: int
+    coverage: float = 0.9
+    cap: float = 0.25
+    floor: float = 0.02
+    block: int = 128
+    sinks: int = 5
+    implementation: str | None = None
+
+    name: ClassVar[str] = "adaptive"
+    layouts: ClassVar[tuple[LayoutName, ...]] = ("packed", "aligned")
+    reads: ClassVar[frozenset[str]] = frozenset({MASS})
+    writes: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self):
+        if not 0 < self.coverage <= 1:
+            raise ValueError(f"coverage must be a share in (0, 1], got {self.coverage}")
+        if not 0 <= self.floor <= self.cap <= 1 or self.cap == 0:
+            raise ValueError(
+                f"need 0 <= floor <= cap <= 1 and a positive cap, got {self.floor} and {self.cap}"
+            )
+        if self.block not in (64, 128):
+            raise ValueError(f"block must be 64 or 128, got {self.block}")
+
+    def limits(self, place: Place) -> tuple[int, int, int]:
+        """(sink blocks, fewest, most) key blocks of a query block at one scale."""
+        blocks = ceil_div(place.scale.end, self.block)
+        sink_tokens = sum(scale.tokens for scale in place.schedule.scales[: self.sinks])
+        sinks = ceil_div(min(sink_tokens, place.scale.end), self.block)
+        most = max(round(self.cap * blocks), sinks, 1)
+        return sinks, min(max(round(self.floor * blocks), sinks, 1), most), most
+
+    def pairs(self, place: Place) -> float:
+        """An upper bound: every query block at its cap. What was kept depends on the data."""
+        most = self.limits(place)[2]
+        return float(min(most * self.block, place.scale.end) * place.scale.tokens)
+
+    def table(self, mass: Float[Array, "R H Gq Gk"], place: Place) -> BlockTable:
+        """The traced block table of one scale, from the decision scale's mass."""
+        scales = place.schedule.scales
+        carried = carry_mass(mass, scales, self.decision, place.index, self.block)
+        sinks, floor, cap = self.limits(place)
+        chosen, counts = choose_blocks(carried, self.coverage, sinks, floor, cap)
+        return BlockTable(chosen, counts, place.scale.end, self.block, self.block)
+
+    def __call__(
+        self,
+        q: Float[Array, "R H T D"],
+        k: Float[Array, "Rk H S D"],
+        v: Float[Array, "Rk H S D"],
+        place: Place,
+        state: LayerState,
+    ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
+        """Attention over the chosen blocks; leaves no state."""
+        rows = q.shape[0]
+        out = pallas_kernels.block_sparse_attention(
+            q, packed_rows(k, rows, place), packed_rows(v, rows, place),
+            self.table(state[MASS][:rows], place), implementation=self.implementation,
+        )  # fmt: skip
+        return out, {}
+
+
+def adaptive(
+    coverage: float = 0.9,
+    cap: float = 0.25,
+    floor: float = 0.02,
+    block: int = 128,
+    *,
+    sinks: int = 5,
+    first_scale: int | float = -3,
+    layers: Layers = None,
+) -> Policy:
+    """Per-head block selection by covered attention mass, decided at `first_scale`.
+
+    Not in the paper; its authors' newer experiments do the like. See `AdaptiveSparse`.
+    """
+
+    def apply(plan: Plan) -> Plan:
+        decision = scale_index(plan.schedule, first_scale)
+        if decision + 1 >= len(plan.schedule):
+            raise ValueError(
+                f"decision scale {decision} is the last one: nothing later could use its mass"
+            )
+        later = AdaptiveSparse(decision, coverage, cap, floor, block, sinks)
+
+        def choose(index: int) -> AdaptiveDecision | AdaptiveSparse | None:
+            if index == decision and len(plan.steps) > decision + 1:
+                return AdaptiveDecision(block)
+            return later if index > decision else None
+
+        return assign(plan, layers, choose)
+
+    return apply
+
+
+def block_mass(sums: Float[Array, "R H Gq S"], block: int) -> Float[Array, "R H Gq Gk"]:
+    """Column sums of query blocks gathered into key blocks; every row sums to one."""
+    pad = -sums.shape[-1] % block
+    mass = jnp.pad(sums, ((0, 0), (0, 0), (0, 0), (0, pad)))
+    mass = mass.reshape(*sums.shape[:-1], -1, block).sum(-1)
+    return mass / mass.sum(-1, keepdims=True)
+
+
+def carry_mass(
+    mass: Float[Array, "R H Gq Gk"],
+    scales: tuple[Scale, ...],
+    decision: int,
+    index: int,
+    block: int,
+) -> Float[Array, "R H Gq2 Gk2"]:
+    """Mass of the decision scale's block pairs, spread over the blocks of a later scale.
+
+    A key block's mass is divided by the number of blocks it lands on; a query block takes the mean
+    of the query blocks it comes from.
+    """
+    queries, keys = carry_matrices(scales, decision, index, block)
+    return jnp.einsum("Aa,rhab,bB->rhAB", queries, mass, keys, precision="highest")
+
+
+@functools.lru_cache(maxsize=64)
+def carry_matrices(
+    scales: tuple[Scale, ...], decision: int, index: int, block: int
+) -> tuple[Float[np.ndarray, "Gq2 Gq"], Float[np.ndarray, "Gk Gk2"]]:
+    """(query matrix, rows sum to one; key matrix, rows sum to one or, landing nowhere, to zero).
+
+    Scale j moves to scale j + index - decision, cells keep their relative place.
+    """
+    shift = index - decision
+    sources = [_source_tokens(scales[j], scales[j + shift]) for j in range(decision + 1)]
+    last = sources[-1] - scales[decision].offset
+    queries = _incidence(last, np.arange(scales[index].tokens), scales[decision].tokens, block)
+    start = scales[shift].offset
+    targets = start + np.arange(scales[index].end - start)
+    keys = _incidence(np.concatenate(sources), targets, scales[decision].end, block).T
+    query_matrix = queries / queries.sum(1, keepdims=True)
+    key_matrix = keys / np.maximum(keys.sum(1, keepdims=True), 1)
+    return query_matrix.astype(np.float32), key_matrix.astype(np.float32)
+
+
+def _source_tokens(source: Scale, target: Scale) -> Int[np.ndarray, "tokens"]:
+    """For every cell of a target grid the token of the source grid that lies there."""
+    y = np.arange(target.height) * source.height // target.height
+    x = np.arange(target.width) * source.width // target.width
+    return (source.offset + y[:, None] * source.width + x).reshape(-1)
+
+
+def _incidence(sources, targets, source_tokens: int, block: int) -> Int[np.ndarray, "to from"]:
+    """Which source blocks hold a token that lands in which target block."""
+    shape = ceil_div(int(targets[-1]) + 1, block), ceil_div(source_tokens, block)
+    touched = np.zeros(shape, np.int64)
+    touched[targets // block, sources // block] = 1
+    return touched
+
+
+def choose_blocks(
+    mass: Float[Array, "R H Gq Gk"], coverage: float, sinks: int, floor: int, cap: int
+) -> tuple[Int[Array, "R H Gq cap"], Int[Array, "R H Gq"]]:
+    """(blocks, counts): sink blocks first, then the heaviest, until `coverage` of the mass is held.
+
+    Counts lie in floor..cap.
+    """
+    sink = jnp.arange(mass.shape[-1]) < sinks
+    order = jax.lax.top_k(jnp.where(sink, jnp.inf, mass), cap)[1]
+    held = jnp.cumsum(jnp.take_along_axis(mass, order, -1), -1)
+    short = held < coverage * mass.sum(-1, keepdims=True)
+    counts = jnp.clip(short.sum(-1) + 1, floor, cap)
+    return order.astype(jnp.int32), counts.astype(jnp.int32)

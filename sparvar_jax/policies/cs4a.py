@@ -1,0 +1,162 @@
+"""CS4A: columns of attention chosen at one scale and reused at the later ones (SparVAR).
+
+At the decision scale a layer attends densely, sums the attention every key gets from each group of
+queries, and keeps the heaviest keys. Later scales attend to those keys and a run of their own; what
+sparse attention missed at the decision scale is added back, upsampled (the output cache).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+from jaxtyping import Array, Float
+
+import pallas_kernels
+from sparvar_jax.plan import Plan
+from sparvar_jax.policies import columns as lists
+from sparvar_jax.policies.columns import Mapping, Reuse, Selection
+from sparvar_jax.policies.indices import scale_index
+from sparvar_jax.policies.routing import Layers, Policy, assign, packed_rows
+from sparvar_jax.schedule import LayoutName
+from sparvar_jax.strategy import LayerState, Place
+
+COLUMNS = "cs4a.columns"
+DIFFERENCE = "cs4a.difference"
+WINDOWS = (7, 9)
+"""The released local windows, of the last scales."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cs4aDecision:
+    """Dense attention that also chooses columns. Leaves `cs4a.columns` and, with the output cache,
+    `cs4a.difference`: dense minus sparse output, in q's dtype.
+    """
+
+    selection: Selection = Selection()
+    cache: bool = True
+    implementation: str | None = None
+
+    name: ClassVar[str] = "cs4a decision"
+    layouts: ClassVar[tuple[LayoutName, ...]] = ("packed", "aligned")
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def writes(self) -> frozenset[str]:
+        return frozenset({COLUMNS, DIFFERENCE} if self.cache else {COLUMNS})
+
+    def pairs(self, place: Place) -> float:
+        return float(place.dense_pairs)
+
+    def __call__(
+        self,
+        q: Float[Array, "R H T D"],
+        k: Float[Array, "Rk H S D"],
+        v: Float[Array, "Rk H S D"],
+        place: Place,
+        state: LayerState,
+    ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
+        """Dense output, the kept columns [R, H, G, K] and the difference [R, H, T, D]."""
+        del state
+        selection, rows = self.selection, q.shape[0]
+        keys, values = packed_rows(k, rows, place), packed_rows(v, rows, place)
+        out, sums = pallas_kernels.attention_column_sums(
+            q, keys, values, place.scale.end, selection.group, implementation=self.implementation
+        )
+        chosen = lists.select(sums, selection, place.scale)
+        if not self.cache:
+            return out, {COLUMNS: chosen}
+        columns, counts = lists.at_decision(chosen, selection, place.scale)
+        sparse = pallas_kernels.column_sparse_attention(
+            q, keys, values, columns, counts, kv_length=place.scale.end, group=selection.group,
+            granularity=selection.granularity, implementation=self.implementation,
+        )  # fmt: skip
+        return out, {COLUMNS: chosen, DIFFERENCE: out - sparse}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cs4aSparse:
+    """Attention to columns chosen at an earlier scale and to the scale's own local run."""
+
+    reuse: Reuse
+    cache: bool = True
+    implementation: str | None = None
+
+    name: ClassVar[str] = "cs4a"
+    layouts: ClassVar[tuple[LayoutName, ...]] = ("packed", "aligned")
+    writes: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({COLUMNS, DIFFERENCE} if self.cache else {COLUMNS})
+
+    def pairs(self, place: Place) -> float:
+        """Kept pairs; an upper bound where mapped columns may coincide ("scale", "relative")."""
+        return lists.pairs(self.reuse, place)
+
+    def __call__(
+        self,
+        q: Float[Array, "R H T D"],
+        k: Float[Array, "Rk H S D"],
+        v: Float[Array, "Rk H S D"],
+        place: Place,
+        state: LayerState,
+    ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
+        """Sparse output plus the upsampled output cache; leaves no state."""
+        rows = q.shape[0]
+        selection = self.reuse.selection
+        columns, counts = lists.at_later_scale(state[COLUMNS][:rows], self.reuse, place)
+        out = pallas_kernels.column_sparse_attention(
+            q, packed_rows(k, rows, place), packed_rows(v, rows, place), columns, counts,
+            kv_length=place.scale.end, group=selection.group,
+            granularity=selection.granularity, implementation=self.implementation,
+        )  # fmt: skip
+        if self.cache:
+            sizes = place.schedule.sizes
+            missed = lists.upsample(
+                state[DIFFERENCE][:rows], sizes[self.reuse.decision], sizes[place.index]
+            )
+            out = (out + missed).astype(out.dtype)
+        return out, {}
+
+
+def cs4a(
+    decision_scale: int | float = -3,
+    keep: float = 0.2,
+    group: int = 192,
+    multiple: int = 112,
+    granularity: Literal[1, 8] = 1,
+    windows: tuple[int, ...] = WINDOWS,
+    cache: bool = True,
+    mapping: Mapping = "keep",
+    *,
+    sinks: int = 5,
+    layers: Layers = None,
+) -> Policy:
+    """Columns decided at one scale and reused at every later one, in the given layers.
+
+    decision_scale: index, negative from the end, or share of the tokens. keep: share of the keys
+    kept by each group of `group` queries, rounded to `multiple` keys. granularity: single keys or
+    runs of 8. windows: local window of every later scale, counted from the end. mapping: "keep"
+    (released), "scale" (the paper's formula) or "relative" (see `Reuse`).
+    """
+    selection = Selection(keep, group, multiple, granularity, ranked=mapping == "relative")
+
+    def apply(plan: Plan) -> Plan:
+        decision = scale_index(plan.schedule, decision_scale)
+        if decision + 1 >= len(plan.schedule):
+            raise ValueError(
+                f"decision scale {decision} is the last one: nothing later could use its columns"
+            )
+        first = Cs4aDecision(selection, cache)
+        later = Cs4aSparse(Reuse(decision, selection, tuple(windows), mapping, sinks), cache)
+
+        def choose(index: int) -> Cs4aDecision | Cs4aSparse | None:
+            if index == decision and len(plan.steps) > decision + 1:
+                return first
+            return later if index > decision else None
+
+        return assign(plan, layers, choose)
+
+    return apply

@@ -1,0 +1,136 @@
+"""Plans from text: preset names and policy calls, joined by plus signs."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+from sparvar_jax.plan import Plan, dense_plan, map_attention
+from sparvar_jax.policies.adaptive import adaptive
+from sparvar_jax.policies.cs4a import cs4a
+from sparvar_jax.policies.csla import csla
+from sparvar_jax.policies.routing import Policy
+from sparvar_jax.policies.scales import drop_uncond, skip_last_scales
+from sparvar_jax.policies.sparvar import released_boundary, sparvar
+from sparvar_jax.schedule import ScaleSchedule
+
+FAST_COLUMNS = (("granularity", 8), ("multiple", 64))
+
+
+def dense() -> Policy:
+    """Every layer dense at every scale: changes nothing."""
+    return lambda plan: plan
+
+
+def sparvar_paper() -> Policy:
+    """The shipped configuration: CS4A in layers 0..10, CSLA in 128-blocks above, scales -3 on.
+
+    Depths other than 32 and 40 take the same share of their layers.
+    """
+    return lambda plan: sparvar(released_boundary(plan.depth))(plan)
+
+
+def sparvar_fast() -> Policy:
+    """The same windows and budgets in the shapes our kernels like: runs of 8 keys, and boxes."""
+    return lambda plan: sparvar(
+        released_boundary(plan.depth), columns_options=FAST_COLUMNS, form="boxes"
+    )(plan)
+
+
+PRESETS: dict[str, Callable[[], Policy]] = {
+    "dense": dense,
+    "sparvar-paper": sparvar_paper,
+    "sparvar-fast": sparvar_fast,
+}
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "csla": csla,
+    "cs4a": cs4a,
+    "sparvar": sparvar,
+    "adaptive": adaptive,
+    "skip_last_scales": skip_last_scales,
+    "drop_uncond": drop_uncond,
+}
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names that stand for a whole plan."""
+    return tuple(PRESETS)
+
+
+def parse_policy(text: str) -> Policy:
+    """One policy from a name or a call with literal arguments, e.g. `csla(sinks=0)`.
+
+    Raises ValueError for unknown names, non-literal arguments or arguments a policy does not take.
+    """
+    match = re.fullmatch(r"\s*([a-z_][\w-]*)\s*(\(.*\))?\s*", text, re.DOTALL)
+    known = {**PRESETS, **POLICIES}
+    if match is None or match[1] not in known:
+        raise ValueError(f"unknown policy {text.strip()!r}: use one of {', '.join(known)}")
+    positional, named = _arguments(text, match[2] or "()")
+    try:
+        return known[match[1]](*positional, **named)
+    except TypeError as error:
+        raise ValueError(f"{text.strip()}: {error}") from error
+
+
+def parse_plan(
+    text: str,
+    schedule: ScaleSchedule,
+    depth: int,
+    *,
+    guidance: bool | tuple[bool, ...] = True,
+    merge_at: int | None = None,
+    implementation: str | None = None,
+) -> Plan:
+    """A plan from text such as "dense", "sparvar-fast + drop_uncond(3)" or "csla(sinks=0)".
+
+    Policies apply from left to right to the dense plan. guidance, merge_at: as in `dense_plan`.
+    implementation: kernel choice for every attention, None for the best that can serve.
+    """
+    plan = dense_plan(schedule, depth, guidance=guidance, merge_at=merge_at)
+    for part in _split(text):
+        plan = parse_policy(part)(plan)
+    if implementation is not None:
+        plan = map_attention(
+            plan,
+            lambda step, layer: dataclasses.replace(
+                step.segment(layer).attention, implementation=implementation
+            ),
+        )
+    return dataclasses.replace(plan, name=text.strip())
+
+
+def _split(text: str) -> list[str]:
+    """The parts between plus signs outside parentheses."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "+" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _arguments(text: str, call: str) -> tuple[list[Any], dict[str, Any]]:
+    try:
+        node = ast.parse(f"f{call}", mode="eval").body
+        if not isinstance(node, ast.Call):
+            raise ValueError("not a call")
+        positional = [_literal(value) for value in node.args]
+        named = {str(item.arg): _literal(item.value) for item in node.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"{text.strip()!r} needs literal arguments, such as csla(sinks=5, form='boxes')"
+        ) from error
+    return positional, named
+
+
+def _literal(node: ast.expr) -> Any:
+    value = ast.literal_eval(node)
+    if isinstance(value, dict):
+        return tuple(value.items())
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,58 @@
+"""SparVAR as published: CS4A in the first layers, CSLA in the rest, from one decision scale on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparvar_jax.plan import Plan
+from sparvar_jax.policies.cs4a import cs4a
+from sparvar_jax.policies.csla import csla
+from sparvar_jax.policies.routing import Policy
+
+BOUNDARY = 10
+BOUNDARY_SHARE = 11 / 32
+"""Share of the layers that decide columns: layers 0..10 of the 32 of the 2B model."""
+
+
+def sparvar(
+    boundary: int | float = BOUNDARY,
+    *,
+    first_scale: int | float = -3,
+    columns_options: tuple[tuple[str, Any], ...] = (),
+    **csla_options: Any,
+) -> Policy:
+    """CS4A in layers 0..boundary (inclusive), CSLA above, from `first_scale` (the decision) on.
+
+    boundary: a layer, or the share of the layers that use CS4A. columns_options: options of
+    `cs4a` as pairs; further keywords go to `csla`. Raises ValueError for a boundary outside the
+    model.
+    """
+
+    def apply(plan: Plan) -> Plan:
+        cut = boundary_layer(boundary, plan.depth) + 1
+        plan = cs4a(first_scale, layers=(0, cut), **dict(columns_options))(plan)
+        if cut == plan.depth:
+            return plan
+        rest = csla(first_scale=first_scale, layers=(cut, plan.depth), **csla_options)
+        return rest(plan)
+
+    return apply
+
+
+def boundary_layer(boundary: int | float, depth: int) -> int:
+    """The last layer that uses CS4A: itself, or from the share of layers (at least one)."""
+    if isinstance(boundary, float):
+        if not 0 < boundary <= 1:
+            raise ValueError(f"a boundary share must lie in (0, 1], got {boundary}")
+        return max(round(boundary * depth), 1) - 1
+    if not 0 <= boundary < depth:
+        raise ValueError(
+            f"boundary layer {boundary} is outside a model of {depth} layers: give 0..{depth - 1}, "
+            "or a share of the layers such as 0.34"
+        )
+    return boundary
+
+
+def released_boundary(depth: int) -> int:
+    """The published boundary layer at depths 32 and 40; the same share of any other depth."""
+    return BOUNDARY if depth in (32, 40) else boundary_layer(BOUNDARY_SHARE, depth)
