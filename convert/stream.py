@@ -16,6 +16,9 @@ from convert.rules import FLOAT_DTYPES, ConversionError, Ignore, Table, Transfor
 
 _SHOWN = 6
 
+Progress = Callable[[str, int, int], None]
+"""(what was done, how many are done, how many there are)."""
+
 
 class Reader(Protocol):
     """Source of named tensors; shapes and dtypes are known without reading any data."""
@@ -149,13 +152,13 @@ def convert_tensors(
     reader: Reader,
     expected: Mapping[str, Shaped],
     write: Callable[[str, np.ndarray], None],
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Converted:
     """Stream every tensor through its rule into `write(path, array)`, one at a time.
 
     Args:
         expected: parameter path -> anything with `.shape`.
-        progress: called with the parameter path after each write.
+        progress: called as (parameter path, done, total) after each write.
 
     Raises:
         ConversionError: names or shapes do not fit (nothing was written), or a tensor holds NaN
@@ -168,14 +171,14 @@ def convert_tensors(
             raise ConversionError(f"{table.kind} checkpoint: {key} {complaint} ({entry.reason})")
     dtypes: dict[str, int] = {}
     parameters = 0
-    for key, path, transform in plan.moves:
+    for done, (key, path, transform) in enumerate(plan.moves, 1):
         array = reader.read(key)
         require_finite(array, key)
         write(path, np.asarray(transform.forward(array), order="C"))
         dtypes[array.dtype.name] = dtypes.get(array.dtype.name, 0) + 1
         parameters += array.size
         if progress is not None:
-            progress(path)
+            progress(path, done, len(plan.moves))
     reasons = {key: entry.reason for key, entry in plan.ignored}
     return Converted(len(plan.moves), parameters, dtypes, reasons)
 

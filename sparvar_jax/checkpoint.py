@@ -151,13 +151,15 @@ class NewPart:
     """A part under construction: the folder to build, and what the model's JSON files will say.
 
     `config` is the part's entry in `config.json` (its `kind` and the config fields), `source` its
-    entry in `manifest.json`, `defaults` joins the defaults of `config.json`.
+    entry in `manifest.json`, `defaults` joins the defaults of `config.json`. `others` replaces
+    entries of parts that are there already.
     """
 
     folder: Path
     config: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -206,7 +208,7 @@ def _join(model: Path, part: str, new: NewPart) -> None:
     config = read_config(model) if (model / CONFIG).exists() else {"format": FORMAT}
     manifest = read_manifest(model) if (model / MANIFEST).exists() else {}
     defaults = {**config.get("defaults", {}), **new.defaults}
-    config = {**config, part: dict(new.config), "defaults": defaults}
+    config = {**config, **new.others, part: dict(new.config), "defaults": defaults}
     os.replace(new.folder, model / part)
     try:
         _write_json(model / MANIFEST, {**manifest, part: dict(new.source)})
