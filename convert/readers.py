@@ -36,19 +36,21 @@ def load_torch(file: Path) -> Any:
     Raises ConversionError for files that are truncated, not PyTorch's, or carry code.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # holds plain settings only
-            mappable = zipfile.is_zipfile(file)
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
-        raise ConversionError(
-            f"{file} is refused: its pickle wants to use "
-            f"{found[1] if found else 'something other than tensors'}, which could run code; "
-            "save the plain state dict again and convert that"
-        ) from error
+        with file.open("rb") as stream:
+            mappable = zipfile.is_zipfile(stream)
     except OSError as error:
-        raise ConversionError(f"cannot read {file}: {error.strerror or error}") from error
+        raise ConversionError(f"cannot read {file}: {error.strerror}") from error
+    try:
+        # argparse.Namespace is where training checkpoints keep settings; it holds plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # torch has no common class for damaged files
+        found = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and found:
+            raise ConversionError(
+                f"{file} is refused: its pickle wants to use {found[1]}, which could run code; "
+                "save the plain state dict again and convert that"
+            ) from error
         raise ConversionError(
             f"{file} is truncated or not a PyTorch file ({_first_sentence(error)}): "
             "download or copy it again"

@@ -65,7 +65,7 @@ def convert_source(
     family = detect(opened)
     if kind is not None and family is not family_of(kind):
         raise ConversionError(
-            f"{opened.name} is a {family.title} ({family.kind}), expected {kind}: "
+            f"{opened.name} is of kind {family.kind} ({family.title}), expected {kind}: "
             "name another checkpoint"
         )
     config = family.infer_config(opened)
