@@ -153,6 +153,7 @@ class Generator:
         self.model = model
         self._leaves, self._treedef = jax.tree.flatten((model, codebook))
         self._compiled: dict[Any, Any] = {}
+        self._programs: dict[Any, tuple[Any, ...]] = {}
 
     def start(self, plan: Plan, batch: int) -> State:
         """An empty state: zeroed caches and code sum."""
@@ -173,25 +174,45 @@ class Generator:
         greedy: bool = False,
         threads: int | None = None,
         progress: Progress | None = None,
-    ) -> None:
-        """Trace every step of a plan and compile the new ones in parallel threads."""
+    ) -> tuple[Any, ...]:
+        """The executables of a plan's steps; new ones are compiled in parallel threads."""
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(condition))
+        name = (plan, batch, greedy, shapes)
+        if name not in self._programs:
+            self._programs[name] = self._compile(
+                plan, condition, batch, greedy=greedy, threads=threads, progress=progress
+            )
+        return self._programs[name]
+
+    def _compile(
+        self,
+        plan: Plan,
+        condition: Any,
+        batch: int,
+        *,
+        greedy: bool,
+        threads: int | None,
+        progress: Progress | None,
+    ) -> tuple[Any, ...]:
         controls, keys = _abstract_controls(len(plan.schedule), batch)
         state = jax.eval_shape(lambda: self.start(plan, batch))
         condition = jax.tree.map(_abstract, condition)
-        waiting = []
+        waiting, program = {}, []
         for index in range(len(plan.steps)):
             spec = step_spec(plan, index, greedy=greedy)
             traced = self._trace(spec, condition, state, controls, keys, None)
             key = _signature(spec, condition, state)
+            program.append(key)
             if key not in self._compiled:
-                waiting.append((key, traced))
+                waiting[key] = traced
             state = jax.tree.map(_abstract, traced.out_info[0])
         with ThreadPoolExecutor(threads) as pool:
-            jobs = pool.map(lambda item: (item[0], item[1].lower().compile()), waiting)
+            jobs = pool.map(lambda item: (item[0], item[1].lower().compile()), waiting.items())
             for done, (key, compiled) in enumerate(jobs):
                 self._compiled[key] = compiled
                 if progress:
                     progress("compile", done + 1, len(waiting))
+        return tuple(self._compiled[key] for key in program)
 
     def decode_scale(
         self,
@@ -230,7 +251,13 @@ class Generator:
         capture: bool = False,
     ) -> Iterator[tuple[State, ScaleOutput]]:
         """Draw scale after scale; a yielded state must be read before the next one is asked for."""
-        state = self.start(plan, keys.shape[0])
+        batch = keys.shape[0]
+        state = self.start(plan, batch)
+        if forced is None and not capture:
+            for compiled in self.compile(plan, condition, batch, greedy=greedy):
+                state, output = compiled(self._leaves, condition, state, controls, keys, None)
+                yield state, output
+            return
         for index in range(len(plan.steps)):
             tokens = None if forced is None else forced[index]
             state, output = self.decode_scale(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from sparvar_jax.schedule import LayoutName, Scale, ScaleSchedule
 from sparvar_jax.strategy import AllTokens, Attention, Dense, Place, TokenRule
@@ -140,8 +140,7 @@ def split_at_merge(
         start, stop = segment.layers
         bounds = [start, cut, stop] if start < cut < stop else [start, stop]
         pieces += [
-            dataclasses.replace(segment, layers=(a, b))
-            for a, b in itertools.pairwise(bounds)
+            dataclasses.replace(segment, layers=(a, b)) for a, b in itertools.pairwise(bounds)
         ]
     return tuple(pieces)
 
@@ -262,3 +261,18 @@ def _describe(plan: Plan) -> str:
         f"{plan.density(None):.3f} over all; layout {plan.layout}"
     )
     return "\n".join(lines)
+
+
+def with_implementation(plan: Plan, implementation: str | None) -> Plan:
+    """The plan with every attention served by one kernel implementation (None: the best there is).
+
+    Parity runs and kernel checks ask for "xla".
+    """
+
+    def choose(step: Step, layer: int) -> Attention | None:
+        attention: Any = step.segment(layer).attention
+        if not dataclasses.is_dataclass(attention) or not hasattr(attention, "implementation"):
+            return None
+        return dataclasses.replace(attention, implementation=implementation)  # type: ignore[type-var]
+
+    return map_attention(plan, choose)

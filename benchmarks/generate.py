@@ -1,0 +1,230 @@
+"""Seconds of whole generations, from text features to the uint8 picture on the host.
+
+    python -m benchmarks.generate --model infinity_2b --plans dense sparvar-paper
+
+Every row is checked in the same run: the last scale is computed again from the same state with XLA
+attention, and the guided logits must agree to bfloat16 accuracy; pictures must not be constant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import _record as record
+from benchmarks import models
+from sparvar_jax import generate, sampling
+from sparvar_jax.models import bsq_vae
+from sparvar_jax.plan import Plan, dense_plan, with_implementation
+from sparvar_jax.policies import parse_plan
+from sparvar_jax.schedule import infinity_schedule
+
+# Kernels and XLA round attention outputs to bfloat16 (2^-9 relative) in every layer; forty layers
+# of independent roundings add up to about 40**0.5 * 2**-9 = 1.2e-2. Guidance 3 can triple it.
+LOGIT_TOLERANCE = 4e-2
+
+
+@dataclasses.dataclass
+class Bench:
+    """One model with its compiled parts; `draw` is what is timed."""
+
+    generator: generate.Generator
+    decode: Any
+    embed: Any
+    text: tuple[jax.Array, jax.Array]
+    controls: sampling.Controls
+
+    @property
+    def batch(self) -> int:
+        return self.text[0].shape[0]
+
+    def draw(self, plan: Plan, clock: list[tuple[str, float]] | None = None) -> np.ndarray:
+        """The pictures of one generation; with a clock every part is waited for and timed."""
+
+        def tick(name: str, value: Any) -> None:
+            if clock is not None:
+                jax.block_until_ready(value)
+                clock.append((name, time.perf_counter()))
+
+        tick("start", None)
+        condition = self.embed(*self.text)
+        tick("text", condition)
+        keys = sampling.image_keys(0, self.batch)
+        code_sum = None
+        for index, (state, _) in enumerate(
+            self.generator.steps(plan, condition, self.controls, keys)
+        ):
+            code_sum = state.code_sum
+            tick(f"scale {index}", state)
+        image = np.asarray(self.decode(code_sum))
+        tick("decode", None)
+        return image
+
+    def check(self, plan: Plan) -> float:
+        """Relative error of the last scale's guided logits against XLA attention."""
+        condition = self.embed(*self.text)
+        keys = sampling.image_keys(0, self.batch)
+        state, last = self.generator.start(plan, self.batch), len(plan.steps) - 1
+        for index in range(last):
+            state, _ = self.generator.decode_scale(
+                plan, index, condition, state, self.controls, keys
+            )
+        logits = []
+        for which in (plan, with_implementation(plan, "xla")):
+            copy = jax.tree.map(jnp.copy, state)
+            _, output = self.generator.decode_scale(
+                which, last, condition, copy, self.controls, keys, capture=True
+            )
+            logits.append(np.asarray(output.captured["guided_logits"], np.float64))
+            del output, copy
+        ours, reference = logits
+        return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+
+
+def build(preset: str, batch: int, schedule_length: int, dtype: str) -> Bench:
+    """The benchmark of a preset with random weights."""
+    transformer = models.infinity(preset, dtype=dtype)
+    tokenizer = models.tokenizer(preset, dtype=dtype)
+    text = models.text_features(batch, transformer.config.text_width)
+    embed = jax.jit(lambda model, text, lengths: model.embed_condition(text, lengths, "learned"))
+    decode = jax.jit(lambda vae, codes: bsq_vae.to_uint8(vae.decode(codes)))
+    return Bench(
+        generate.Generator(transformer),
+        functools.partial(decode, tokenizer),
+        functools.partial(embed, transformer),
+        text,
+        generate.controls(schedule_length),
+    )
+
+
+def measure(bench: Bench, plan: Plan, repeats: int) -> dict[str, Any]:
+    """One row's timings: cold, warm median and spread, by part and by scale."""
+    start = time.perf_counter()
+    bench.generator.compile(plan, bench.embed(*bench.text), bench.batch)
+    compiled = time.perf_counter()
+    picture = bench.draw(plan)
+    cold = time.perf_counter() - start
+    if picture.std() < 1:
+        raise RuntimeError("the picture is constant: the generation did not run")
+    totals = []
+    for _ in range(repeats):
+        before = time.perf_counter()
+        bench.draw(plan)
+        totals.append(time.perf_counter() - before)
+    clock: list[tuple[str, float]] = []
+    bench.draw(plan, clock)
+    parts = {name: after - before for (_, before), (name, after) in itertools.pairwise(clock)}
+    scales = [seconds for name, seconds in parts.items() if name.startswith("scale")]
+    return {
+        "seconds_median": float(np.median(totals)),
+        "seconds_spread": float(np.ptp(totals)),
+        "seconds_by_part": {
+            "text": parts["text"],
+            "transformer": sum(scales),
+            "decode": parts["decode"],
+        },
+        "seconds_by_scale": scales,
+        "compile_seconds": compiled - start,
+        "cold_seconds": cold,
+        "repeats": repeats,
+    }
+
+
+def kernels_used(bench: Bench, plan: Plan) -> dict[str, int]:
+    """Custom calls of the compiled steps by target, read from the executables themselves."""
+    calls: dict[str, int] = {}
+    for compiled in bench.generator.compile(plan, bench.embed(*bench.text), bench.batch):
+        for target in re.findall(r'custom_call_target="([^"]+)"', compiled.as_text()):
+            calls[target] = calls.get(target, 0) + 1
+    return calls
+
+
+def matmul_ceiling() -> float:
+    """Measured bfloat16 TFLOP/s of one 8192^3 product on random data."""
+    a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    product = jax.jit(lambda x: x @ x)
+    product(a).block_until_ready()
+    before = time.perf_counter()
+    out = a
+    for _ in range(20):
+        out = product(a)
+    out.block_until_ready()
+    return 20 * 2 * 8192**3 / (time.perf_counter() - before) / 1e12
+
+
+def peak_gib() -> float | None:
+    """Peak bytes in use on the first device since this process started, in GiB."""
+    stats = jax.local_devices()[0].memory_stats()
+    return None if not stats else stats["peak_bytes_in_use"] / 2**30
+
+
+def kernels_used(bench: Bench, plan: Plan) -> dict[str, str]:
+    """Which implementation serves each attention of the last scale."""
+    from sparvar_jax.generate import kernels_of
+
+    return kernels_of(bench.generator.model.config, plan, bench.batch)
+
+
+def main() -> None:
+    """Measure the asked plans of one model and write one JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="infinity_2b")
+    parser.add_argument("--plans", nargs="+", default=["dense"])
+    parser.add_argument("--size", default="1M")
+    parser.add_argument("--ratio", type=float, default=1.0, help="height over width")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--name", default=None, help="file name, default generate-MODEL")
+    parser.add_argument("--out", default=None, help="folder, default benchmarks/results/DEVICE")
+    parser.add_argument("--no-check", action="store_true", help="profile only: write no file")
+    arguments = parser.parse_args()
+    schedule = infinity_schedule(arguments.ratio, arguments.size)
+    bench = build(arguments.model, arguments.batch, len(schedule), arguments.dtype)
+    base = dense_plan(schedule, bench.generator.model.config.depth)
+    ceiling = matmul_ceiling()
+    rows = []
+    for name in arguments.plans:
+        plan = parse_plan(name, base)
+        row = {
+            "model": arguments.model,
+            "weights": "random",
+            "plan": name,
+            "batch": arguments.batch,
+            "size": arguments.size,
+            "ratio": arguments.ratio,
+            "dtype": arguments.dtype,
+            "density": plan.density(),
+            "density_all": plan.density(None),
+            **measure(bench, plan, arguments.repeats),
+            "peak_gib": peak_gib(),
+            "kernels": kernels_used(bench, plan),
+            "matmul_ceiling_tflops": ceiling,
+        }
+        if not arguments.no_check:
+            row["logit_error"] = bench.check(plan)
+            if not row["logit_error"] <= LOGIT_TOLERANCE:
+                raise RuntimeError(f"{name}: logits differ from XLA by {row['logit_error']:.3g}")
+        rows.append(row)
+        print(
+            f"{name}: {row['seconds_median']:.4f} s (spread {row['seconds_spread']:.4f}), cold "
+            f"{row['cold_seconds']:.1f} s, by part "
+            + ", ".join(f"{k} {v:.4f}" for k, v in row["seconds_by_part"].items())
+            + f", logit error {row.get('logit_error')}",
+            flush=True,
+        )
+    if not arguments.no_check:
+        record.write(arguments.name or f"generate-{arguments.model}", rows, folder=arguments.out)
+
+
+if __name__ == "__main__":
+    main()
