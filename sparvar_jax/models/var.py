@@ -1,0 +1,167 @@
+"""VAR: class-conditional visual autoregressive transformer (arXiv 2404.02905).
+
+The module owns parameters and the small pure functions of one scale; the loop over scales, caches
+and randomness live in `sparvar_jax.generate`. It differs from Infinity in its condition (a class),
+its positions (learned, no rotary), its tokens (rows of a codebook) and its guidance, which grows
+with the scale.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+
+from sparvar_jax import quantizer, vocabulary
+from sparvar_jax.models import layers
+from sparvar_jax.models.infinity_parts import Attend
+from sparvar_jax.models.var_parts import Block, VarConfig, guidance_ramp
+from sparvar_jax.models.vqvae import Codebook
+from sparvar_jax.sampling import Controls
+from sparvar_jax.schedule import Scale, ScaleSchedule
+from sparvar_jax.strategy import Place
+
+__all__ = ["Condition", "Var", "VarConfig", "guidance_ramp"]
+
+
+class Condition(NamedTuple):
+    """What a class means to every step; rows lead every array.
+
+    pooled: the class vector. modulation: adaptive-norm values, one array a layer or a single one
+    that all layers share. head: scale and shift of the head.
+    """
+
+    pooled: Float[Array, "R C"]
+    modulation: tuple[Float[Array, "R 6 C"], ...]
+    head: Float[Array, "R 2 C"]
+
+
+class Var(nnx.Module):
+    """Parameters of a VAR transformer and the pure functions of one scale."""
+
+    def __init__(self, config: VarConfig, *, rngs: nnx.Rngs):
+        width, precision, single = config.width, config.precision, jnp.float32
+        self.config = config
+        self.class_embed = nnx.Param(_normal(rngs, config.classes + 1, width))
+        self.pos_start = nnx.Param(_normal(rngs, width))
+        self.pos_embed = nnx.Param(_normal(rngs, config.tokens, width))
+        self.level_embed = nnx.Param(_normal(rngs, len(config.sides), width))
+        self.word_embed = layers.linear(config.code_width, width, precision, rngs, weights=single)
+        if config.shared_ada:
+            self.shared_ada = layers.linear(width, 6 * width, precision, rngs, weights=single)
+        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.depth)])
+        self.head_ada = layers.linear(
+            width, 2 * width, precision, rngs, weights=single, compute=single
+        )
+        self.head = layers.linear(
+            width, config.vocab, precision, rngs, weights=single, compute=single
+        )
+
+    def embed_condition(self, labels: Int[Array, "B"], guidance: bool = True) -> Condition:
+        """Everything the steps need of the classes; with guidance unconditional rows follow."""
+        config = self.config
+        if guidance:
+            labels = jnp.concatenate([labels, jnp.full_like(labels, config.classes)])
+        pooled = self.class_embed[...][labels]
+        active, rows = jax.nn.silu(pooled), labels.shape[0]
+        projections = [self.shared_ada] if config.shared_ada else [b.ada for b in self.blocks]
+        modulation = tuple(
+            project(active).astype(jnp.float32).reshape(rows, 6, config.width)
+            for project in projections
+        )
+        return Condition(pooled, modulation, self.head_ada(active).reshape(rows, 2, config.width))
+
+    def embed_codes(
+        self, codes: Float[Array, "B T N"] | None, condition: Condition
+    ) -> Float[Array, "R T C"]:
+        """The sequence entering a scale, before positions; None starts at scale 0."""
+        rows = condition.pooled.shape[0]
+        if codes is None:
+            return (condition.pooled + self.pos_start[...])[:, None]
+        x = self.word_embed(codes).astype(jnp.float32)
+        return x if rows == codes.shape[0] else jnp.concatenate([x, x])
+
+    def add_level(self, x: Float[Array, "R T C"], place: Place) -> Float[Array, "R T C"]:
+        """The residual stream before block 0: level and learned positions added."""
+        scale = place.scale
+        positions = self.pos_embed[...][scale.offset : scale.end]
+        return x + (self.level_embed[...][scale.index] + positions)
+
+    def positions(self, place: Place) -> tuple[()]:
+        """Nothing: this family knows positions from its input alone."""
+        del place
+        return ()
+
+    def head_logits(
+        self, x: Float[Array, "R T C"], condition: Condition
+    ) -> Float[Array, "R T vocab"]:
+        """Raw logits over the codebook, float32."""
+        scale, shift = condition.head[: x.shape[0], 0], condition.head[: x.shape[0], 1]
+        return self.head(layers.modulate(x, scale, shift))
+
+    def block_inputs(self, layer: int, condition: Condition, rows: int) -> Float[Array, "rows 6 C"]:
+        """A block's adaptive-norm values for the first `rows` rows of a condition."""
+        return condition.modulation[0 if self.config.shared_ada else layer][:rows]
+
+    @staticmethod
+    def apply_block(
+        config: VarConfig,
+        block: Block,
+        x: Float[Array, "R T C"],
+        inputs: Float[Array, "R 6 C"],
+        positions: tuple[()],
+        attend: Attend,
+    ) -> Float[Array, "R T C"]:
+        """The residual stream after one block."""
+        del positions
+        return block(x, inputs, attend, config.precision)
+
+    @staticmethod
+    def sample(
+        config: VarConfig,
+        logits: Float[Array, "B T vocab"],
+        controls: Controls,
+        keys: PRNGKeyArray | None,
+    ) -> Shaped[Array, "B T ..."]:
+        """Token ids from guided logits, or weights [B, T, vocab] when `config.smooth`.
+
+        Without keys always the likeliest ids.
+        """
+        if keys is None or not config.smooth:
+            return vocabulary.sample(logits, controls.top_k, controls.top_p, keys)
+        scale = config.sides.index(round(logits.shape[1] ** 0.5))
+        progress = scale / (len(config.sides) - 1)
+        return vocabulary.mixture(logits, controls.top_k, controls.top_p, keys, progress)
+
+    @staticmethod
+    def start_codes(
+        config: VarConfig, batch: int, schedule: ScaleSchedule
+    ) -> Float[Array, "B height width N"]:
+        """The empty code sum on the final grid."""
+        return jnp.zeros((batch, *schedule.final, config.code_width), jnp.float32)
+
+    @staticmethod
+    def accumulate(
+        config: VarConfig,
+        tokens: Shaped[Array, "B T ..."],
+        code_sum: Float[Array, "B height width N"],
+        scale: Scale,
+        following: Scale | None,
+        codebook: Codebook,
+    ) -> tuple[Float[Array, "B height width N"], Float[Array, "B T2 N"] | None]:
+        """The code sum with one scale added, and the input codes of the following scale."""
+        codes = codebook.lookup(tokens)
+        grid = codes.reshape(-1, scale.height, scale.width, config.code_width)
+        code_sum = codebook.add(code_sum, grid, scale.index, len(config.sides))
+        if following is None:
+            return code_sum, None
+        size = (following.height, following.width)
+        codes = quantizer.next_input(code_sum, size, mode="area")
+        return code_sum, codes.reshape(codes.shape[0], following.tokens, config.code_width)
+
+
+def _normal(rngs: nnx.Rngs, *shape: int) -> Float[Array, "..."]:
+    return 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
