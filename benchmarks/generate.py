@@ -167,13 +167,6 @@ def peak_gib() -> float | None:
     return None if not stats else stats["peak_bytes_in_use"] / 2**30
 
 
-def kernels_used(bench: Bench, plan: Plan) -> dict[str, str]:
-    """Which implementation serves each attention of the last scale."""
-    from sparvar_jax.generate import kernels_of
-
-    return kernels_of(bench.generator.model.config, plan, bench.batch)
-
-
 def main() -> None:
     """Measure the asked plans of one model and write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -324,7 +325,7 @@ def _per_scale(name: str, value: float | tuple[float, ...], scales: int) -> tupl
     values = (value,) * scales if isinstance(value, int | float) else tuple(value)
     if len(values) != scales:
         raise ValueError(f"{name} needs one value or {scales} (one a scale), got {len(values)}")
-    if not all(jnp.isfinite(jnp.asarray(v)) for v in values):
+    if not all(math.isfinite(v) for v in values):
         raise ValueError(f"{name} must be finite, got {values}")
     return values
 
