@@ -1,0 +1,39 @@
+"""The `sparvar` command line: one module per command, shared manners in `console`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sparvar_jax.cli import console
+from sparvar_jax.cli.compare import compare
+from sparvar_jax.cli.convert import convert
+from sparvar_jax.cli.generate import generate
+from sparvar_jax.cli.info import info
+from sparvar_jax.cli.plans import plans
+
+app = typer.Typer(
+    name="sparvar",
+    help="Fast visual autoregressive generation in JAX, with SparVAR's sparse attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (generate, convert, compare, info, plans):
+    app.command()(command)
+
+
+@app.callback()
+def options(
+    traceback: Annotated[
+        bool, typer.Option(help="Show where an error came from instead of one line.")
+    ] = False,
+) -> None:
+    """Fast visual autoregressive generation in JAX, with SparVAR's sparse attention."""
+    console.show_tracebacks(traceback)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 bad input."""
+    return console.run(app, arguments)

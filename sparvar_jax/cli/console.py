@@ -1,0 +1,116 @@
+"""What the commands share: one-line errors with exit codes, warnings, progress, compile cache."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sparvar_jax.generate import Progress as Report
+
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+OUT_OF_MEMORY = (
+    "out of device memory; what helps: a smaller --size, --num 1, --dtype bfloat16, "
+    "--guidance 1, or a plan with fewer rows or scales (see `sparvar plans`)"
+)
+STAGES = {"load": "loading", "convert": "converting", "compile": "compiling", "draw": "drawing"}
+# A usage error of the command line library; its module has moved from version to version.
+_USAGE_ERROR = typer.BadParameter.__mro__[1]
+
+output = Console(soft_wrap=True)
+errors = Console(stderr=True)
+_settings = {"traceback": False}
+
+
+def show_tracebacks(show: bool) -> None:
+    """Whether `run` lets foreseen errors through with their traceback."""
+    _settings["traceback"] = show
+
+
+def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
+    """Run the command line; every foreseen failure ends in one line on stderr and an exit code.
+
+    2 for bad input, 1 for what failed on the way (device memory, a missing optional package, a
+    comparison outside tolerance), 130 for an interrupt. Other errors keep their traceback.
+    """
+    warnings.showwarning = _show_warning
+    try:
+        return int(app(args=arguments, standalone_mode=False) or 0)
+    except _USAGE_ERROR as error:
+        return _complain(getattr(error, "format_message", error.__str__)(), BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted", INTERRUPTED)
+    except Exception as error:
+        foreseen = describe(error)
+        if foreseen is None or _settings["traceback"]:
+            raise
+        return _complain(*foreseen)
+
+
+def describe(error: Exception) -> tuple[str, int] | None:
+    """Message and exit code of a foreseen error, None for a programming error."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'file system'}: {error.strerror}", BAD_INPUT
+    if isinstance(error, ValueError | NotImplementedError | OSError):
+        return str(error) or type(error).__name__, BAD_INPUT
+    if isinstance(error, ImportError):
+        return f"{error}: install the missing package, or sparvar-jax[convert,bench]", FAILED
+    if "RESOURCE_EXHAUSTED" in str(error):  # jax has one error class for all of XLA
+        return OUT_OF_MEMORY, FAILED
+    return None
+
+
+def use_compilation_cache() -> Path:
+    """Keep compiled programs and tuning results across processes; returns the folder.
+
+    A cache that is configured already (for instance by JAX_COMPILATION_CACHE_DIR) is left alone.
+    """
+    import jax
+
+    configured = jax.config.values.get("jax_compilation_cache_dir")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(configured or Path(base) / "sparvar_jax" / "xla")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "all")
+    return folder
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Report]:
+    """A progress callback that draws one bar a stage on stderr, and nothing off a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    quiet = not errors.is_terminal
+    with Progress(*columns, console=errors, transient=True, disable=quiet) as bars:
+        tasks = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(STAGES.get(stage, stage), total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _complain(message: str, code: int) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    del category, filename, lineno, line
+    print("warning:", " ".join(str(message).split()), file=file or sys.stderr)

@@ -1,0 +1,69 @@
+"""`sparvar convert`: PyTorch checkpoints into a model directory, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparvar_jax.cli import console
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(help="Checkpoint file or folder, hf://owner/name, or a model directory."),
+    ],
+    into: Annotated[
+        Path | None, typer.Option("--into", help="Model directory that gets one more part.")
+    ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Take the averaged weights of a training checkpoint.")
+    ] = False,
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="Refuse any other kind of checkpoint.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", help="Write SOURCE's part back: .pth, .safetensors.")
+    ] = None,
+    part: Annotated[
+        str, typer.Option("--part", help="Part to export: transformer, tokenizer or text.")
+    ] = "transformer",
+) -> None:
+    """Add a released checkpoint to a model directory (--into), or write a part back (--export)."""
+    if (into is None) == (export is None):
+        raise ValueError("give either --into DIR to convert, or --export FILE to write back")
+    if export is not None:
+        _export(source, part, export)
+    else:
+        assert into is not None
+        _convert(source, into, ema, kind)
+
+
+def _convert(source: str, into: Path, ema: bool, kind: str | None) -> None:
+    from convert.run import convert_source
+
+    with console.progress() as report:
+
+        def moved(path: str, done: int, total: int) -> None:
+            del path
+            report("convert", done, total)
+
+        done = convert_source(source, into, moved, ema=ema, kind=kind)
+    show = console.output.print
+    show(
+        f"{done.title} ({done.kind}) from a {done.container}: {done.tensors} tensors, "
+        f"{done.parameters:,} parameters -> {done.folder}",
+        highlight=False,
+        markup=False,
+    )
+    for reason, keys in done.ignored.items():
+        show(f"left behind: {len(keys)} x {reason}", highlight=False, markup=False)
+
+
+def _export(source: str, part: str, file: Path) -> None:
+    from convert.export import save_state_dict
+
+    count = save_state_dict(source, part, file)
+    console.output.print(f"{count} tensors -> {file}", highlight=False)

@@ -1,0 +1,34 @@
+"""Command line options that several commands take."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtype(StrEnum):
+    """Compute dtypes a user can ask for."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Model = Annotated[
+    Path | None, typer.Option("--model", help="Model directory; without it the demo model.")
+]
+Plan = Annotated[
+    str | None, typer.Option("--plan", help="Plan, such as dense; `sparvar plans` lists them.")
+]
+Aspect = Annotated[
+    str | None, typer.Option("--aspect", help="Aspect ratio W:H, snapped to the nearest one.")
+]
+Size = Annotated[
+    str | None, typer.Option("--size", help="0.06M, 0.25M, 0.60M or 1M of the largest picture.")
+]
+Precision = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Compute dtype; by default what suits the device.")
+]
+Num = Annotated[int, typer.Option("--num", min=1, help="How many pictures, drawn as one batch.")]

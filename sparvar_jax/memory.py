@@ -1,0 +1,64 @@
+"""How much device memory a generation needs, from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from sparvar_jax import checkpoint
+from sparvar_jax.loading import Model
+from sparvar_jax.plan import Plan
+
+_DECODER_MAPS = 4  # a residual block holds its input, its branch and two temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes by use. The largest of `step` and `decode` comes on top of weights and cache."""
+
+    weights: dict[str, int]
+    cache: int
+    step: int
+    decode: int
+
+    @property
+    def peak(self) -> int:
+        return sum(self.weights.values()) + self.cache + max(self.step, self.decode)
+
+
+def estimate(model: Model, plan: Plan, batch: int) -> Estimate:
+    """What drawing `batch` pictures with a plan holds at once; `model` may be abstract.
+
+    step: the widest activations of the largest scale. decode: the tokenizer's maps at full size.
+    XLA's own workspace is not counted.
+    """
+    config, picture = model.transformer.config, model.tokenizer.config
+    rows = batch * (2 if plan.steps[0].rows == "both" else 1)
+    item = np.dtype(config.precision.compute).itemsize
+    layout = plan.schedule.layout(plan.layout)
+    cache = 2 * config.depth * rows * layout.total * config.width * item
+    tokens = max(step.scale.tokens * (2 if step.rows == "both" else 1) for step in plan.steps)
+    # The residual stream and its norm in float32, and the feed-forward layer beside its input.
+    widest = 2 * 4 * config.width + (config.mlp_width + config.width) * item
+    stride = picture.stride * (2 if config.patchify else 1)
+    pixels = math.prod(plan.schedule.final) * stride * stride
+    channels = picture.base_width * picture.decoder_multipliers[0]
+    parts = (model.transformer, model.tokenizer, model.text_encoder)
+    weights = {
+        part: parameter_bytes(checkpoint.abstract_parameters(module))
+        for part, module in zip(checkpoint.PARTS, parts, strict=True)
+    }
+    return Estimate(
+        weights,
+        cache,
+        batch * tokens * widest,
+        _DECODER_MAPS * 4 * batch * pixels * channels,
+    )
+
+
+def parameter_bytes(shapes: dict[str, jax.ShapeDtypeStruct]) -> int:
+    """Bytes of all parameters in their dtypes."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values())

@@ -1,0 +1,144 @@
+"""The pipeline on a tiny random model: seeds, batches, streaming, negative prompts, refusals."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from sparvar_jax import checkpoint, loading
+from sparvar_jax.pipeline import Pipeline, parse_ratio, picture_size, resolve_schedule
+from sparvar_jax.policies import parse_plan
+from tests.tiny_model import DEFAULTS, TEXT, write_tiny_model
+
+PROMPTS = ["a red apple", "a blue owl wearing a green triangle on the photograph of the circle"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("pipeline") / "model")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return Pipeline.from_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def pair(pipe):
+    return pipe(PROMPTS, seed=5)
+
+
+def test_pictures_are_rgb_bytes_of_the_size_the_schedule_says(pipe, pair):
+    assert pair.shape == (2, 32, 32, 3)
+    assert pair.dtype == np.uint8
+    assert picture_size(pipe.model, resolve_schedule(pipe.model)) == (32, 32)
+    assert picture_size(pipe.model, resolve_schedule(pipe.model, "2:1", "1M")) == (90, 180)
+    assert pair[0].std() > 1
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(pipe, pair):
+    np.testing.assert_array_equal(pipe(["the circle", PROMPTS[1]], seed=5)[1], pair[1])
+    np.testing.assert_array_equal(pipe(PROMPTS[1], seed=6)[0], pair[1])
+    assert (pipe(PROMPTS[::-1], seed=4)[0] != pair[1]).any()
+
+
+def test_streamed_pictures_end_in_the_drawn_ones(pipe, pair):
+    frames = list(pipe.stream(PROMPTS, seed=5))
+    assert len(frames) == 7
+    np.testing.assert_array_equal(frames[-1], pair)
+    assert all((a != b).any() for a, b in itertools.pairwise(frames))
+
+
+def test_guidance_negative_prompts_and_temperature_change_the_picture(pipe):
+    short = {"plan": "skip_last_scales(4)", "seed": 5}
+    base = pipe(PROMPTS[0], **short)
+    assert base.shape == (1, 32, 32, 3)
+    assert (pipe(PROMPTS[0], guidance=4.0, **short) != base).any()
+    assert (pipe(PROMPTS[0], temperature=2.0, **short) != base).any()
+    assert (pipe(PROMPTS[0], negative="a green circle", **short) != base).any()
+    unguided = pipe(PROMPTS[0], guidance=1.0, **short)
+    assert (unguided != base).any()
+    # Guidance 1 in every scale but the last, which is not drawn: rows stay, the picture does not.
+    partly = pipe(PROMPTS[0], guidance=[1.0] * 6 + [2.0], **short)
+    np.testing.assert_array_equal(partly, unguided)
+
+
+def test_progress_is_reported_by_stage(folder):
+    told = []
+    pipe = Pipeline.from_checkpoint(folder, progress=lambda *now: told.append(now))
+    assert told == [("load", n, 3) for n in (1, 2, 3)]
+    told.clear()
+    pipe(PROMPTS[0], plan="skip_last_scales(5)", progress=lambda *now: told.append(now))
+    assert told == [("compile", 1, 2), ("compile", 2, 2), ("draw", 1, 2), ("draw", 2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": "sparvar-slow"}, "sparvar-slow"),
+        ({"aspect_ratio": "wide"}, "W:H such as 16:9"),
+        ({"aspect_ratio": "4:0"}, "W:H such as 16:9"),
+        ({"size": "2M"}, "0.06M, 0.25M, 0.60M, 1M"),
+        ({"seed": -1}, "seed must lie in 0"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"guidance": (2.0, 3.0)}, "one flag for each of 7 scales"),
+        ({"guidance": 1.0, "negative": "an owl"}, "guidance, which is off"),
+        ({"negative": ["an owl"]}, "1 negative prompts for 2 prompts"),
+        ({"negative": ""}, "prompt is empty"),
+        ({"guidance_layer": 7}, "merge_at"),
+    ],
+)
+def test_impossible_calls_are_refused(pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(PROMPTS, **options)
+
+
+def test_a_plan_of_another_depth_or_beside_a_shape_is_refused(pipe):
+    schedule = resolve_schedule(pipe.model)
+    with pytest.raises(ValueError, match="3 layers, the model 2"):
+        pipe(PROMPTS, plan=parse_plan("dense", schedule, 3))
+    with pytest.raises(ValueError, match="a Plan fixes"):
+        pipe(PROMPTS, plan=parse_plan("dense", schedule, 2), size="1M")
+
+
+def test_far_ratios_are_snapped_with_a_warning(pipe):
+    with pytest.warns(UserWarning, match="nearest to 10 is 3"):
+        assert resolve_schedule(pipe.model, "10:1").final == (9, 27)
+
+
+@pytest.mark.parametrize(("text", "value"), [("16:9", 16 / 9), ("0.5", 0.5), (2, 2.0)])
+def test_ratios_are_width_over_height(text, value):
+    assert parse_ratio(text) == value
+
+
+def test_parts_that_do_not_fit_are_refused(folder, pipe):
+    narrow = dataclasses.replace(TEXT, width=64)
+    other = loading.abstract_part(
+        {"text": {"kind": "t5", **checkpoint.config_to_json(narrow)}}, "text"
+    )
+    with pytest.raises(ValueError, match=r"features of width 128.* gives 64"):
+        dataclasses.replace(pipe.model, text_encoder=other)
+
+
+def test_defaults_come_from_the_config(pipe):
+    assert {k: getattr(pipe.model.defaults, k) for k in DEFAULTS} == DEFAULTS
+
+
+def test_weights_take_the_dtype_asked_for(folder):
+    model = loading.load_model(folder, dtype="bfloat16")
+    shapes = checkpoint.abstract_parameters(model.transformer)
+    assert shapes["blocks.0.attn.qkv.kernel"].dtype == "bfloat16"
+    assert shapes["level_embed"].dtype == "float32"
+    with pytest.raises(ValueError, match="dtype must be"):
+        loading.load_model(folder, dtype="float8")
+
+
+def test_missing_models_and_parts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        Pipeline.from_checkpoint(tmp_path / "none")
+    with pytest.raises(ValueError, match="not a model directory"):
+        Pipeline.from_checkpoint(tmp_path)
+    write_tiny_model(tmp_path / "half", ("transformer",))
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        Pipeline.from_checkpoint(tmp_path / "half")
