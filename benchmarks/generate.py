@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks import _record as record
 from benchmarks import models
+from benchmarks._trace import kernel_times
 from sparvar_jax import generate, sampling
 from sparvar_jax.models import bsq_vae
 from sparvar_jax.plan import Plan, dense_plan, with_implementation
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--name", default=None, help="file name, default generate-MODEL")
     parser.add_argument("--out", default=None, help="folder, default benchmarks/results/DEVICE")
+    parser.add_argument("--trace", action="store_true", help="also sum GPU time by kernel")
     parser.add_argument("--no-check", action="store_true", help="profile only: write no file")
     arguments = parser.parse_args()
     schedule = infinity_schedule(arguments.ratio, arguments.size)
@@ -203,6 +205,8 @@ def main() -> None:
             "kernels": kernels_used(bench, plan),
             "matmul_ceiling_tflops": ceiling,
         }
+        if arguments.trace:
+            row["kernel_ms"] = kernel_times(functools.partial(bench.draw, plan))
         if not arguments.no_check:
             row["logit_error"] = bench.check(plan)
             if not row["logit_error"] <= LOGIT_TOLERANCE:
