@@ -118,8 +118,8 @@ def _split(text: str) -> list[str]:
 def _arguments(text: str, call: str) -> tuple[list[Any], dict[str, Any]]:
     try:
         node = ast.parse(f"f{call}", mode="eval").body
-        if not isinstance(node, ast.Call):
-            raise ValueError("not a call")
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+            raise ValueError("not one call")
         positional = [_literal(value) for value in node.args]
         named = {str(item.arg): _literal(item.value) for item in node.keywords}
     except (SyntaxError, ValueError) as error:
