@@ -17,7 +17,7 @@ from flax import nnx
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
 
-TOKENIZERS = {"infinity_2b": "f16_d32", "infinity_8b": "f8_d14"}
+TOKENIZERS = {"infinity_layer12": "f16_d32", "infinity_2b": "f16_d32", "infinity_8b": "f8_d14"}
 TEXT_TOKENS = 24  # a prompt of usual length
 
 

@@ -1,0 +1,70 @@
+"""Result files under `benchmarks/results/`: device, versions, date, commit and rows."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import subprocess
+from typing import Any
+
+import jax
+
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "flash-attn3-jax")
+
+
+def device_name() -> str:
+    """What the first device calls itself, for instance "NVIDIA H100 80GB HBM3" or "cpu"."""
+    return jax.devices()[0].device_kind
+
+
+def device_folder() -> str:
+    """The device as a short folder name: h100, h200, cpu, ..."""
+    name = device_name().lower()
+    known = re.search(r"[abhv]\d{2,3}", name)
+    return known[0] if known else re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that matter to a figure."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit measured: from git, else from SPARVAR_COMMIT, else "unknown"."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(
+            command, cwd=RESULTS.parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("SPARVAR_COMMIT", "unknown")
+    return done.stdout.strip()
+
+
+def write(name: str, rows: list[dict[str, Any]], *, folder: str | None = None) -> pathlib.Path:
+    """Write one results file under a temporary name, then rename it; returns its path."""
+    target = pathlib.Path(folder) if folder else RESULTS / device_folder()
+    target.mkdir(parents=True, exist_ok=True)
+    content = {
+        "device": device_name(),
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
+        "rows": rows,
+    }
+    file = target / f"{name}.json"
+    temporary = file.with_suffix(".json.new")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, file)
+    return file
