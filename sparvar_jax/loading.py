@@ -14,12 +14,14 @@ from sparvar_jax import checkpoint
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.models.t5 import T5Config, T5Encoder
+from sparvar_jax.models.var import Var, VarConfig
+from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
 from sparvar_jax.text import Tokenizer, load_tokenizer
 
 DEMO = Path(__file__).parent / "demo"
 KINDS: dict[str, dict[str, tuple[type, type]]] = {
-    "transformer": {"infinity": (Infinity, InfinityConfig)},
-    "tokenizer": {"bsq_vae": (BsqVae, BsqVaeConfig)},
+    "transformer": {"infinity": (Infinity, InfinityConfig), "var": (Var, VarConfig)},
+    "tokenizer": {"bsq_vae": (BsqVae, BsqVaeConfig), "vqvae": (Vqvae, VqvaeConfig)},
     "text": {"t5": (T5Encoder, T5Config)},
 }
 """Part -> kind named in `config.json` -> module and config classes."""
@@ -77,7 +79,7 @@ def model_folder(directory: str | Path | None) -> Path:
             raise ValueError(f"{folder} does not exist: give the folder `sparvar convert` wrote")
         return folder
     if not (DEMO / checkpoint.CONFIG).is_file():
-        raise ValueError("this installation has no demo model: name a model directory")
+        raise ValueError("this installation has no demo model: give --model DIR")
     return DEMO
 
 

@@ -27,7 +27,7 @@ for command in (generate, convert, compare, info, plans):
 @app.callback()
 def options(
     traceback: Annotated[
-        bool, typer.Option(help="Show where an error came from instead of one line.")
+        bool, typer.Option("--traceback", help="Show where an error came from instead of one line.")
     ] = False,
 ) -> None:
     """Fast visual autoregressive generation in JAX, with SparVAR's sparse attention."""

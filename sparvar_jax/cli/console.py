@@ -42,12 +42,18 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
     2 for bad input, 1 for what failed on the way (device memory, a missing optional package, a
     comparison outside tolerance), 130 for an interrupt. Other errors keep their traceback.
     """
-    warnings.showwarning = _show_warning
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(app, arguments)
+
+
+def _run(app: typer.Typer, arguments: list[str] | None) -> int:
     try:
-        return int(app(args=arguments, standalone_mode=False) or 0)
+        code = int(app(args=arguments, standalone_mode=False) or 0)
+        return _complain("interrupted", code) if code == INTERRUPTED else code
     except _USAGE_ERROR as error:
         return _complain(getattr(error, "format_message", error.__str__)(), BAD_INPUT)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort):  # some versions return the code, others raise
         return _complain("interrupted", INTERRUPTED)
     except Exception as error:
         foreseen = describe(error)
@@ -107,7 +113,8 @@ def progress() -> Iterator[Report]:
 
 
 def _complain(message: str, code: int) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    if message:  # empty after a bare `sparvar`, which has shown its help
+        print("error:", " ".join(message.split()), file=sys.stderr)
     return code
 
 

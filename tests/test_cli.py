@@ -1,0 +1,147 @@
+"""The command line on a tiny model: what it writes, prints and returns."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+
+from sparvar_jax import checkpoint, loading, metadata
+from sparvar_jax.cli import console, main
+from sparvar_jax.pipeline import Pipeline
+from tests.convert import sources
+from tests.tiny_model import write_tiny_model
+
+SHORT = ["--plan", "skip_last_scales(5)"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """The compile cache of a command goes to the test's folder, and is forgotten afterwards."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_generate_writes_the_pipelines_pictures_with_metadata(model, tmp_path, capsys):
+    out = tmp_path / "apple.png"
+    arguments = ["a red apple", "--model", str(model), "--seed", "3", "--num", "2", *SHORT]
+    assert main(["generate", *arguments, "--out", str(out), "--negative", "an owl"]) == 0
+    expected = Pipeline.from_checkpoint(model)(
+        ["a red apple"] * 2, plan=SHORT[1], seed=3, negative="an owl"
+    )
+    for index, picture in enumerate(expected):
+        file = tmp_path / f"apple-{3 + index}.png"
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), picture)
+        told = metadata.read_metadata(file)
+        assert told["prompt"] == "a red apple"
+        assert told["negative"] == "an owl"
+        assert (told["seed"], told["plan"], told["guidance"]) == (str(3 + index), SHORT[1], "2.0")
+        assert "jax" in told["versions"]
+    assert "apple-4.png: 32x32" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_plans_lists_presets_and_shows_one(capsys):
+    assert main(["plans"]) == 0
+    listed = capsys.readouterr().out
+    assert "sparvar-paper" in listed
+    assert "drop_uncond(...)" in listed
+    assert main(["plans", "dense+drop_uncond(3)", "--depth", "2", "--size", "0.25M"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in shown[1:11]] == ["both"] * 7 + ["cond"] * 3
+
+
+def test_info_shows_parts_plan_and_memory(model, capsys):
+    assert main(["info", "--model", str(model), "--aspect", "2:1"]) == 0
+    shown = capsys.readouterr().out
+    count = sum(
+        leaf.size
+        for leaf in checkpoint.abstract_parameters(
+            loading.describe_model(model).transformer
+        ).values()
+    )
+    assert f"{count:,}" in shown
+    assert "pictures of 44x22" in shown
+    assert "density 1.000" in shown
+    assert "peak about" in shown
+
+
+def test_convert_adds_a_part_and_writes_it_back(tmp_path, capsys):
+    weights = sources.infinity_weights()
+    file = sources.flat(weights, tmp_path)
+    assert main(["convert", str(file), "--into", str(tmp_path / "model")]) == 0
+    assert "Infinity transformer (infinity) from a flat state dict" in capsys.readouterr().out
+    back = tmp_path / "back.pth"
+    assert main(["convert", str(tmp_path / "model"), "--export", str(back)]) == 0
+    returned = torch.load(back, weights_only=True)
+    assert returned.keys() == weights.keys()
+    assert all(torch.equal(returned[key], weights[key]) for key in weights)
+    assert main(["convert", str(file)]) == 2
+    assert "either --into DIR" in capsys.readouterr().err
+
+
+def test_compare_returns_0_inside_and_1_outside_the_tolerance(tmp_path, capsys):
+    file = tmp_path / "tokenizer.pth"
+    torch.save({"vae": sources.tokenizer_weights()}, file)
+    report = tmp_path / "report.json"
+    arguments = ["compare", str(file), "--out", str(report)]
+    assert main(arguments) == 0
+    assert "inside the tolerance" in capsys.readouterr().out
+    assert json.loads(report.read_text())["passed"]
+    assert report.with_suffix(".png").is_file()
+    assert main([*arguments, "--tolerance", "1e-12"]) == 1
+    assert "OUTSIDE" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "none.pth"), "--out", str(report)]) == 2
+
+
+def test_the_compile_cache_lies_in_the_cache_folder(tmp_path):
+    assert console.use_compilation_cache() == tmp_path / "cache" / "sparvar_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+    assert console.use_compilation_cache() == tmp_path / "mine"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ValueError("two\nlines"), 2, "error: two lines"),
+        (NotImplementedError("not on this device"), 2, "error: not on this device"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "error: /x: Permission denied"),
+        (ImportError("No module named 'torch'"), 1, "sparvar-jax[convert"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "--dtype bfloat16"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_foreseen_errors_are_one_line_with_an_exit_code(error, code, text, capsys):
+    app = typer.Typer()
+
+    @app.command()
+    def fail():
+        raise error
+
+    assert console.run(app, []) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert text in line
+
+
+def test_other_errors_and_asked_for_ones_keep_their_traceback(model):
+    app = typer.Typer()
+
+    @app.command()
+    def fail():
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        console.run(app, [])
+    with pytest.raises(ValueError, match="unknown policy"):
+        main(["--traceback", "plans", "nope"])
+    assert main(["plans", "nope"]) == 2
