@@ -3,7 +3,12 @@
 from sparvar_jax.policies.adaptive import adaptive
 from sparvar_jax.policies.cs4a import cs4a
 from sparvar_jax.policies.csla import csla
-from sparvar_jax.policies.registry import parse_plan, parse_policy, preset_names
+from sparvar_jax.policies.registry import (
+    parse_plan,
+    parse_policies,
+    parse_policy,
+    preset_names,
+)
 from sparvar_jax.policies.routing import Policy
 from sparvar_jax.policies.scales import drop_uncond, skip_last_scales
 from sparvar_jax.policies.sparvar import sparvar
@@ -15,6 +20,7 @@ __all__ = [
     "csla",
     "drop_uncond",
     "parse_plan",
+    "parse_policies",
     "parse_policy",
     "preset_names",
     "skip_last_scales",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from pallas_kernels.api import Implementation
 from pallas_kernels.sparsity import BlockTable
 from sparvar_jax.plan import Plan
 from sparvar_jax.policies.indices import ceil_div, scale_index
 from sparvar_jax.policies.routing import Layers, Policy, assign, packed_rows
-from sparvar_jax.schedule import LayoutName, Scale
+from sparvar_jax.schedule import Scale
 from sparvar_jax.strategy import LayerState, Place
 
 MASS = "adaptive.mass"
@@ -31,12 +31,12 @@ class AdaptiveDecision:
     """Dense attention that measures the mass of every block pair. Leaves `adaptive.mass`."""
 
     block: int = 128
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
-    name: ClassVar[str] = "adaptive decision"
-    layouts: ClassVar[tuple[LayoutName, ...]] = ("packed", "aligned")
-    reads: ClassVar[frozenset[str]] = frozenset()
-    writes: ClassVar[frozenset[str]] = frozenset({MASS})
+    name = "adaptive decision"
+    layouts = ("packed", "aligned")
+    reads = frozenset[str]()
+    writes = frozenset({MASS})
 
     def pairs(self, place: Place) -> float:
         return float(place.dense_pairs)
@@ -73,12 +73,12 @@ class AdaptiveSparse:
     floor: float = 0.02
     block: int = 128
     sinks: int = 5
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
-    name: ClassVar[str] = "adaptive"
-    layouts: ClassVar[tuple[LayoutName, ...]] = ("packed", "aligned")
-    reads: ClassVar[frozenset[str]] = frozenset({MASS})
-    writes: ClassVar[frozenset[str]] = frozenset()
+    name = "adaptive"
+    layouts = ("packed", "aligned")
+    reads = frozenset({MASS})
+    writes = frozenset[str]()
 
     def __post_init__(self):
         if not 0 < self.coverage <= 1:
@@ -125,6 +125,7 @@ class AdaptiveSparse:
             q, packed_rows(k, rows, place), packed_rows(v, rows, place),
             self.table(state[MASS][:rows], place), implementation=self.implementation,
         )  # fmt: skip
+        assert isinstance(out, jax.Array)
         return out, {}
 
 

@@ -116,7 +116,7 @@ def at_decision(
 
 def at_later_scale(
     chosen: Int[Array, "R H G K"], reuse: Reuse, place: Place
-) -> tuple[Int[Array, "R H G2 K2"], jax.Array | np.ndarray]:
+) -> tuple[Int[Array, "R H G2 K2"], Int[Array, "#R #H G2"]]:
     """(lists, counts) of a scale after the decision.
 
     Mapping "keep": chosen units unchanged, then the local runs of every scale since the decision.
@@ -129,7 +129,7 @@ def at_later_scale(
     lead = (*chosen.shape[:2], *fixed.shape)
     if reuse.mapping == "keep":
         columns = jnp.concatenate([chosen, jnp.broadcast_to(fixed, lead)], -1)
-        return columns, (chosen.shape[-1] + counts)[None, None]
+        return columns, jnp.asarray(chosen.shape[-1] + counts)[None, None]
     table = _unit_map(scales, decision, place.index, reuse.mapping, selection.granularity)
     mapped = jnp.asarray(table)[chosen]
     absent = np.where(np.arange(fixed.shape[-1]) < counts[:, None], fixed, -1)

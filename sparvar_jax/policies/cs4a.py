@@ -8,18 +8,18 @@ sparse attention missed at the decision scale is added back, upsampled (the outp
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax
 from jaxtyping import Array, Float
 
 import pallas_kernels
+from pallas_kernels.api import Implementation
 from sparvar_jax.plan import Plan
 from sparvar_jax.policies import columns as lists
 from sparvar_jax.policies.columns import Mapping, Reuse, Selection
 from sparvar_jax.policies.indices import scale_index
 from sparvar_jax.policies.routing import Layers, Policy, assign, packed_rows
-from sparvar_jax.schedule import LayoutName
 from sparvar_jax.strategy import LayerState, Place
 
 COLUMNS = "cs4a.columns"
@@ -36,11 +36,11 @@ class Cs4aDecision:
 
     selection: Selection = Selection()
     cache: bool = True
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
-    name: ClassVar[str] = "cs4a decision"
-    layouts: ClassVar[tuple[LayoutName, ...]] = ("packed", "aligned")
-    reads: ClassVar[frozenset[str]] = frozenset()
+    name = "cs4a decision"
+    layouts = ("packed", "aligned")
+    reads = frozenset[str]()
 
     @property
     def writes(self) -> frozenset[str]:
@@ -81,11 +81,11 @@ class Cs4aSparse:
 
     reuse: Reuse
     cache: bool = True
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
-    name: ClassVar[str] = "cs4a"
-    layouts: ClassVar[tuple[LayoutName, ...]] = ("packed", "aligned")
-    writes: ClassVar[frozenset[str]] = frozenset()
+    name = "cs4a"
+    layouts = ("packed", "aligned")
+    writes = frozenset[str]()
 
     @property
     def reads(self) -> frozenset[str]:

@@ -5,7 +5,7 @@ the window around its own place. Two forms: raster blocks, as released, and rect
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from pallas_kernels import boxes_table, sparsity
+from pallas_kernels.api import Implementation
 from sparvar_jax.plan import Plan
 from sparvar_jax.policies.indices import scale_index
 from sparvar_jax.policies.routing import Layers, Policy, assign
@@ -40,10 +41,10 @@ class Csla:
     form: Form = "blocks"
     block: int = 128
     exact: bool = False
-    implementation: str | None = None
+    implementation: Implementation | None = None
 
-    reads: ClassVar[frozenset[str]] = frozenset()
-    writes: ClassVar[frozenset[str]] = frozenset()
+    reads = frozenset[str]()
+    writes = frozenset[str]()
 
     def __post_init__(self):
         if self.form not in ("blocks", "boxes"):
@@ -99,9 +100,11 @@ class Csla:
             )  # fmt: skip
             return out, {}
         blocks = sparsity.csla_blocks(geometry, windows, sinks, self.block, self.block)
-        return pallas_kernels.block_sparse_attention(
+        out = pallas_kernels.block_sparse_attention(
             q, k, v, blocks, implementation=self.implementation
-        ), {}
+        )
+        assert isinstance(out, jax.Array)
+        return out, {}
 
 
 def csla(

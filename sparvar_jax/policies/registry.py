@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from sparvar_jax.plan import Plan, dense_plan, map_attention
+from pallas_kernels.api import Implementation
+from sparvar_jax.plan import Plan, dense_plan, with_implementation
 from sparvar_jax.policies.adaptive import adaptive
 from sparvar_jax.policies.cs4a import cs4a
 from sparvar_jax.policies.csla import csla
@@ -76,6 +77,18 @@ def parse_policy(text: str) -> Policy:
         raise ValueError(f"{text.strip()}: {error}") from error
 
 
+def parse_policies(text: str) -> Policy:
+    """The policies of a text such as "sparvar-fast + drop_uncond(3)", applied left to right."""
+    policies = [parse_policy(part) for part in _split(text)]
+
+    def apply(plan: Plan) -> Plan:
+        for policy in policies:
+            plan = policy(plan)
+        return dataclasses.replace(plan, name=text.strip())
+
+    return apply
+
+
 def parse_plan(
     text: str,
     schedule: ScaleSchedule,
@@ -83,24 +96,15 @@ def parse_plan(
     *,
     guidance: bool | tuple[bool, ...] = True,
     merge_at: int | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Plan:
     """A plan from text such as "dense", "sparvar-fast + drop_uncond(3)" or "csla(sinks=0)".
 
     Policies apply from left to right to the dense plan. guidance, merge_at: as in `dense_plan`.
     implementation: kernel choice for every attention, None for the best that can serve.
     """
-    plan = dense_plan(schedule, depth, guidance=guidance, merge_at=merge_at)
-    for part in _split(text):
-        plan = parse_policy(part)(plan)
-    if implementation is not None:
-        plan = map_attention(
-            plan,
-            lambda step, layer: dataclasses.replace(
-                step.segment(layer).attention, implementation=implementation
-            ),
-        )
-    return dataclasses.replace(plan, name=text.strip())
+    plan = parse_policies(text)(dense_plan(schedule, depth, guidance=guidance, merge_at=merge_at))
+    return with_implementation(plan, implementation) if implementation else plan
 
 
 def _split(text: str) -> list[str]:
