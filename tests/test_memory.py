@@ -1,0 +1,42 @@
+"""Memory estimates against the arrays a generation really allocates."""
+
+import jax
+import pytest
+
+from sparvar_jax import loading
+from sparvar_jax.generate import Generator
+from sparvar_jax.memory import estimate
+from sparvar_jax.pipeline import resolve_plan, resolve_schedule
+from tests.tiny_model import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("memory") / "model")
+
+
+def bytes_of(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("guidance", "batch"), [(3.0, 2), (1.0, 1)])
+def test_weights_and_cache_are_exact(folder, guidance, batch):
+    described = loading.describe_model(folder, "float32")
+    plan = resolve_plan(described, None, resolve_schedule(described, "2:3"), guidance)
+    needed = estimate(described, plan, batch)
+    model = loading.load_model(folder, dtype="float32")
+    generator = Generator(model.transformer)
+    state = jax.eval_shape(lambda: generator.start(plan, batch))
+    assert needed.cache == bytes_of(state.cache)
+    assert needed.weights["transformer"] == bytes_of(model.transformer)
+    assert needed.weights["text"] == bytes_of(model.text_encoder)
+    assert needed.peak >= sum(needed.weights.values()) + needed.cache + needed.decode
+
+
+def test_bfloat16_halves_the_cache_and_dropped_rows_the_step(folder):
+    single, half = (loading.describe_model(folder, name) for name in ("float32", "bfloat16"))
+    schedule = resolve_schedule(single)
+    plan = resolve_plan(single, None, schedule)
+    assert estimate(half, plan, 1).cache * 2 == estimate(single, plan, 1).cache
+    dropped = resolve_plan(single, "dense+drop_uncond(1)", schedule)
+    assert estimate(single, dropped, 1).step < estimate(single, plan, 1).step
