@@ -25,7 +25,7 @@ from benchmarks import models
 from benchmarks._trace import kernel_times
 from sparvar_jax import generate, sampling
 from sparvar_jax.models import bsq_vae
-from sparvar_jax.plan import Plan, dense_plan, with_implementation
+from sparvar_jax.plan import Plan, with_implementation
 from sparvar_jax.policies import parse_plan
 from sparvar_jax.schedule import infinity_schedule
 
@@ -185,11 +185,11 @@ def main() -> None:
     arguments = parser.parse_args()
     schedule = infinity_schedule(arguments.ratio, arguments.size)
     bench = build(arguments.model, arguments.batch, len(schedule), arguments.dtype)
-    base = dense_plan(schedule, bench.generator.model.config.depth)
+    depth = bench.generator.model.config.depth
     ceiling = matmul_ceiling()
     rows = []
     for name in arguments.plans:
-        plan = parse_plan(name, base)
+        plan = parse_plan(name, schedule, depth)
         row = {
             "model": arguments.model,
             "weights": "random",
