@@ -23,6 +23,7 @@ from convert.rules import ConversionError
 from convert.stream import Reader
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
+_NAMED = ("model.safetensors", "pytorch_model.bin")
 _TRAINED = ("gpt_fsdp", "gpt_wo_ddp", "var_wo_ddp")
 _EMA = "gpt_ema_fsdp"
 
@@ -101,6 +102,7 @@ def _open_folder(name: str, folder: Path) -> Source:
         return Source(name, kind, reader.files, reader, settings)
     for suffix in _WEIGHTS:
         files = sorted(folder.glob(f"*{suffix}"))
+        files = [file for file in files if file.name in _NAMED] or files
         if len(files) == 1:
             return Source(name, f"folder ({files[0].name})", (files[0],), _flat(files[0]), settings)
         if files:

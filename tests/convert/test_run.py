@@ -14,8 +14,12 @@ from safetensors.torch import load_file
 from convert.export import export_part, save_state_dict
 from convert.rules import ConversionError
 from convert.run import convert_source
+from convert.torch_twin.var import VarTwin
+from convert.torch_twin.vqvae import VqvaeTwin
 from sparvar_jax import checkpoint
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
+from sparvar_jax.models.var import VarConfig
+from sparvar_jax.models.vqvae import VqvaeConfig
 from tests.convert import sources
 
 
@@ -152,6 +156,14 @@ def test_tokenizer_names_without_wrappers(tmp_path):
     assert same(dict(export_part(tmp_path / "model", "tokenizer")), weights)
 
 
+def test_weights_with_the_usual_name_are_preferred(tmp_path):
+    weights = sources.infinity_weights()
+    sources.flat(weights, tmp_path).rename(tmp_path / "pytorch_model.bin")
+    torch.save({"lr": 0.1}, tmp_path / "training_args.bin")
+    done = convert_source(tmp_path, tmp_path / "model")
+    assert done.container == "folder (pytorch_model.bin)"
+
+
 @pytest.mark.parametrize("name", ["back.pth", "back.safetensors"])
 def test_exported_file_converts_again(tmp_path, name):
     weights = sources.tokenizer_weights()
@@ -159,6 +171,23 @@ def test_exported_file_converts_again(tmp_path, name):
     assert save_state_dict(tmp_path / "model", "tokenizer", tmp_path / name) == len(weights)
     convert_source(tmp_path / name, tmp_path / "again")
     assert same(dict(export_part(tmp_path / "again", "tokenizer")), weights)
+
+
+def test_class_conditional_models(tmp_path):
+    config = VarConfig(
+        depth=2, width=64, heads=1, sides=(1, 2, 3), classes=5, vocab=8, code_width=4
+    )
+    shape = VqvaeConfig(vocab=8, code_width=4, base_width=32, multipliers=(1, 2), blocks=1)
+    transformer = sources.randomised(VarTwin(config), 3)
+    tokenizer = sources.randomised(VqvaeTwin(shape), 4)
+    for weights, kind in ((transformer, "var"), (tokenizer, "vqvae")):
+        done = convert_source(sources.flat(weights, tmp_path), tmp_path / "model")
+        assert done.kind == kind
+        back = dict(export_part(tmp_path / "model", done.part))
+        for key in set(weights) - {"quantize.ema_vocab_hit_SV"}:  # statistics: start again at zero
+            assert torch.equal(back[key], weights[key]), key
+    with pytest.raises(ConversionError, match=r"of kind var, which does not go with a T5"):
+        convert_source(sources.text_folder(tmp_path / "t5"), tmp_path / "model")
 
 
 def drop(key):
