@@ -4,6 +4,10 @@ All take `q: [R', H, T, D]` and padded cache buffers `k, v: [R, H, S, D]` with R
 rows are used), accumulate in float32 and return q's dtype. `implementation`: "mosaic" (Hopper
 kernels) or "xla" fail loudly with NotImplementedError when they cannot serve; None takes the best
 that can. `implementation_used` tells which one that is.
+
+`logit_bound` promises that the absolute scaled logits stay below it, as cosine attention's do (100),
+and that every query sees one key with a logit above `logit_bound - 156`. The kernels then need no
+running maximum, which is 10 % faster in bfloat16; the other implementations ignore it.
 """
 
 from __future__ import annotations
@@ -13,8 +17,15 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import support, xla
-from pallas_kernels.sparsity import BlockTable, Gaps, Geometry, validate_blocks, validate_windows
+from pallas_kernels import support, tuning, xla
+from pallas_kernels.sparsity import (
+    BlockTable,
+    Gaps,
+    Geometry,
+    dense_blocks,
+    validate_blocks,
+    validate_windows,
+)
 
 Implementation = Literal["mosaic", "xla"]
 OPS = (
@@ -37,20 +48,44 @@ def choose(requested: Implementation | None, reason: str) -> Implementation:
     return requested
 
 
+def _mosaic_ops():
+    """The kernel wrappers; imported late, because they need a jax that has Mosaic GPU."""
+    from pallas_kernels import mosaic_ops
+
+    return mosaic_ops
+
+
 def _kernel_reason(op: str, q: Array, k: Array, v: Array) -> str:
     if op not in OPS:
         raise ValueError(f"op must be one of {OPS}. Got {op!r}.")
-    return support.operand_reason(q, k, v) or f"{op} has no Mosaic kernel in this version"
+    return support.device_reason() or support.operand_reason(q, k, v)
 
 
 def implementation_used(
-    op: str, q: Array, k: Array, v: Array, *, implementation: Implementation | None = None
+    op: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    implementation: Implementation | None = None,
+    blocks: BlockTable | None = None,
+    group: int = 192,
+    exact: bool = False,
 ) -> str:
-    """Name of what serves `op` on these operands: "mosaic", "cudnn" or "xla"."""
-    chosen = choose(implementation, _kernel_reason(op, q, k, v))
-    dense = op == "attention" and implementation is None
-    if chosen == "xla" and dense and not support.cudnn_reason(q):
-        return "cudnn"
+    """Name of what serves `op` on these operands: "mosaic", "cudnn" or "xla".
+
+    `blocks`, `group` and `exact` are those of the call, where the op has them.
+    """
+    reason = _kernel_reason(op, q, k, v)
+    if op == "block_sparse_attention" and blocks is not None:
+        reason = reason or support.block_reason(blocks, q.shape[-1])
+    if op == "column_sparse_attention" or op == "attention_column_sums":
+        reason = reason or support.group_reason(group)
+    if op == "window_attention":
+        reason = reason or support.window_reason(exact)
+    chosen = choose(implementation, reason)
+    if chosen == "xla" and op == "attention" and implementation is None:
+        return "xla" if support.cudnn_reason(q) else "cudnn"
     return chosen
 
 
@@ -64,6 +99,7 @@ def attention(
     return_lse: bool = False,
     gaps: Gaps = (),
     scale: float = 1.0,
+    logit_bound: float | None = None,
 ) -> Float[Array, "R2 H T D"] | tuple[Float[Array, "R2 H T D"], Float[Array, "R2 H T"]]:
     """Dense attention over the first `kv_length` cache rows; lse is natural and float32.
 
@@ -74,7 +110,16 @@ def attention(
     used = implementation_used("attention", q, k, v, implementation=implementation)
     if used == "cudnn" and not return_lse and not gaps:
         return xla.attention_cudnn(q, k, v, kv_length, scale=scale)
-    out, lse = xla.attention(q, k, v, kv_length, gaps=gaps, scale=scale)
+    if used == "mosaic":
+        config = tuning.block_list_config("dense", q.shape[-1], logit_bound is not None)
+        blocks = dense_blocks(
+            q.shape[2], kv_length, block_q=config.block_q, block_k=config.block_k, gaps=gaps
+        )
+        out, lse = _mosaic_ops().attend_blocks(
+            q, k, v, blocks, config, scale=scale, logit_bound=logit_bound
+        )
+    else:
+        out, lse = xla.attention(q, k, v, kv_length, gaps=gaps, scale=scale)
     return (out, lse) if return_lse else out
 
 
@@ -87,12 +132,22 @@ def block_sparse_attention(
     implementation: Implementation | None = None,
     return_lse: bool = False,
     scale: float = 1.0,
+    logit_bound: float | None = None,
 ) -> Float[Array, "R2 H T D"] | tuple[Float[Array, "R2 H T D"], Float[Array, "R2 H T"]]:
     """Softmax over the keys of the kept blocks; a query block without blocks gives zeros."""
     support.validate_operands(q, k, v, blocks.kv_length)
     validate_blocks(blocks, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    choose(implementation, _kernel_reason("block_sparse_attention", q, k, v))
-    out, lse = xla.block_sparse_attention(q, k, v, blocks, scale=scale)
+    used = implementation_used(
+        "block_sparse_attention", q, k, v, implementation=implementation, blocks=blocks
+    )
+    if used == "mosaic":
+        bounded = logit_bound is not None
+        config = tuning.block_list_config("blocks", q.shape[-1], bounded, blocks.block_k)
+        out, lse = _mosaic_ops().attend_blocks(
+            q, k, v, blocks, config, scale=scale, logit_bound=logit_bound
+        )
+    else:
+        out, lse = xla.block_sparse_attention(q, k, v, blocks, scale=scale)
     return (out, lse) if return_lse else out
 
 
@@ -107,6 +162,7 @@ def window_attention(
     exact: bool = False,
     implementation: Implementation | None = None,
     scale: float = 1.0,
+    logit_bound: float | None = None,
 ) -> Float[Array, "R2 H T D"]:
     """Cross-scale windows: a patch of 8x16 queries reads one rectangle per key grid.
 
@@ -121,7 +177,14 @@ def window_attention(
             f"q must hold the {geometry.height}x{geometry.width} query grid. "
             f"Got {q.shape[2]} tokens."
         )
-    choose(implementation, _kernel_reason("window_attention", q, k, v))
+    used = implementation_used(
+        "window_attention", q, k, v, implementation=implementation, exact=exact
+    )
+    if used == "mosaic":
+        config = tuning.gather_config("windows", q.shape[-1], logit_bound is not None)
+        return _mosaic_ops().attend_windows(
+            q, k, v, geometry, windows, sinks, config, scale=scale, logit_bound=logit_bound
+        )
     return xla.window_attention(q, k, v, geometry, windows, sinks, exact=exact, scale=scale)
 
 
@@ -135,16 +198,22 @@ def attention_column_sums(
     implementation: Implementation | None = None,
     gaps: Gaps = (),
     scale: float = 1.0,
+    logit_bound: float | None = None,
 ) -> tuple[Float[Array, "R2 H T D"], Float[Array, "R2 H G S2"]]:
     """Dense output, and the probability mass each key gets from each group of `group` queries.
 
     The sums are float32 [R', H, ceil(T / group), kv_length]; the last group may be ragged.
     """
     support.validate_operands(q, k, v, kv_length)
-    choose(implementation, _kernel_reason("attention_column_sums", q, k, v))
-    out, lse = attention(
-        q, k, v, kv_length, implementation=implementation, return_lse=True, gaps=gaps, scale=scale
+    used = implementation_used(
+        "attention_column_sums", q, k, v, implementation=implementation, group=group
     )
+    out, lse = attention(
+        q, k, v, kv_length, implementation=implementation, return_lse=True, gaps=gaps,
+        scale=scale, logit_bound=logit_bound,
+    )  # fmt: skip
+    if used == "mosaic":
+        return out, _mosaic_ops().column_sums(q, k, lse, kv_length, group, gaps=gaps, scale=scale)
     return out, xla.column_sums(q, k, lse, kv_length, group, gaps=gaps, scale=scale)
 
 
@@ -174,6 +243,7 @@ def column_sparse_attention(
     implementation: Implementation | None = None,
     gaps: Gaps = (),
     scale: float = 1.0,
+    logit_bound: float | None = None,
 ) -> Float[Array, "R2 H T D"]:
     """Each group of `group` queries attends to its own list of keys (or runs of 8 keys).
 
@@ -190,8 +260,16 @@ def column_sparse_attention(
         )
     if granularity not in (1, 8):
         raise ValueError(f"granularity must be 1 or 8. Got {granularity}.")
-    choose(implementation, _kernel_reason("column_sparse_attention", q, k, v))
     counts = jnp.broadcast_to(jnp.asarray(counts, jnp.int32), columns.shape[:3])
+    used = implementation_used(
+        "column_sparse_attention", q, k, v, implementation=implementation, group=group
+    )
+    if used == "mosaic":
+        config = tuning.gather_config("columns", q.shape[-1], logit_bound is not None, group)
+        return _mosaic_ops().attend_columns(
+            q, k, v, columns, counts, config, kv_length=kv_length, granularity=granularity,
+            gaps=gaps, scale=scale, logit_bound=logit_bound,
+        )  # fmt: skip
     return xla.column_sparse_attention(
         q, k, v, columns, counts, kv_length=kv_length, group=group, granularity=granularity,
         gaps=gaps, scale=scale,

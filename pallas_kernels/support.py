@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.sparsity import BlockTable
+
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -21,6 +23,12 @@ def device_reason() -> str:
     if str(capability) != "9.0":
         return f"Mosaic kernels need compute capability 9.0; this device has {capability}"
     return mosaic_reason()
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Streaming multiprocessors of the default device; an H100's where there is none (lowering)."""
+    return int(getattr(jax.devices()[0], "core_count", 0) or 0) if not device_reason() else 132
 
 
 @functools.cache
@@ -45,6 +53,28 @@ def operand_reason(
     if k.shape[2] % 8:
         return f"kernels need a cache whose row count is a multiple of 8; got {k.shape[2]}"
     return ""
+
+
+def block_reason(blocks: BlockTable, head_dim: int) -> str:
+    """Why a block table does not suit the block-list kernel."""
+    if blocks.block_q != 128 or blocks.block_k not in (64, 128):
+        return (
+            "the block-list kernel takes query blocks of 128 and key blocks of 64 or 128; got "
+            f"{blocks.block_q}x{blocks.block_k}"
+        )
+    return ""
+
+
+def group_reason(group: int) -> str:
+    """Why a query group does not suit the column kernels."""
+    if group not in (64, 128, 192):
+        return f"the column kernels take query groups of 64, 128 or 192; got {group}"
+    return ""
+
+
+def window_reason(exact: bool) -> str:
+    """Why a window call does not suit the boxed kernel."""
+    return "the boxed kernel has no token mask; exact=True runs through XLA" if exact else ""
 
 
 def cudnn_reason(q: Float[Array, "R2 H T D"]) -> str:

@@ -1,0 +1,149 @@
+"""Small pieces every Mosaic GPU kernel here shares: shared-memory types, barriers, the online softmax.
+
+Hopper's named barriers are cheaper than shared-memory barriers for the turn taking of warpgroups, but
+Pallas has no primitive for them, so they are inlined as PTX.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+from jaxtyping import Array, Float
+
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+LOG2E = math.log2(math.e)
+# Finite, so that a row whose keys are all masked so far keeps a defined rescaling factor.
+LOWEST = -1e30
+# The hardware has 16 named barriers; Mosaic takes its own from 0 upwards.
+_FIRST_NAMED_BARRIER = 8
+
+
+def tiled_smem(shape: tuple[int, ...], dtype: jnp.dtype):
+    """Shared memory in the 128-byte swizzled tiling that TMA writes and WGMMA reads."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _named_barrier(operation: str, index: Array, threads: int) -> None:
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def emit(_, barrier):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [barrier.registers[()]],
+            f"bar.{operation} $0, {threads};",
+            "r",
+            has_side_effects=True,
+        )
+
+    emit(index)
+
+
+class Turns:
+    """Warpgroups take turns on the tensor cores: `take` waits for the turn, `give` passes it on.
+
+    With a single warpgroup there is nobody to wait for.
+    """
+
+    def __init__(self, warpgroup: Array, warpgroups: int):
+        self._alone = warpgroups == 1
+        self._own = _FIRST_NAMED_BARRIER + warpgroup
+        self._next = _FIRST_NAMED_BARRIER + lax.rem(warpgroup + 1, warpgroups)
+        self._is_last = warpgroup == warpgroups - 1
+
+    def open(self) -> None:
+        """Give the first warpgroup its first turn."""
+        pl.when(self._is_last)(self.give)
+
+    def take(self) -> None:
+        if not self._alone:
+            _named_barrier("sync", self._own, 256)
+
+    def give(self) -> None:
+        if not self._alone:
+            _named_barrier("arrive", self._next, 256)
+
+
+def pad_rows(x: Float[Array, "n T D"], multiple: int = 8) -> Float[Array, "n T3 D"]:
+    """Pad the second axis to what tiled TMA takes (most token counts already fit)."""
+    extra = -x.shape[1] % multiple
+    return jnp.pad(x, ((0, 0), (0, extra), (0, 0))) if extra else x
+
+
+def row_constant(value: float) -> Float[Array, "64"]:
+    """One value per query row of a warpgroup, in the layout of WGMMA row reductions."""
+    return plgpu.layout_cast(jnp.full((64,), value, jnp.float32), ROW)
+
+
+def zero_output(head_dim: int) -> Float[Array, "64 D"]:
+    """A zero output accumulator."""
+    return plgpu.layout_cast(jnp.zeros((64, head_dim), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def spread(rows: Float[Array, "64"], like: Float[Array, "64 N"]) -> Float[Array, "64 N"]:
+    """Repeat one value per row along columns (free in WGMMA layouts)."""
+    return lax.broadcast_in_dim(rows, like.shape, [0])
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Online softmax in base 2. `step` gives weights, new reference, new sum, rescaling factor.
+
+    The reference of a row is its running maximum. With `fixed_reference` it is that constant
+    instead: where logits are known to be bounded, no maximum and no rescaling are needed.
+    """
+
+    scale: float
+    fixed_reference: float | None = None
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the output has to be multiplied by the rescaling factor."""
+        return self.fixed_reference is None
+
+    def start(self) -> tuple[Float[Array, "64"], Float[Array, "64"]]:
+        """Reference and sum before the first key."""
+        reference = LOWEST if self.fixed_reference is None else self.fixed_reference
+        return row_constant(reference), row_constant(0.0)
+
+    def step(
+        self, scores: Float[Array, "64 N"], top: Float[Array, "64"], total: Float[Array, "64"]
+    ) -> tuple[Array, Array, Array, Array]:
+        """Fold one stage of scores in."""
+        factor = self.scale * LOG2E
+        if self.fixed_reference is not None:
+            weights = jnp.exp2(scores * factor - self.fixed_reference)
+            return weights, top, total + weights.sum(axis=1), top
+        new_top = jnp.maximum(top, scores.max(axis=1) * factor)
+        alpha = jnp.exp2(top - new_top)
+        weights = jnp.exp2(scores * factor - spread(new_top, scores))
+        return weights, new_top, total * alpha + weights.sum(axis=1), alpha
+
+    @classmethod
+    def bounded(cls, scale: float, logit_bound: float | None, dtype: jnp.dtype) -> Softmax:
+        """A fixed reference when |scaled logits| stay below `logit_bound` and bfloat16 can hold it.
+
+        The reference puts the largest possible weight at 2^100, so that sums over 2^27 keys fit
+        float32. A row then needs one logit above `logit_bound - 156` to have a nonzero sum.
+        """
+        if logit_bound is None or dtype != jnp.bfloat16 or logit_bound > 100.0:
+            return cls(scale)
+        return cls(scale, max(logit_bound * LOG2E - 100.0, 0.0))
+
+
+def compiler_params() -> plgpu.CompilerParams:
+    """Barriers are placed by hand; row reductions stay inside a warp and need no scratch."""
+    return plgpu.CompilerParams(
+        approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+    )
+
+
+kernel = functools.partial(plgpu.kernel, thread_name="wg", grid_names=("sm",))

@@ -1,0 +1,91 @@
+"""Wrapper of the block-list kernel: tables, hidden rows and the work order, then the call."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels import support
+from pallas_kernels._mosaic import Softmax, pad_rows
+from pallas_kernels.block_list import BlockListInputs, block_list_attention
+from pallas_kernels.schedule import balanced_order, strided_order
+from pallas_kernels.shapes import ceil_div
+from pallas_kernels.sparsity import BlockTable, visible_rows
+from pallas_kernels.tuning import BlockListConfig
+
+
+def attend_blocks(
+    q: Float[Array, "R2 H T D"],
+    k: Float[Array, "R H S D"],
+    v: Float[Array, "R H S D"],
+    blocks: BlockTable,
+    config: BlockListConfig,
+    *,
+    scale: float = 1.0,
+    logit_bound: float | None = None,
+    ctas: int | None = None,
+) -> tuple[Float[Array, "R2 H T D"], Float[Array, "R2 H T"]]:
+    """Attention over a block table whose block sizes are those of `config`, and its lse."""
+    rows, heads, queries, head_dim = q.shape
+    n, ctas = rows * heads, ctas or support.multiprocessors()
+    flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+    keep, slots, patch = _hidden_blocks(flat_v[:n], blocks)
+    indices, specials = _specials_first(blocks, slots)
+    items = n * ceil_div(queries, config.block_q)
+    if blocks.is_static:
+        work = np.resize(np.maximum(np.asarray(blocks.counts).reshape(-1), 1), items)
+        order, lengths = balanced_order(work, min(ctas, items))
+    else:
+        order, lengths = strided_order(items, min(ctas, items))
+    inputs = BlockListInputs(
+        q=pad_rows(q.reshape(n, queries, head_dim)),
+        k=flat_k,
+        v=flat_v,
+        patch=patch,
+        keep=jnp.asarray(keep, jnp.float32),
+        indices=jnp.asarray(indices, jnp.int32).reshape(-1, indices.shape[-1]),
+        counts=jnp.asarray(blocks.counts, jnp.int32).reshape(-1),
+        specials=jnp.asarray(specials, jnp.int32).reshape(-1),
+        slots=jnp.asarray(np.maximum(slots, 0), jnp.int32),
+        order=jnp.asarray(order),
+        lengths=jnp.asarray(lengths),
+    )
+    out, lse = block_list_attention(inputs, config, Softmax.bounded(scale, logit_bound, q.dtype))
+    out = out[:, :queries].reshape(q.shape)
+    return out, lse[:, :queries].reshape(rows, heads, queries)
+
+
+def _hidden_blocks(
+    v: Float[Array, "n S D"], blocks: BlockTable
+) -> tuple[np.ndarray, np.ndarray, Float[Array, "n P D"]]:
+    """Visibility of every key, the patch slot of every block (-1: none), the patched values."""
+    size = blocks.block_k
+    count = ceil_div(blocks.kv_length, size)
+    keep = visible_rows(count * size, blocks.kv_length, blocks.gaps)
+    hidden = np.flatnonzero(~keep.reshape(count, size).all(1))
+    slots = np.full(count, -1)
+    slots[hidden] = np.arange(len(hidden))
+    pieces = []
+    for block in hidden:
+        rows = slice(int(block) * size, min(int(block + 1) * size, v.shape[1]))
+        piece = jnp.where(keep[rows][:, None], v[:, rows], 0)
+        pieces.append(jnp.pad(piece, ((0, 0), (0, size - piece.shape[1]), (0, 0))))
+    patch = jnp.concatenate(pieces, 1) if pieces else jnp.zeros((1, size, v.shape[2]), v.dtype)
+    return keep, slots, patch
+
+
+def _specials_first(blocks: BlockTable, slots: np.ndarray):
+    """Lists with the blocks that have hidden rows in front, and how many those are (at least one
+    step is masked for a list of length zero, which hides everything)."""
+    xp = np if blocks.is_static else jnp
+    position = xp.arange(blocks.indices.shape[-1])
+    used = position < xp.asarray(blocks.counts)[..., None]
+    special = (xp.asarray(slots)[blocks.indices] >= 0) & used
+    number = special.sum(-1)
+    if (slots >= 0).any():
+        order = xp.argsort(xp.where(special, position, position + position.size), -1)
+        indices = xp.take_along_axis(xp.asarray(blocks.indices), order, -1)
+    else:
+        indices = blocks.indices
+    return indices, xp.where(blocks.counts == 0, 1, number)

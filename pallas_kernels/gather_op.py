@@ -1,0 +1,101 @@
+"""Wrappers of the gather kernel: column-sparse attention and boxed windows."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import support
+from pallas_kernels._mosaic import Softmax, pad_rows
+from pallas_kernels.boxes_table import TILE_HEIGHT, TILE_WIDTH, tile_keys
+from pallas_kernels.gather import GatherInputs, Patches, gather_attention
+from pallas_kernels.schedule import balanced_order, strided_order
+from pallas_kernels.shapes import ceil_div
+from pallas_kernels.sparsity import Gaps, Geometry
+from pallas_kernels.tuning import GatherConfig
+
+
+def attend_columns(
+    q: Float[Array, "R2 H T D"],
+    k: Float[Array, "R H S D"],
+    v: Float[Array, "R H S D"],
+    columns: Int[Array, "R2 H G K"],
+    counts: Int[Array, "R2 H G"],
+    config: GatherConfig,
+    *,
+    kv_length: int,
+    granularity: int,
+    gaps: Gaps = (),
+    scale: float = 1.0,
+    logit_bound: float | None = None,
+    ctas: int | None = None,
+) -> Float[Array, "R2 H T D"]:
+    """Column-sparse attention; the group must be `config.block_q` queries."""
+    rows, heads, queries, head_dim = q.shape
+    n, tiles = rows * heads, ceil_div(queries, config.block_q)
+    items = n * tiles
+    order, lengths = strided_order(items, min(ctas or support.multiprocessors(), items))
+    inputs = GatherInputs(
+        q=pad_rows(q.reshape(n, queries, head_dim)),
+        k=k.reshape(-1, *k.shape[2:]),
+        v=v.reshape(-1, *v.shape[2:]),
+        lists=columns.astype(jnp.int32).reshape(items, -1),
+        counts=(counts * granularity).astype(jnp.int32).reshape(items),
+        order=jnp.asarray(order),
+        lengths=jnp.asarray(lengths),
+    )
+    out = gather_attention(
+        inputs, config, Softmax.bounded(scale, logit_bound, q.dtype), tiles=tiles, granularity=granularity,
+        hidden=(*gaps, (kv_length, 1 << 30)), patches=None,
+    )  # fmt: skip
+    return out[:, :queries].reshape(q.shape)
+
+
+@functools.lru_cache(maxsize=32)
+def window_lists(
+    geometry: Geometry, windows: tuple[int, ...], sinks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cache rows of every patch in reading order (padded with row 0) and their numbers."""
+    table = tile_keys(geometry, windows, sinks)
+    return np.where(table.valid, table.rows, 0), table.valid.sum(1).astype(np.int32)
+
+
+def attend_windows(
+    q: Float[Array, "R2 H T D"],
+    k: Float[Array, "R H S D"],
+    v: Float[Array, "R H S D"],
+    geometry: Geometry,
+    windows: tuple[int, ...],
+    sinks: int,
+    config: GatherConfig,
+    *,
+    scale: float = 1.0,
+    logit_bound: float | None = None,
+    ctas: int | None = None,
+) -> Float[Array, "R2 H T D"]:
+    """Boxed windows without the token mask; needs two consumer warpgroups (128 queries a patch)."""
+    rows, heads, _, head_dim = q.shape
+    n = rows * heads
+    lists, counts = window_lists(geometry, windows, sinks)
+    stages = -(-counts // config.block_k)
+    items = n * len(counts)
+    ctas = min(ctas or support.multiprocessors(), items)
+    order, lengths = balanced_order(np.resize(stages, items), ctas)
+    inputs = GatherInputs(
+        q=pad_rows(q.reshape(n * geometry.height, geometry.width, head_dim)),
+        k=k.reshape(-1, *k.shape[2:]),
+        v=v.reshape(-1, *v.shape[2:]),
+        lists=jnp.asarray(lists),
+        counts=jnp.asarray(counts),
+        order=jnp.asarray(order),
+        lengths=jnp.asarray(lengths),
+    )
+    across = ceil_div(geometry.width, TILE_WIDTH)
+    out = gather_attention(
+        inputs, config, Softmax.bounded(scale, logit_bound, q.dtype), tiles=len(counts), granularity=1, hidden=(),
+        patches=Patches(TILE_HEIGHT, TILE_WIDTH, across, geometry.height),
+    )  # fmt: skip
+    return out[:, : geometry.width].reshape(q.shape)
