@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,11 @@ from sparvar_jax.policies import parse_plan
 from sparvar_jax.schedule import ScaleSchedule, infinity_schedule
 
 PerScale = float | Sequence[float]
-RATIO_TOLERANCE = 1.15
+RATIO_TOLERANCE = 1.15  # of the asked for to the nearest ratio, beyond which a call warns
 SEEDS = 1 << 32
+
+# Making a sparse plan takes longer than dispatching its steps.
+_cached_plan = functools.lru_cache(maxsize=64)(parse_plan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +204,7 @@ def resolve_plan(
     flags = tuple(g != 1 for g in guide) if isinstance(guide, tuple) else guide != 1
     name = model.defaults.plan if plan is None else plan
     depth = model.transformer.config.depth
-    return parse_plan(name, schedule, depth, guidance=flags, merge_at=guidance_layer)
+    return _cached_plan(name, schedule, depth, guidance=flags, merge_at=guidance_layer)
 
 
 def picture_size(model: Model, schedule: ScaleSchedule) -> tuple[int, int]:

@@ -62,7 +62,7 @@ def test_plans_lists_presets_and_shows_one(capsys):
 
 
 def test_info_shows_parts_plan_and_memory(model, capsys):
-    assert main(["info", "--model", str(model), "--aspect", "2:1"]) == 0
+    assert main(["info", "--model", str(model), "--aspect", "2:1", "--plan", "dense"]) == 0
     shown = capsys.readouterr().out
     count = sum(
         leaf.size

@@ -22,7 +22,7 @@ def bytes_of(tree):
 @pytest.mark.parametrize(("guidance", "batch"), [(3.0, 2), (1.0, 1)])
 def test_weights_and_cache_are_exact(folder, guidance, batch):
     described = loading.describe_model(folder, "float32")
-    plan = resolve_plan(described, None, resolve_schedule(described, "2:3"), guidance)
+    plan = resolve_plan(described, "dense", resolve_schedule(described, "2:3"), guidance)
     needed = estimate(described, plan, batch)
     model = loading.load_model(folder, dtype="float32")
     generator = Generator(model.transformer)
@@ -36,7 +36,7 @@ def test_weights_and_cache_are_exact(folder, guidance, batch):
 def test_bfloat16_halves_the_cache_and_dropped_rows_the_step(folder):
     single, half = (loading.describe_model(folder, name) for name in ("float32", "bfloat16"))
     schedule = resolve_schedule(single)
-    plan = resolve_plan(single, None, schedule)
+    plan = resolve_plan(single, "dense", schedule)
     assert estimate(half, plan, 1).cache * 2 == estimate(single, plan, 1).cache
     dropped = resolve_plan(single, "dense+drop_uncond(1)", schedule)
     assert estimate(single, dropped, 1).step < estimate(single, plan, 1).step

@@ -8,12 +8,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sparvar_jax.generate import Progress as Report
+if TYPE_CHECKING:
+    from sparvar_jax.generate import Progress as Report
 
 FAILED = 1
 BAD_INPUT = 2
@@ -42,6 +44,8 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
     2 for bad input, 1 for what failed on the way (device memory, a missing optional package, a
     comparison outside tolerance), 130 for an interrupt. Other errors keep their traceback.
     """
+    # The compiler logs slow compilations and missing devices as errors; jax raises real ones.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         return _run(app, arguments)
