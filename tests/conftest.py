@@ -1,0 +1,22 @@
+"""Which marked tests run: slow ones when asked for, GPU ones where there is a GPU."""
+
+import jax
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip marked tests with the reason; `-m slow` asks for the slow ones too."""
+    asked = config.getoption("--slow") or "slow" in (config.getoption("-m") or "").split()
+    skips = {}
+    if not asked:
+        skips["slow"] = pytest.mark.skip(reason="slow: run with --slow")
+    if any(item.get_closest_marker("gpu") for item in items) and jax.default_backend() != "gpu":
+        skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        for mark, skip in skips.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(skip)
