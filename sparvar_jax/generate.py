@@ -66,13 +66,20 @@ class StepSpec:
 
 
 def step_spec(
-    plan: Plan, index: int, *, greedy: bool = False, capture: bool = False, forced: bool = False
+    plan: Plan,
+    index: int,
+    *,
+    logit_bound: float | None = None,
+    greedy: bool = False,
+    capture: bool = False,
+    forced: bool = False,
 ) -> StepSpec:
     """The static part of step `index` of a plan."""
+    place = dataclasses.replace(plan.place(index), logit_bound=logit_bound)
     last = index + 1 == len(plan.steps)
     live = tuple(plan.live_after(index, layer) for layer in range(plan.depth))
     following = None if last else index + 1
-    return StepSpec(plan.steps[index], plan.place(index), following, live, greedy, capture, forced)
+    return StepSpec(plan.steps[index], place, following, live, greedy, capture, forced)
 
 
 @functools.partial(jax.jit, static_argnames=("apply_block", "config", "place", "attention"))
@@ -200,7 +207,7 @@ class Generator:
         condition = jax.tree.map(_abstract, condition)
         waiting, program = {}, []
         for index in range(len(plan.steps)):
-            spec = step_spec(plan, index, greedy=greedy)
+            spec = self._spec(plan, index, greedy=greedy)
             traced = self._trace(spec, condition, state, controls, keys, None)
             key = _signature(spec, condition, state)
             program.append(key)
@@ -233,7 +240,7 @@ class Generator:
         forced: tokens to take instead of sampling. capture: also return the input, the hidden
         state after every block, raw and guided logits.
         """
-        spec = step_spec(plan, index, greedy=greedy, capture=capture, forced=forced is not None)
+        spec = self._spec(plan, index, greedy=greedy, capture=capture, forced=forced is not None)
         key = _signature(spec, condition, state)
         if key not in self._compiled:
             traced = self._trace(spec, condition, state, controls, keys, forced)
@@ -284,6 +291,9 @@ class Generator:
             code_sum = state.code_sum
         assert code_sum is not None
         return code_sum, tuple(outputs)
+
+    def _spec(self, plan: Plan, index: int, **options: bool) -> StepSpec:
+        return step_spec(plan, index, logit_bound=self.model.config.logit_bound, **options)
 
     def _trace(self, spec, condition, state, controls, keys, forced):
         body = functools.partial(_scale, treedef=self._treedef, spec=spec)

@@ -181,6 +181,10 @@ class Layout:
         """Physical row of every logical token up to and including a scale."""
         return _physical(self)[: _scales(self.sizes)[scale].end]
 
+    def gaps(self, scale: int) -> tuple[tuple[int, int], ...]:
+        """The [start, stop) ranges of rows below `filled(scale)` that hold no token."""
+        return _gaps(self, scale)
+
     def valid(self, scale: int) -> Bool[np.ndarray, "rows"]:
         """Which of the first `filled(scale)` rows hold a token."""
         mask = np.zeros(self.filled(scale), bool)
@@ -201,6 +205,12 @@ def _layout(sizes: tuple[tuple[int, int], ...], name: LayoutName) -> Layout:
         row += height * pitch
     total = -(-row // ROW_MULTIPLE) * ROW_MULTIPLE
     return Layout(name, sizes, tuple(starts), tuple(pitches), total)
+
+
+@functools.lru_cache
+def _gaps(layout: Layout, scale: int) -> tuple[tuple[int, int], ...]:
+    edges = np.flatnonzero(np.diff(layout.valid(scale).astype(np.int8), prepend=1, append=1))
+    return tuple((int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
 @functools.lru_cache

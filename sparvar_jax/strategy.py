@@ -23,11 +23,15 @@ LayerState = Mapping[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a step stands: the schedule, the cache layout and the index of the scale drawn."""
+    """Where a step stands: the schedule, the cache layout and the index of the scale drawn.
+
+    logit_bound: what the model promises its attention logits never exceed, None for no promise.
+    """
 
     schedule: ScaleSchedule
     layout_name: LayoutName
     index: int
+    logit_bound: float | None = None
 
     @property
     def scale(self) -> Scale:
@@ -118,11 +122,16 @@ class Dense:
     ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
         """Dense attention over the filled, valid rows; leaves no state."""
         del state
-        rows = place.kv_length
-        if place.layout.padded(place.index):
-            tokens = place.layout.physical(place.index)
-            k, v, rows = k[:, :, tokens], v[:, :, tokens], len(tokens)
-        out = pallas_kernels.attention(q, k, v, rows, implementation=self.implementation)
+        out = pallas_kernels.attention(
+            q,
+            k,
+            v,
+            place.kv_length,
+            gaps=place.layout.gaps(place.index),
+            logit_bound=place.logit_bound,
+            implementation=self.implementation,
+        )
+        assert isinstance(out, jax.Array)
         return out, {}
 
 

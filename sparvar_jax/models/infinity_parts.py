@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+
 from collections.abc import Callable
 
 import jax
@@ -93,6 +94,11 @@ class InfinityConfig:
     def code_width(self) -> int:
         """Channels of one latent code."""
         return self.bits // 4 if self.patchify else self.bits
+
+    @property
+    def logit_bound(self) -> float:
+        """Cosine attention's logits never exceed the clamped temperature, 100."""
+        return 100.0
 
     @property
     def precision(self) -> Precision:

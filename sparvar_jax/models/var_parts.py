@@ -79,6 +79,11 @@ class VarConfig:
         return self.width // self.heads
 
     @property
+    def logit_bound(self) -> float | None:
+        """Cosine attention's logits never exceed the clamped temperature, 100."""
+        return 100.0 if self.l2_norm else None
+
+    @property
     def precision(self) -> Precision:
         return Precision(self.dtype)
 
