@@ -207,6 +207,8 @@ def main() -> None:
         }
         if arguments.trace:
             row["kernel_ms"] = kernel_times(functools.partial(bench.draw, plan))
+            for kernel, spent in list(row["kernel_ms"].items())[:30]:
+                print(f"  {spent['ms']:9.2f} ms  {spent['launches']:6d}x  {kernel[:100]}")
         if not arguments.no_check:
             row["logit_error"] = bench.check(plan)
             if not row["logit_error"] <= LOGIT_TOLERANCE:
