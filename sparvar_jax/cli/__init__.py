@@ -9,9 +9,11 @@ import typer
 from sparvar_jax.cli import console
 from sparvar_jax.cli.compare import compare
 from sparvar_jax.cli.convert import convert
+from sparvar_jax.cli.edit import edit
 from sparvar_jax.cli.generate import generate
 from sparvar_jax.cli.info import info
 from sparvar_jax.cli.plans import plans
+from sparvar_jax.cli.sample import sample
 
 app = typer.Typer(
     name="sparvar",
@@ -20,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, convert, compare, info, plans):
+for command in (generate, edit, sample, convert, compare, info, plans):
     app.command()(command)
 
 

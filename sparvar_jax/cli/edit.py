@@ -1,0 +1,108 @@
+"""`sparvar edit`: redraw a part of a picture with a class-conditional model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparvar_jax.cli import console, options
+
+
+def edit(
+    picture: Annotated[Path, typer.Argument(help="The picture to edit.")],
+    model: Annotated[Path, typer.Option("--model", help="Class-conditional model directory.")],
+    out: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("edited.png"),
+    region: Annotated[
+        str | None,
+        typer.Option("--box", help="TOP,LEFT,BOTTOM,RIGHT in pixels of the model's picture."),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="Picture that is light where to draw.")
+    ] = None,
+    outside: Annotated[
+        bool, typer.Option("--outside", help="Draw outside of the box or mask: out-painting.")
+    ] = False,
+    label: Annotated[
+        int | None, typer.Option("--class", help="Class to draw; without it none.")
+    ] = None,
+    keep_scales: Annotated[
+        int, typer.Option("--keep-scales", min=0, help="First scales that are kept whole.")
+    ] = 1,
+    paste: Annotated[
+        bool, typer.Option("--paste", help="Put the picture's own pixels back elsewhere.")
+    ] = False,
+    smooth: Annotated[bool, typer.Option("--smooth", help="Mix codes instead of drawing.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed.")] = 0,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="Strength at the last scale; 0 is off.")
+    ] = None,
+    plan: options.Plan = None,
+    dtype: options.Precision = None,
+) -> None:
+    """Redraw a part of a picture: in-painting, out-painting, editing by class."""
+    from sparvar_jax import edit as editing
+    from sparvar_jax import metadata
+    from sparvar_jax.class_pipeline import ClassPipeline
+
+    console.use_compilation_cache()
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out must name a .png file, got {out}")
+    with metadata.whole_file(out) as opened, console.progress() as report:
+        pipe = ClassPipeline.from_checkpoint(
+            model, dtype=dtype.value if dtype else None, progress=report
+        )
+        side = pipe.picture_side
+        inside = _region(region, mask, side)
+        result = editing.edit(
+            pipe,
+            _load(picture, side, "RGB")[None],
+            ~inside if outside else inside,
+            label,
+            keep_scales=keep_scales,
+            paste=paste,
+            smooth=smooth,
+            seed=seed,
+            guidance=guidance,
+            plan=plan,
+        )
+        told = {
+            "edited": picture.name,
+            "class": str(label),
+            "region": region or str(mask),
+            "seed": str(seed),
+            "plan": plan or pipe.model.defaults.plan,
+            "model": pipe.model.name,
+            "versions": ", ".join(f"{k} {v}" for k, v in metadata.versions().items()),
+        }
+        metadata.write_png(opened, result[0], told)
+    console.output.print(f"{out}: {side}x{side}", highlight=False)
+
+
+def _region(box: str | None, mask: Path | None, side: int):
+    """True where to draw, before `--outside`."""
+    from sparvar_jax import edit as editing
+
+    if (box is None) == (mask is None):
+        raise ValueError("say where to draw: give either --box or --mask")
+    if mask is not None:
+        return _load(mask, side, "L") >= 128
+    try:
+        top, left, bottom, right = (int(part) for part in str(box).split(","))
+    except ValueError:
+        raise ValueError(f"--box must be TOP,LEFT,BOTTOM,RIGHT in pixels, got {box!r}") from None
+    return editing.box(side, side, top, left, bottom, right)
+
+
+def _load(path: Path, side: int, mode: str):
+    """A picture cropped to its middle square and resized to the model's size, uint8."""
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            square = ImageOps.fit(ImageOps.exif_transpose(image).convert(mode), (side, side))
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture that can be read") from None
+    return np.asarray(square)
