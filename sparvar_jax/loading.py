@@ -126,10 +126,7 @@ def load_model(
     dtype: "float32" or "bfloat16" for all parts; None takes what `config.json` says, except on a
     CPU, which computes in float32 because it only emulates bfloat16.
     """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
-    if dtype is None and jax.default_backend() == "cpu":
-        dtype = "float32"
+    dtype = compute_dtype(dtype)
     folder = model_folder(directory)
     config = checkpoint.read_config(folder)
     # Everything cheap first: a model that does not fit together is found before any weights.
@@ -145,6 +142,13 @@ def load_model(
         tokenizer=parts["tokenizer"],
         text_encoder=parts["text"],
     )
+
+
+def compute_dtype(dtype: str | None) -> str | None:
+    """The dtype to compute in: what is asked for, else float32 on a CPU, else None (the config)."""
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
+    return "float32" if dtype is None and jax.default_backend() == "cpu" else dtype
 
 
 def describe_model(folder: Path, dtype: str | None = None) -> Model:

@@ -17,12 +17,14 @@ from numpy import ndarray
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-_PACKAGES = ("sparvar-jax", "jax", "flax", "numpy")
+from sparvar_jax import __version__
+
+_PACKAGES = ("jax", "flax", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Versions of this package and of what decides its numbers."""
-    found = {}
+    found = {"sparvar-jax": __version__}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

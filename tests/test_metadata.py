@@ -52,4 +52,4 @@ def test_other_pictures_are_refused(tmp_path):
 
 
 def test_versions_name_what_decides_the_numbers():
-    assert {"jax", "numpy"} <= metadata.versions().keys()
+    assert {"sparvar-jax", "jax", "numpy"} <= metadata.versions().keys()

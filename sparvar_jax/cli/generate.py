@@ -69,6 +69,7 @@ def generate(
             "temperature": str(defaults.temperature if temperature is None else temperature),
             "model": pipe.model.name,
             "size": size or defaults.size,
+            "aspect": aspect or str(defaults.aspect_ratio),
             "dtype": pipe.model.transformer.config.dtype,
             "versions": ", ".join(f"{k} {v}" for k, v in metadata.versions().items()),
         }

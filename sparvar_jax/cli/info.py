@@ -25,7 +25,9 @@ def info(
     from sparvar_jax.pipeline import picture_size, resolve_plan, resolve_schedule
 
     folder = loading.model_folder(model)
-    described = loading.describe_model(folder, dtype.value if dtype else None)
+    described = loading.describe_model(
+        folder, loading.compute_dtype(dtype.value if dtype else None)
+    )
     schedule = resolve_schedule(described, aspect, size)
     chosen = resolve_plan(described, plan, schedule)
     needed = estimate(described, chosen, num)
