@@ -18,8 +18,8 @@ import pallas_kernels
 from pallas_kernels.api import Implementation
 from pallas_kernels.sparsity import BlockTable
 from sparvar_jax.plan import Plan
-from sparvar_jax.policies.indices import ceil_div, scale_index
-from sparvar_jax.policies.routing import Layers, Policy, assign, packed_rows
+from sparvar_jax.policies.indices import ceil_div, scale_index, unit_tokens
+from sparvar_jax.policies.routing import Layers, Policy, assign
 from sparvar_jax.schedule import Scale
 from sparvar_jax.strategy import LayerState, Place
 
@@ -51,10 +51,9 @@ class AdaptiveDecision:
     ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
         """Dense output and the mean attention mass [R, H, query blocks, key blocks], float32."""
         del state
-        rows = q.shape[0]
         out, sums = pallas_kernels.attention_column_sums(
-            q, packed_rows(k, rows, place), packed_rows(v, rows, place), place.scale.end,
-            self.block, implementation=self.implementation,
+            q, k, v, place.kv_length, self.block, gaps=place.layout.gaps(place.index),
+            logit_bound=place.logit_bound, implementation=self.implementation,
         )  # fmt: skip
         return out, {MASS: block_mass(sums, self.block)}
 
@@ -92,9 +91,9 @@ class AdaptiveSparse:
 
     def limits(self, place: Place) -> tuple[int, int, int]:
         """(sink blocks, fewest, most) key blocks of a query block at one scale."""
-        blocks = ceil_div(place.scale.end, self.block)
-        sink_tokens = sum(scale.tokens for scale in place.schedule.scales[: self.sinks])
-        sinks = ceil_div(min(sink_tokens, place.scale.end), self.block)
+        blocks = ceil_div(place.kv_length, self.block)
+        leading = min(self.sinks, place.index + 1)
+        sinks = ceil_div(place.layout.filled(leading - 1), self.block) if leading else 0
         most = max(round(self.cap * blocks), sinks, 1)
         return sinks, min(max(round(self.floor * blocks), sinks, 1), most), most
 
@@ -103,13 +102,23 @@ class AdaptiveSparse:
         most = self.limits(place)[2]
         return float(min(most * self.block, place.scale.end) * place.scale.tokens)
 
+    def kept(self, state: LayerState, place: Place) -> Float[Array, ""]:
+        """(query, key) pairs per head and row that the layer state makes it keep, on average."""
+        table = self.table(state[MASS], place)
+        starts = np.arange(table.counts.shape[-1]) * self.block
+        queries = np.minimum(self.block, place.scale.tokens - starts)
+        tokens = jnp.asarray(unit_tokens(place, self.block))[table.indices]
+        read = jnp.arange(table.indices.shape[-1]) < table.counts[..., None]
+        keys = jnp.where(read, tokens, 0).sum(-1)
+        return (keys * queries).sum(-1).mean()
+
     def table(self, mass: Float[Array, "R H Gq Gk"], place: Place) -> BlockTable:
         """The traced block table of one scale, from the decision scale's mass."""
-        scales = place.schedule.scales
-        carried = carry_mass(mass, scales, self.decision, place.index, self.block)
+        carried = carry_mass(mass, place, self.decision, self.block)
         sinks, floor, cap = self.limits(place)
         chosen, counts = choose_blocks(carried, self.coverage, sinks, floor, cap)
-        return BlockTable(chosen, counts, place.scale.end, self.block, self.block)
+        gaps = place.layout.gaps(place.index)
+        return BlockTable(chosen, counts, place.kv_length, self.block, self.block, gaps)
 
     def __call__(
         self,
@@ -120,10 +129,9 @@ class AdaptiveSparse:
         state: LayerState,
     ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
         """Attention over the chosen blocks; leaves no state."""
-        rows = q.shape[0]
         out = pallas_kernels.block_sparse_attention(
-            q, packed_rows(k, rows, place), packed_rows(v, rows, place),
-            self.table(state[MASS][:rows], place), implementation=self.implementation,
+            q, k, v, self.table(state[MASS][: q.shape[0]], place),
+            logit_bound=place.logit_bound, implementation=self.implementation,
         )  # fmt: skip
         assert isinstance(out, jax.Array)
         return out, {}
@@ -171,36 +179,33 @@ def block_mass(sums: Float[Array, "R H Gq S"], block: int) -> Float[Array, "R H 
 
 
 def carry_mass(
-    mass: Float[Array, "R H Gq Gk"],
-    scales: tuple[Scale, ...],
-    decision: int,
-    index: int,
-    block: int,
+    mass: Float[Array, "R H Gq Gk"], place: Place, decision: int, block: int
 ) -> Float[Array, "R H Gq2 Gk2"]:
     """Mass of the decision scale's block pairs, spread over the blocks of a later scale.
 
     A key block's mass is divided by the number of blocks it lands on; a query block takes the mean
     of the query blocks it comes from.
     """
-    queries, keys = carry_matrices(scales, decision, index, block)
+    queries, keys = carry_matrices(place, decision, block)
     return jnp.einsum("Aa,rhab,bB->rhAB", queries, mass, keys, precision="highest")
 
 
 @functools.lru_cache(maxsize=64)
 def carry_matrices(
-    scales: tuple[Scale, ...], decision: int, index: int, block: int
+    place: Place, decision: int, block: int
 ) -> tuple[Float[np.ndarray, "Gq2 Gq"], Float[np.ndarray, "Gk Gk2"]]:
     """(query matrix, rows sum to one; key matrix, rows sum to one or, landing nowhere, to zero).
 
-    Scale j moves to scale j + index - decision, cells keep their relative place.
+    Scale j moves to scale j + current - decision, cells keep their relative place.
     """
+    scales, layout, index = place.schedule.scales, place.layout, place.index
     shift = index - decision
     sources = [_source_tokens(scales[j], scales[j + shift]) for j in range(decision + 1)]
     last = sources[-1] - scales[decision].offset
     queries = _incidence(last, np.arange(scales[index].tokens), scales[decision].tokens, block)
-    start = scales[shift].offset
-    targets = start + np.arange(scales[index].end - start)
-    keys = _incidence(np.concatenate(sources), targets, scales[decision].end, block).T
+    rows = layout.physical(index)
+    targets = rows[scales[shift].offset :]
+    keys = _incidence(rows[np.concatenate(sources)], targets, layout.filled(decision), block).T
     query_matrix = queries / queries.sum(1, keepdims=True)
     key_matrix = keys / np.maximum(keys.sum(1, keepdims=True), 1)
     return query_matrix.astype(np.float32), key_matrix.astype(np.float32)
@@ -213,9 +218,9 @@ def _source_tokens(source: Scale, target: Scale) -> Int[np.ndarray, "tokens"]:
     return (source.offset + y[:, None] * source.width + x).reshape(-1)
 
 
-def _incidence(sources, targets, source_tokens: int, block: int) -> Int[np.ndarray, "to from"]:
-    """Which source blocks hold a token that lands in which target block."""
-    shape = ceil_div(int(targets[-1]) + 1, block), ceil_div(source_tokens, block)
+def _incidence(sources, targets, source_rows: int, block: int) -> Int[np.ndarray, "to from"]:
+    """Which source blocks hold a row that lands in which target block."""
+    shape = ceil_div(int(targets[-1]) + 1, block), ceil_div(source_rows, block)
     touched = np.zeros(shape, np.int64)
     touched[targets // block, sources // block] = 1
     return touched

@@ -1,7 +1,7 @@
 """The key lists of CS4A: selection, their way from scale to scale, and the upsampled output cache.
 
-A list holds units: single keys, or runs of 8 keys counted from key 0. What is known at trace time
-(local runs, group maps, sinks) is numpy; only the chosen units are traced.
+A list holds units: single cache rows, or runs of 8 rows counted from row 0. What is known at trace
+time (local runs, group maps, sinks) is numpy; only the chosen units are traced.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from pallas_kernels.api import Implementation
 from sparvar_jax.policies import indices
-from sparvar_jax.schedule import Scale
 from sparvar_jax.strategy import Place
 
 Mapping = Literal["keep", "scale", "relative"]
@@ -50,19 +50,21 @@ class Selection:
         if self.group < 1:
             raise ValueError(f"group must be positive, got {self.group}")
 
-    def units(self, scale: Scale) -> int:
+    def units(self, place: Place) -> int:
         """How many whole units each group keeps at the decision scale."""
-        count = indices.kept_count(scale.end, self.keep, self.multiple)
-        return max(count // self.granularity, 1)
+        whole = place.kv_length // self.granularity
+        if self.keep >= 1:
+            return whole
+        count = indices.kept_count(place.scale.end, self.keep, self.multiple)
+        return min(max(count // self.granularity, 1), whole)
 
-    def border(self, scale: Scale) -> Int[np.ndarray, "n"]:
-        """The unit that a scale shares with the next one, if any.
+    def border(self, place: Place) -> Int[np.ndarray, "n"]:
+        """The unit that the decision scale shares with the next one, if any.
 
         It is never chosen but always kept: so no list can name it twice.
         """
-        return np.arange(
-            scale.end // self.granularity, indices.ceil_div(scale.end, self.granularity)
-        )
+        first = place.kv_length // self.granularity
+        return np.arange(first, indices.ceil_div(place.kv_length, self.granularity))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,28 +90,36 @@ class Reuse:
 
     def chosen(self, place: Place) -> int:
         """How many units the decision scale handed on for every group."""
-        scale = place.schedule.scales[self.decision]
-        return min(self.selection.units(scale), scale.end // self.selection.granularity)
+        return self.selection.units(self.source(place))
+
+    def source(self, place: Place) -> Place:
+        """The decision scale's place."""
+        return dataclasses.replace(place, index=self.decision)
 
 
 def select(
-    sums: Float[Array, "R H G S"], selection: Selection, scale: Scale
+    sums: Float[Array, "R H G S"],
+    selection: Selection,
+    place: Place,
+    implementation: Implementation | None = None,
 ) -> Int[Array, "R H G K"]:
-    """The heaviest whole units of every group."""
-    whole = scale.end // selection.granularity
+    """The heaviest whole units of every group, from sums over the filled cache rows."""
+    whole = place.kv_length // selection.granularity
     sums = sums[..., : whole * selection.granularity]
-    count = min(selection.units(scale), whole)
+    count = selection.units(place)
     if selection.ranked:
         mass = sums.reshape(*sums.shape[:-1], whole, selection.granularity).sum(-1)
         return jax.lax.top_k(mass, count)[1].astype(jnp.int32)
-    return pallas_kernels.select_columns(sums, count, granularity=selection.granularity)
+    return pallas_kernels.select_columns(
+        sums, count, granularity=selection.granularity, implementation=implementation
+    )
 
 
 def at_decision(
-    chosen: Int[Array, "R H G K"], selection: Selection, scale: Scale
+    chosen: Int[Array, "R H G K"], selection: Selection, place: Place
 ) -> tuple[Int[Array, "R H G K2"], int]:
     """(lists, count) of the decision scale itself: the chosen units and the border unit."""
-    border = selection.border(scale).astype(np.int32)
+    border = selection.border(place).astype(np.int32)
     extra = jnp.broadcast_to(border, (*chosen.shape[:-1], len(border)))
     return jnp.concatenate([chosen, extra], -1), chosen.shape[-1] + len(border)
 
@@ -123,18 +133,17 @@ def at_later_scale(
     "scale" and "relative": this scale's run, the sinks ("relative" only), then the mapped units,
     heaviest first where ranked; repeats are dropped and the list is cut at its static capacity.
     """
-    scales, decision, selection = place.schedule.scales, reuse.decision, reuse.selection
-    chosen = chosen[:, :, group_source(place, decision, selection.group)]
+    selection = reuse.selection
+    chosen = chosen[:, :, group_source(place, reuse.decision, selection.group)]
     fixed, counts = fixed_units(place, reuse)
     lead = (*chosen.shape[:2], *fixed.shape)
     if reuse.mapping == "keep":
         columns = jnp.concatenate([chosen, jnp.broadcast_to(fixed, lead)], -1)
         return columns, jnp.asarray(chosen.shape[-1] + counts)[None, None]
-    table = _unit_map(scales, decision, place.index, reuse.mapping, selection.granularity)
-    mapped = jnp.asarray(table)[chosen]
+    mapped = jnp.asarray(_unit_map(place, reuse))[chosen]
     absent = np.where(np.arange(fixed.shape[-1]) < counts[:, None], fixed, -1)
     candidates = jnp.concatenate([jnp.broadcast_to(absent, lead), mapped], -1)
-    units = indices.ceil_div(place.scale.end, selection.granularity)
+    units = indices.ceil_div(place.kv_length, selection.granularity)
     return unique_first(candidates, units, capacity(reuse, place))
 
 
@@ -147,7 +156,7 @@ def fixed_units(place: Place, reuse: Reuse) -> tuple[Int[np.ndarray, "G F"], Int
     """(units, count) that every list of a later scale holds whatever was chosen."""
     scales, selection = place.schedule.scales, reuse.selection
     groups = indices.ceil_div(place.scale.tokens, selection.group)
-    border = selection.border(scales[reuse.decision])
+    border = selection.border(reuse.source(place))
     if reuse.mapping == "keep":
         parts = [[border] * groups]
         for index in range(reuse.decision + 1, place.index + 1):
@@ -157,7 +166,8 @@ def fixed_units(place: Place, reuse: Reuse) -> tuple[Int[np.ndarray, "G F"], Int
     else:
         leading = scales[: reuse.sinks] if reuse.mapping == "relative" else ()
         sinks = sum(scale.tokens for scale in leading)
-        sink_units = np.arange(indices.ceil_div(sinks, selection.granularity))
+        sink_rows = place.layout.physical(place.index)[:sinks]
+        sink_units = np.unique(sink_rows // selection.granularity)
         parts = [_own_units(place, reuse), [sink_units] * groups]
     return _ragged([_ordered_union(items) for items in zip(*parts, strict=True)])
 
@@ -167,19 +177,27 @@ def group_source(place: Place, decision: int, group: int) -> Int[np.ndarray, "G"
     return indices.composed_group_map(place.schedule.scales, decision, place.index, group)
 
 
+def group_sizes(place: Place, group: int) -> Int[np.ndarray, "G"]:
+    """Queries in every group; the last one may be ragged."""
+    starts = np.arange(0, place.scale.tokens, group)
+    return np.minimum(group, place.scale.tokens - starts)
+
+
 def pairs(reuse: Reuse, place: Place) -> float:
-    """(query, key) pairs of a later scale, per head and row; the mapped modes at capacity."""
+    """(query, key) pairs of a later scale, per head and row.
+
+    An upper bound for the mapped modes, and where runs of 8 rows hold padding.
+    """
     selection = reuse.selection
-    sizes = np.full(indices.ceil_div(place.scale.tokens, selection.group), selection.group)
-    sizes[-1] = place.scale.tokens - selection.group * (len(sizes) - 1)
+    sizes = group_sizes(place, selection.group)
     if reuse.mapping == "keep":
         fixed, counts = fixed_units(place, reuse)
         kept = np.arange(fixed.shape[1]) < counts[:, None]
-        tokens = np.minimum(selection.granularity, place.scale.end - fixed * selection.granularity)
+        tokens = indices.unit_tokens(place, selection.granularity)[fixed]
         keys = np.where(kept, tokens, 0).sum(1) + reuse.chosen(place) * selection.granularity
     else:
-        keys = np.minimum(capacity(reuse, place) * selection.granularity, place.scale.end)
-    return float((keys * sizes).sum())
+        keys = np.full(len(sizes), capacity(reuse, place) * selection.granularity)
+    return float((np.minimum(keys, place.scale.end) * sizes).sum())
 
 
 def unique_first(
@@ -220,13 +238,14 @@ def _own_units(place: Place, reuse: Reuse) -> list[Int[np.ndarray, "n"]]:
 
 def _scale_units(place: Place, reuse: Reuse, index: int) -> list[Int[np.ndarray, "n"]]:
     """Local units of every group of one scale: the released run, or the runs of 8 it touches."""
+    rows = place.layout.physical(index)
     scale, selection = place.schedule.scales[index], reuse.selection
     window = indices.window_of(reuse.windows, index, len(place.schedule))
     if selection.granularity > 1:
         unions = indices.local_union(scale, window, selection.group)
-        return [np.unique(union // selection.granularity) for union in unions]
+        return [np.unique(rows[union] // selection.granularity) for union in unions]
     starts, length = indices.local_runs(scale, window, selection.group, selection.multiple)
-    return [start + np.arange(length) for start in starts]
+    return [rows[start : start + length] for start in starts]
 
 
 def _ordered_union(parts: tuple[Int[np.ndarray, "n"], ...]) -> Int[np.ndarray, "n"]:
@@ -246,14 +265,14 @@ def _ragged(
 
 
 @functools.lru_cache(maxsize=64)
-def _unit_map(
-    scales: tuple[Scale, ...], decision: int, index: int, mapping: Mapping, granularity: int
-) -> Int[np.ndarray, "units"]:
+def _unit_map(place: Place, reuse: Reuse) -> Int[np.ndarray, "units"]:
     """Target unit of every unit of the decision scale; a run of 8 goes where its middle goes."""
-    source = scales[decision].end
-    if mapping == "scale":
-        table = indices.scale_map(source, scales[index].end)
+    source, granularity = reuse.source(place), reuse.selection.granularity
+    if reuse.mapping == "scale":
+        table = indices.scale_map(source.scale.end, place.scale.end)
     else:
-        table = indices.relative_map(scales, decision, index)
-    middles = np.arange(indices.ceil_div(source, granularity)) * granularity + granularity // 2
-    return (table[np.minimum(middles, source - 1)] // granularity).astype(np.int32)
+        table = indices.relative_map(place.schedule.scales, source.index, place.index)
+    middles = np.arange(0, source.kv_length, granularity) + granularity // 2
+    rows = source.layout.physical(source.index)
+    tokens = np.searchsorted(rows, middles, side="right") - 1
+    return (place.layout.physical(place.index)[table[tokens]] // granularity).astype(np.int32)

@@ -8,9 +8,10 @@ sparse attention missed at the decision scale is added back, upsampled (the outp
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import pallas_kernels
@@ -18,8 +19,8 @@ from pallas_kernels.api import Implementation
 from sparvar_jax.plan import Plan
 from sparvar_jax.policies import columns as lists
 from sparvar_jax.policies.columns import Mapping, Reuse, Selection
-from sparvar_jax.policies.indices import scale_index
-from sparvar_jax.policies.routing import Layers, Policy, assign, packed_rows
+from sparvar_jax.policies.indices import scale_index, unit_tokens
+from sparvar_jax.policies.routing import Layers, Policy, assign
 from sparvar_jax.strategy import LayerState, Place
 
 COLUMNS = "cs4a.columns"
@@ -59,18 +60,17 @@ class Cs4aDecision:
     ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
         """Dense output, the kept columns [R, H, G, K] and the difference [R, H, T, D]."""
         del state
-        selection, rows = self.selection, q.shape[0]
-        keys, values = packed_rows(k, rows, place), packed_rows(v, rows, place)
+        selection, cached = self.selection, _cache_options(place, self.implementation)
         out, sums = pallas_kernels.attention_column_sums(
-            q, keys, values, place.scale.end, selection.group, implementation=self.implementation
+            q, k, v, place.kv_length, selection.group, **cached
         )
-        chosen = lists.select(sums, selection, place.scale)
+        chosen = lists.select(sums, selection, place, self.implementation)
         if not self.cache:
             return out, {COLUMNS: chosen}
-        columns, counts = lists.at_decision(chosen, selection, place.scale)
+        columns, counts = lists.at_decision(chosen, selection, place)
         sparse = pallas_kernels.column_sparse_attention(
-            q, keys, values, columns, counts, kv_length=place.scale.end, group=selection.group,
-            granularity=selection.granularity, implementation=self.implementation,
+            q, k, v, columns, counts, kv_length=place.kv_length, group=selection.group,
+            granularity=selection.granularity, **cached,
         )  # fmt: skip
         return out, {COLUMNS: chosen, DIFFERENCE: out - sparse}
 
@@ -92,8 +92,16 @@ class Cs4aSparse:
         return frozenset({COLUMNS, DIFFERENCE} if self.cache else {COLUMNS})
 
     def pairs(self, place: Place) -> float:
-        """Kept pairs; an upper bound where mapped columns may coincide ("scale", "relative")."""
+        """Kept pairs; an upper bound where columns may coincide or runs of 8 hold padding."""
         return lists.pairs(self.reuse, place)
+
+    def kept(self, state: LayerState, place: Place) -> Float[Array, ""]:
+        """(query, key) pairs per head and row that the layer state makes it keep, on average."""
+        selection = self.reuse.selection
+        columns, counts = lists.at_later_scale(state[COLUMNS], self.reuse, place)
+        tokens = jnp.asarray(unit_tokens(place, selection.granularity))[columns]
+        keys = jnp.where(jnp.arange(columns.shape[-1]) < counts[..., None], tokens, 0).sum(-1)
+        return (keys * lists.group_sizes(place, selection.group)).sum(-1).mean()
 
     def __call__(
         self,
@@ -108,9 +116,8 @@ class Cs4aSparse:
         selection = self.reuse.selection
         columns, counts = lists.at_later_scale(state[COLUMNS][:rows], self.reuse, place)
         out = pallas_kernels.column_sparse_attention(
-            q, packed_rows(k, rows, place), packed_rows(v, rows, place), columns, counts,
-            kv_length=place.scale.end, group=selection.group,
-            granularity=selection.granularity, implementation=self.implementation,
+            q, k, v, columns, counts, kv_length=place.kv_length, group=selection.group,
+            granularity=selection.granularity, **_cache_options(place, self.implementation),
         )  # fmt: skip
         if self.cache:
             sizes = place.schedule.sizes
@@ -160,3 +167,12 @@ def cs4a(
         return assign(plan, layers, choose)
 
     return apply
+
+
+def _cache_options(place: Place, implementation: Implementation | None) -> dict[str, Any]:
+    """What every kernel call needs to know of the cache and of the model's logits."""
+    return {
+        "gaps": place.layout.gaps(place.index),
+        "logit_bound": place.logit_bound,
+        "implementation": implementation,
+    }

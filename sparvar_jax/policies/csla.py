@@ -97,11 +97,12 @@ class Csla:
             out = pallas_kernels.window_attention(
                 q, k, v, geometry, windows, sinks,
                 exact=self.exact, implementation=self.implementation,
+                logit_bound=place.logit_bound,
             )  # fmt: skip
             return out, {}
         blocks = sparsity.csla_blocks(geometry, windows, sinks, self.block, self.block)
         out = pallas_kernels.block_sparse_attention(
-            q, k, v, blocks, implementation=self.implementation
+            q, k, v, blocks, implementation=self.implementation, logit_bound=place.logit_bound
         )
         assert isinstance(out, jax.Array)
         return out, {}

@@ -1,6 +1,6 @@
 """Index arithmetic of the sparse policies: groups, local runs, maps across scales, interpolation.
 
-Everything here is numpy and runs at trace time; token indices are logical (packed) ones.
+Everything here is numpy and runs at trace time; tokens are counted without padding.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sparvar_jax.schedule import Scale, ScaleSchedule
+from sparvar_jax.strategy import Place
 
 
 def ceil_div(value: int, divisor: int) -> int:
@@ -48,6 +49,12 @@ def kept_count(length: int, keep: float, multiple: int) -> int:
         return length
     rounded = multiple * int(np.round(keep * length / multiple))
     return min(max(rounded, multiple), length)
+
+
+def unit_tokens(place: Place, granularity: int) -> Int[np.ndarray, "units"]:
+    """Tokens in every run of `granularity` cache rows filled at a place."""
+    valid = place.layout.valid(place.index)
+    return np.pad(valid, (0, -len(valid) % granularity)).reshape(-1, granularity).sum(1)
 
 
 def group_map(source: int, target: int) -> Int[np.ndarray, "target"]:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
 from sparvar_jax.plan import Plan, Step, map_attention
-from sparvar_jax.schedule import ROW_MULTIPLE, LayoutName
-from sparvar_jax.strategy import Attention, Dense, Place
+from sparvar_jax.schedule import LayoutName
+from sparvar_jax.strategy import Attention, Dense
 
 Policy = Callable[[Plan], Plan]
-Layers = tuple[int, int] | None
-"""Layers [start, stop); None means every layer."""
+Layers = tuple[int | float, int | float] | None
+"""Layers [start, stop), each a number or a share of the depth; None means every layer."""
 
 
 def assign(
@@ -28,7 +24,7 @@ def assign(
 
     Raises ValueError when another policy already changed a layer that this one wants.
     """
-    start, stop = layers or (0, plan.depth)
+    start, stop = (layer_at(bound, plan.depth) for bound in layers or (0, plan.depth))
     if not 0 <= start < stop <= plan.depth:
         raise ValueError(
             f"layers must be a non-empty range within 0..{plan.depth}, got {start}..{stop}"
@@ -47,20 +43,6 @@ def assign(
     return map_attention(plan, pick, layout=layout)
 
 
-def packed_rows(x: Float[Array, "Rk H S D"], rows: int, place: Place) -> Float[Array, "R H P D"]:
-    """The first `rows` rows of a cache with its tokens packed, whatever the layout.
-
-    The packed layout is handed on as it is; an aligned cache is copied without its pad rows, so
-    that column and block numbers mean the same tokens everywhere.
-    """
-    layout = place.layout
-    if layout.name == "packed":
-        return x
-    parts = []
-    for index, (height, width) in enumerate(layout.sizes[: place.index + 1]):
-        part = jax.lax.slice_in_dim(x[:rows], layout.starts[index], layout.filled(index), axis=2)
-        grid = part.reshape(*part.shape[:2], height, layout.pitches[index], part.shape[-1])
-        parts.append(grid[:, :, :, :width].reshape(*part.shape[:2], -1, part.shape[-1]))
-    pad = -place.scale.end % ROW_MULTIPLE
-    parts.append(jnp.zeros((*parts[0].shape[:2], pad, x.shape[-1]), x.dtype))
-    return jnp.concatenate(parts, axis=2)
+def layer_at(bound: int | float, depth: int) -> int:
+    """A layer bound as it is, or from a positive share of the depth (at least one layer)."""
+    return max(round(bound * depth), int(bound > 0)) if isinstance(bound, float) else bound

@@ -7,7 +7,7 @@ from typing import Any
 from sparvar_jax.plan import Plan
 from sparvar_jax.policies.cs4a import cs4a
 from sparvar_jax.policies.csla import csla
-from sparvar_jax.policies.routing import Policy
+from sparvar_jax.policies.routing import Policy, layer_at
 
 BOUNDARY = 10
 BOUNDARY_SHARE = 11 / 32
@@ -44,7 +44,7 @@ def boundary_layer(boundary: int | float, depth: int) -> int:
     if isinstance(boundary, float):
         if not 0 < boundary <= 1:
             raise ValueError(f"a boundary share must lie in (0, 1], got {boundary}")
-        return max(round(boundary * depth), 1) - 1
+        return layer_at(boundary, depth) - 1
     if not 0 <= boundary < depth:
         raise ValueError(
             f"boundary layer {boundary} is outside a model of {depth} layers: give 0..{depth - 1}, "

@@ -116,7 +116,7 @@ def test_mapped_indices(golden, stem):
     name = "group_map.to_scale11"
     source, stored = tensors[f"{name}.inds_in"], tensors[f"{name}.inds_out"]
     count = sidecar["numbers"][name]["count_in"]
-    assert count == sidecar["numbers"][name]["count_out"] == Selection().units(SCHEDULE.scales[10])
+    assert count == sidecar["numbers"][name]["count_out"] == Selection().units(place(10))
     lists, counts = columns.at_later_scale(
         jnp.asarray(source[..., :count], jnp.int32), Reuse(10), place(11)
     )
@@ -164,7 +164,7 @@ def test_decision(golden, stem):
     q, k, v = inputs(golden, stem)
     out, sums = pallas_kernels.attention_column_sums(q[10], k, v, 4121, 192)
     np.testing.assert_allclose(sums, tensors["decision.column_sums"], atol=1e-5, rtol=0)
-    chosen = np.asarray(columns.select(sums, Selection(), SCHEDULE.scales[10]))
+    chosen = np.asarray(columns.select(sums, Selection(), place(10)))
     stored = tensors["decision.topk_indices_sorted"]
     gaps = tensors["decision.topk_boundary_gap"]
     assert chosen.shape == stored.shape

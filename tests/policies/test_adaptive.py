@@ -37,12 +37,12 @@ def test_carrying_by_hand():
     19, 20. So the first block lands on blocks 0..4, the second on 3, 4, 5. All four query blocks
     of the 4x4 grid come from the one of the 2x2 grid.
     """
-    scales = ScaleSchedule.of(((1, 1), (2, 2), (4, 4))).scales
-    queries, keys = carry_matrices(scales, 1, 2, 4)
+    place = Place(ScaleSchedule.of(((1, 1), (2, 2), (4, 4))), "packed", 2)
+    queries, keys = carry_matrices(place, 1, 4)
     assert queries.tolist() == [[1.0]] * 4
     expected = np.array([[1 / 5] * 5 + [0], [0] * 3 + [1 / 3] * 3], np.float32)
     np.testing.assert_array_equal(keys, expected)
-    carried = carry_mass(jnp.array([0.6, 0.4])[None, None, None], scales, 1, 2, 4)
+    carried = carry_mass(jnp.array([0.6, 0.4])[None, None, None], place, 1, 4)
     row = [0.12, 0.12, 0.12, 0.12 + 0.4 / 3, 0.12 + 0.4 / 3, 0.4 / 3]
     np.testing.assert_allclose(carried[0, 0], [row] * 4, atol=1e-6)
 
@@ -65,7 +65,7 @@ def test_choosing_by_hand():
 def test_attention_over_chosen_blocks(layout):
     place, later = Place(MIDDLE, layout, 4), Place(MIDDLE, layout, 6)
     _, state = AdaptiveDecision(64)(*cache(place), place, {})
-    assert state[MASS].shape == (1, 2, 2, 3)
+    assert state[MASS].shape == (1, 2, 2, -(-place.kv_length // 64))
     np.testing.assert_allclose(state[MASS].sum(-1), 1, atol=1e-6)
     strategy = AdaptiveSparse(4, 0.6, 0.6, 0.0, 64, sinks=2)
     q, k, v = cache(later, seed=2)
@@ -74,13 +74,16 @@ def test_attention_over_chosen_blocks(layout):
     table = strategy.table(state[MASS], later)
     blocks, counts = np.asarray(table.indices), np.asarray(table.counts)
     assert counts.min() >= 1
-    assert counts.max() <= blocks.shape[-1] < -(-later.scale.end // 64)
-    mask = np.zeros((1, 2, later.scale.tokens, later.scale.end), bool)
+    assert counts.max() <= blocks.shape[-1] < -(-later.kv_length // 64)
+    mask = np.zeros((1, 2, later.scale.tokens, later.kv_length), bool)
     for row, head, query in np.ndindex(counts.shape):
         for key in blocks[row, head, query, : counts[row, head, query]]:
             where = np.s_[query * 64 : query * 64 + 64, key * 64 : key * 64 + 64]
             mask[row, head][where] = True
-    assert mask.mean((0, 1)).sum() <= strategy.pairs(later)
+    mask = mask[..., later.layout.physical(later.index)]
+    kept = mask.sum((-1, -2)).mean()
+    assert float(strategy.kept(state, later)) == pytest.approx(kept)
+    assert kept <= strategy.pairs(later)
     flat = cache(Place(MIDDLE, "packed", 6), seed=2)
     np.testing.assert_allclose(out, oracle(*flat, mask), atol=1e-5)
 
@@ -100,7 +103,7 @@ def test_carrying_keeps_the_mass(name):
     """Whatever lands is all there; every later query block comes from somewhere."""
     schedule = {**EVERY_INFINITY, **VAR}[name]
     decision, last = len(schedule) - 3, len(schedule) - 1
-    queries, keys = carry_matrices(schedule.scales, decision, last, 128)
+    queries, keys = carry_matrices(Place(schedule, "aligned", last), decision, 128)
     np.testing.assert_allclose(queries.sum(1), 1, atol=1e-6)
     np.testing.assert_allclose(keys.sum(1), 1, atol=1e-6)
     assert queries.shape == (

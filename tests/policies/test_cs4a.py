@@ -19,10 +19,10 @@ SELECTION = Selection(keep=0.3, group=24, multiple=8)
 
 def fixed_choice(selection: Selection, place: Place, decision: int):
     """Some chosen units of the decision scale, the same for every group."""
-    scale = place.schedule.scales[decision]
-    groups = -(-scale.tokens // selection.group)
-    count = Reuse(decision, selection).chosen(place)
-    whole = scale.end // selection.granularity
+    source = Reuse(decision, selection).source(place)
+    groups = -(-source.scale.tokens // selection.group)
+    count = selection.units(source)
+    whole = source.kv_length // selection.granularity
     units = np.random.default_rng(3).permutation(whole)[:count]
     return jnp.broadcast_to(jnp.asarray(units, jnp.int32), (1, 1, groups, count))
 
@@ -125,7 +125,7 @@ def test_attention_over_lists(layout, granularity, mapping):
     everything = np.ones((place.scale.tokens, place.scale.end), bool)
     exact = oracle(flat_q, flat_k, flat_v, everything)
     np.testing.assert_allclose(dense, exact, **CLOSE)
-    lists, counts = columns.at_decision(state[COLUMNS], selection, place.scale)
+    lists, counts = columns.at_decision(state[COLUMNS], selection, place)
     mask = mask_of(lists, counts, selection, place)
     sparse = oracle(flat_q, flat_k, flat_v, mask)
     np.testing.assert_allclose(state[DIFFERENCE], exact - sparse, **CLOSE)
@@ -136,21 +136,23 @@ def test_attention_over_lists(layout, granularity, mapping):
     assert left == {}
     flat_q, flat_k, flat_v = cache(Place(SMALL, "packed", 6), seed=1)
     mask = mask_of(*columns.at_later_scale(state[COLUMNS], reuse, later), selection, later)
+    kept = Cs4aSparse(reuse).kept(state, later)
+    assert float(kept) == pytest.approx(mask.sum((-1, -2)).mean())
     missed = columns.upsample(state[DIFFERENCE], SMALL.sizes[4], SMALL.sizes[6])
     np.testing.assert_allclose(out, oracle(flat_q, flat_k, flat_v, mask) + missed, **CLOSE)
 
 
 def mask_of(lists, counts, selection: Selection, place: Place) -> np.ndarray:
-    """[R, H, T, S] mask of key lists."""
+    """[R, H, T, tokens] mask of lists of cache rows."""
     lists = np.asarray(lists)
     counts = np.broadcast_to(np.asarray(counts), lists.shape[:3])
-    mask = np.zeros((*lists.shape[:2], place.scale.tokens, place.scale.end), bool)
+    mask = np.zeros((*lists.shape[:2], place.scale.tokens, place.kv_length), bool)
     for row, head, group in np.ndindex(counts.shape):
         queries = slice(group * selection.group, (group + 1) * selection.group)
         for unit in lists[row, head, group, : counts[row, head, group]]:
             keys = slice(unit * selection.granularity, (unit + 1) * selection.granularity)
             mask[row, head, queries, keys] = True
-    return mask
+    return mask[..., place.layout.physical(place.index)]
 
 
 def test_selection_takes_the_heaviest_runs():
@@ -160,7 +162,7 @@ def test_selection_takes_the_heaviest_runs():
     for granularity in (1, 8):
         for ranked in (False, True):
             selection = Selection(0.3, 24, 8, granularity, ranked)
-            chosen = np.asarray(columns.select(sums, selection, place.scale))
+            chosen = np.asarray(columns.select(sums, selection, place))
             whole = place.scale.end // granularity
             mass = np.asarray(sums)[..., : whole * granularity]
             mass = mass.reshape(*mass.shape[:-1], whole, granularity).sum(-1)
