@@ -106,11 +106,22 @@ class GroupNorm(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """Convolution with bias in the dtype of its kernel; zero padding keeps the size at stride 1."""
+    """Convolution with bias in the dtype of its kernel; zero padding keeps the size at stride 1.
+
+    exact: no tf32 in float32 products.
+    """
 
     def __init__(
-        self, inputs: int, outputs: int, size: int = 3, *, dtype: Dtype, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        size: int = 3,
+        *,
+        dtype: Dtype,
+        exact: bool = True,
+        rngs: nnx.Rngs,
     ) -> None:
+        self.exact = exact and dtype == "float32"
         init = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (size, size, inputs, outputs), dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype))
@@ -123,15 +134,14 @@ class Conv(nnx.Module):
     ) -> Float[Array, "B out_height out_width outputs"]:
         kernel = self.kernel[...]
         margin = kernel.shape[0] // 2
-        # float32 means float32 on every device: no TF32.
-        exact = kernel.dtype == jnp.float32
+        # Where exact, float32 means float32 on every device: no tf32.
         out = jax.lax.conv_general_dilated(
             x.astype(kernel.dtype),
             kernel,
             window_strides=(stride, stride),
             padding=(padding or (margin, margin),) * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=jax.lax.Precision.HIGHEST if exact else None,
+            precision=jax.lax.Precision.HIGHEST if self.exact else None,
         )
         return out + self.bias[...]
 
@@ -230,8 +240,10 @@ class Decoder(nnx.Module):
             )
         self.up = nnx.List(reversed(levels))
         self.norm_out = GroupNorm(width)
-        # bfloat16 has a step of 1/256 just below one, the step of the final picture.
-        self.conv_out = Conv(width, 3, dtype="float32", rngs=rngs)
+        # bfloat16 has a step of 1/256 just below one, the step of the final picture. Products of
+        # the bfloat16 mode may use tf32, whose inputs are finer than the activations feeding it.
+        exact = config.dtype == "float32"
+        self.conv_out = Conv(width, 3, dtype="float32", exact=exact, rngs=rngs)
 
     def __call__(self, codes: Float[Array, "B h w Cd"]) -> Float[Array, "B height width 3"]:
         x = self.conv_in(codes)
