@@ -1,22 +1,30 @@
-"""Small pieces every Mosaic GPU kernel here shares: shared-memory types, barriers, the online softmax.
+"""Small pieces the Mosaic GPU kernels share: shared-memory types, barriers, the online softmax.
 
-Hopper's named barriers are cheaper than shared-memory barriers for the turn taking of warpgroups, but
-Pallas has no primitive for them, so they are inlined as PTX.
+Hopper's named barriers are cheaper than shared-memory barriers for the turn taking of warpgroups,
+but Pallas has no primitive for them, so they are inlined as PTX.
 """
+
+# Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
-from jaxtyping import Array, Float
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxtyping import Array, Float, Int
 
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -137,6 +145,50 @@ class Softmax:
         if logit_bound is None or dtype != jnp.bfloat16 or logit_bound > 100.0:
             return cls(scale)
         return cls(scale, max(logit_bound * LOG2E - 100.0, 0.0))
+
+
+def load(ref, layout) -> Array:
+    """A small array from global or shared memory in a given layout."""
+    if "idx" in inspect.signature(plgpu.load).parameters:  # jax 0.10
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def load_words(ref) -> Int[Array, "128"]:
+    """One int32 per thread of a warpgroup from global memory."""
+    return load(ref, plgpu.Layout.WG_STRIDED((128,), vec_size=1))
+
+
+def apply_words(scores: Float[Array, "64 64"], words: Int[Array, "128"]) -> Float[Array, "64 64"]:
+    """Keep the scores whose bit is set in the thread's word, set the others to -inf."""
+    layout = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, layout),
+        return_type=plgpu.ShapeDtypeStruct((64, 64), jnp.float32, plgpu.Layout.WGMMA),
+    )
+    def emit(_, scores, words):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        word = vector.extract(words.registers.item(), [], [0])
+        hidden, zero = mgpu.utils.c(-math.inf, f32), mgpu.utils.c(0, i32)
+        registers = np.empty_like(scores.registers)
+        for index, pair in np.ndenumerate(scores.registers):
+            column, half = index[1], index[4]
+            values = []
+            for element in range(2):
+                bit = mgpu.utils.c(_signed_bit(16 * half + 2 * column + element), i32)
+                clear = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(word, bit), zero)
+                value = vector.extract(pair, [], [element])
+                values.append(arith.select(clear, hidden, value))
+            registers[index] = vector.from_elements(pair.type, values)
+        return mgpu.FragmentedArray(_registers=registers, _layout=scores.layout, _is_signed=None)
+
+    return emit(scores, words)
+
+
+def _signed_bit(position: int) -> int:
+    """The int32 with one bit set."""
+    return -(1 << 31) if position == 31 else 1 << position
 
 
 def compiler_params() -> plgpu.CompilerParams:

@@ -1,10 +1,15 @@
 """The consumer side that every attention kernel here shares, and its walk over work items.
 
 A CTA is persistent: it walks its work items, and every item is a list of key stages. Consumer
-warpgroups own 64 queries each. Scores of one stage are in flight together with the output product of
-the previous stage, so the softmax of one overlaps the arithmetic of the other; warpgroups take turns
-on the tensor cores. The output leaves through the item's own query buffer.
+warpgroups own 64 queries each. Scores of one stage are in flight together with the output product
+of the previous stage, so the softmax of one overlaps the arithmetic of the other; warpgroups take
+turns on the tensor cores. The output leaves through the item's own query buffer.
 """
+
+# Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -72,7 +77,11 @@ class Pipeline:
         """Fill query, key and value buffers."""
         raise NotImplementedError
 
-    def hide(self, scores, item: Item, step):
+    def look_ahead(self, item: Item, step):
+        """Start loading what `hide` will need, before the scores are there."""
+        return None
+
+    def hide(self, scores, item: Item, step, ahead):
         """Set the scores of hidden keys of a stage to -inf."""
         raise NotImplementedError
 
@@ -151,6 +160,7 @@ class Pipeline:
 
     def _first_scores(self, item: Item, q) -> Float[Array, "64 N"]:
         stage = self.stage(item, 0)
+        ahead = self.look_ahead(item, 0)
         plgpu.barrier_wait(self.k_full.at[stage])
 
         def multiply(scores):
@@ -158,7 +168,7 @@ class Pipeline:
             return scores[...]
 
         scores = pl.run_scoped(multiply, plgpu.ACC((64, self.config.block_k), jnp.float32))
-        scores = self.hide(scores, item, 0)
+        scores = self.hide(scores, item, 0, ahead)
         plgpu.barrier_arrive(self.k_empty.at[stage])
         return scores
 
@@ -176,6 +186,7 @@ class Pipeline:
     def _overlapped_step(self, item: Item, q, step, out, weights, top, total):
         """Scores of this step, output of the previous one; the softmax hides behind the latter."""
         stage, previous = self.stage(item, step), self.stage(item, step - 1)
+        ahead = self.look_ahead(item, step)
         plgpu.barrier_wait(self.k_full.at[stage])
         if not self.config.scores_first:
             plgpu.barrier_wait(self.v_full.at[previous])
@@ -200,7 +211,7 @@ class Pipeline:
             scores = pl.run_scoped(
                 lambda scores_ref: multiply(scores_ref, out_ref), plgpu.ACC(shape, jnp.float32)
             )
-            scores = self.hide(scores, item, step)
+            scores = self.hide(scores, item, step, ahead)
             plgpu.barrier_arrive(self.k_empty.at[stage])
             new_weights[...], *state = self.softmax.step(scores, top, total)
             for ref, value in zip(new_state, state, strict=True):

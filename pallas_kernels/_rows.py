@@ -1,9 +1,15 @@
 """Lane-level code of the row gather: `cp.async` copies of single cache rows into swizzled tiles.
 
-TMA on Hopper copies boxes and cannot follow a list of rows. A warpgroup copies with 16 bytes a lane: a
-row of D elements takes D/8 lanes. Destinations follow the 128-byte swizzle that WGMMA reads: 16-byte
-chunk c of row r lands at chunk c ^ (r % 8) of its 1024-byte tile of 8 rows and 64 columns.
+TMA on Hopper copies boxes and cannot follow a list of rows. A warpgroup copies with 16 bytes a
+lane: a row of D elements takes D/8 lanes. Destinations follow the 128-byte swizzle that WGMMA
+reads: 16-byte chunk c of row r lands at chunk c ^ (r % 8) of its 1024-byte tile of 8 rows and 64
+columns.
 """
+
+# Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -94,7 +100,7 @@ class RowGather:
             for number in range(self.passes):
                 shift = arith.addi(lane_row, _const(number * _THREADS // self.lanes))
                 rows.append(self._row(base, start, arith.addi(first, shift), count, capacity))
-            return [self._as_array(value) for value in rows]
+            return tuple(self._as_array(value) for value in rows)
 
         return emit(lists, table, first, count)
 

@@ -5,9 +5,9 @@ rows are used), accumulate in float32 and return q's dtype. `implementation`: "m
 kernels) or "xla" fail loudly with NotImplementedError when they cannot serve; None takes the best
 that can. `implementation_used` tells which one that is.
 
-`logit_bound` promises that the absolute scaled logits stay below it, as cosine attention's do (100),
-and that every query sees one key with a logit above `logit_bound - 156`. The kernels then need no
-running maximum, which is 10 % faster in bfloat16; the other implementations ignore it.
+`logit_bound` promises that absolute scaled logits stay below it, as those of cosine attention do
+(100), and that every query sees one key with a logit above `logit_bound - 156`. The kernels then
+need no running maximum, which is 10 % faster in bfloat16; other implementations ignore it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import support, tuning, xla
+from pallas_kernels.selection import select_top
 from pallas_kernels.sparsity import (
     BlockTable,
     Gaps,
@@ -70,19 +71,16 @@ def implementation_used(
     implementation: Implementation | None = None,
     blocks: BlockTable | None = None,
     group: int = 192,
-    exact: bool = False,
 ) -> str:
     """Name of what serves `op` on these operands: "mosaic", "cudnn" or "xla".
 
-    `blocks`, `group` and `exact` are those of the call, where the op has them.
+    `blocks` and `group` are those of the call, where the op has them.
     """
     reason = _kernel_reason(op, q, k, v)
     if op == "block_sparse_attention" and blocks is not None:
         reason = reason or support.block_reason(blocks, q.shape[-1])
     if op == "column_sparse_attention" or op == "attention_column_sums":
         reason = reason or support.group_reason(group)
-    if op == "window_attention":
-        reason = reason or support.window_reason(exact)
     chosen = choose(implementation, reason)
     if chosen == "xla" and op == "attention" and implementation is None:
         return "xla" if support.cudnn_reason(q) else "cudnn"
@@ -177,14 +175,13 @@ def window_attention(
             f"q must hold the {geometry.height}x{geometry.width} query grid. "
             f"Got {q.shape[2]} tokens."
         )
-    used = implementation_used(
-        "window_attention", q, k, v, implementation=implementation, exact=exact
-    )
+    used = implementation_used("window_attention", q, k, v, implementation=implementation)
     if used == "mosaic":
         config = tuning.gather_config("windows", q.shape[-1], logit_bound is not None)
         return _mosaic_ops().attend_windows(
-            q, k, v, geometry, windows, sinks, config, scale=scale, logit_bound=logit_bound
-        )
+            q, k, v, geometry, windows, sinks, config, exact=exact, scale=scale,
+            logit_bound=logit_bound,
+        )  # fmt: skip
     return xla.window_attention(q, k, v, geometry, windows, sinks, exact=exact, scale=scale)
 
 
@@ -218,7 +215,11 @@ def attention_column_sums(
 
 
 def select_columns(
-    sums: Float[Array, "R2 H G S2"], count: int, *, granularity: int = 1
+    sums: Float[Array, "R2 H G S2"],
+    count: int,
+    *,
+    granularity: int = 1,
+    implementation: Implementation | None = None,
 ) -> Int[Array, "R2 H G count"]:
     """The `count` heaviest columns (or runs of `granularity` columns), ascending.
 
@@ -227,7 +228,9 @@ def select_columns(
     runs = -(-sums.shape[-1] // granularity)
     if not 0 < count <= runs:
         raise ValueError(f"count must lie in 1..{runs}, the number of runs. Got {count}.")
-    return xla.select_top(sums, count, granularity)
+    used = choose(implementation, support.device_reason())
+    find = _mosaic_ops().row_thresholds if used == "mosaic" else None
+    return select_top(sums, count, granularity, find)
 
 
 def column_sparse_attention(

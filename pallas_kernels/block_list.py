@@ -1,9 +1,14 @@
 """Dense and block-sparse attention on Hopper: one persistent kernel that walks lists of key blocks.
 
-A work item is one query block of one (row, head). The producer brings query and key blocks in with TMA
-and runs ahead across work items. Key blocks with hidden rows come first in a list; their scores are
-masked and their values come from a small patched copy, so that nothing hidden is ever multiplied.
+A work item is one query block of one (row, head). The producer brings query and key blocks in with
+TMA and runs ahead across work items. Key blocks with hidden rows come first in a list; their scores
+are masked and their values come from a small patched copy, so that nothing hidden is multiplied.
 """
+
+# Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -122,15 +127,13 @@ class _BlockList(Pipeline):
             place = pl.ds(self.gmem["slots"][block] * block_k, block_k)
             plgpu.copy_gmem_to_smem(self.gmem["patch"].at[item.head, place], *into)
 
-    def hide(self, scores, item: Item, step):
+    def hide(self, scores, item: Item, step, ahead):
         """Hidden keys of a special block; a list of length zero hides everything."""
 
         def masked():
             keys = self.gmem["indices"][item.table, step] * self.config.block_k
-            keep = plgpu.load(
-                self.gmem["keep"].at[pl.ds(keys, self.config.block_k)],
-                layout=mosaic.COLUMN,
-                optimized=False,
+            keep = mosaic.load(
+                self.gmem["keep"].at[pl.ds(keys, self.config.block_k)], mosaic.COLUMN
             )
             keep = keep * (self.gmem["counts"][item.table] > 0).astype(jnp.float32)
             return jnp.where(lax.broadcast_in_dim(keep, scores.shape, [1]) > 0, scores, -jnp.inf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -78,7 +80,7 @@ def _hidden_blocks(
 def _specials_first(blocks: BlockTable, slots: np.ndarray):
     """Lists with the blocks that have hidden rows in front, and how many those are (at least one
     step is masked for a list of length zero, which hides everything)."""
-    xp = np if blocks.is_static else jnp
+    xp: Any = np if blocks.is_static else jnp
     position = xp.arange(blocks.indices.shape[-1])
     used = position < xp.asarray(blocks.counts)[..., None]
     special = (xp.asarray(slots)[blocks.indices] >= 0) & used

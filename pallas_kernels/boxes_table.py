@@ -1,4 +1,4 @@
-"""Numpy tables of the boxed window form: which key rows a query patch reads and which of them count.
+"""Numpy tables of the boxed windows: which key rows a query patch reads and which of them count.
 
 A query tile is a patch of the grid. Every key grid contributes the rectangle that spans the windows
 of the patch's queries; sinks contribute everything. Arrays are made once per geometry and cached.
@@ -125,3 +125,31 @@ def _pack(lists, bounds, geometry, tile_height, tile_width) -> TileKeys:
         tile_height, tile_width, packed[..., 0], valid, packed[..., 1], packed[..., 2],
         packed[..., 3], limits[..., 0], limits[..., 1],
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=32)
+def mask_words(
+    geometry: Geometry, windows: tuple[int, ...], sinks: int, block_k: int = 64
+) -> np.ndarray:
+    """The token rule as one int32 per thread, [n, stages, warpgroups, 128], for stages of 64 keys.
+
+    Thread t of a warpgroup holds, of its 64x64 scores, rows 16 (t // 32) + 8 r + t % 32 // 4 and
+    columns 8 j + 2 (t % 4) + e; bit 16 r + 2 j + e of its word tells whether that pair is visible.
+    """
+    table = tile_keys(geometry, windows, sinks)
+    tiles, keys = table.rows.shape
+    stages = ceil_div(keys, block_k)
+    axes = []
+    for axis, key in enumerate((table.y, table.x)):
+        low, high = (
+            np.take_along_axis(bound[..., axis], table.grid[:, None, :], 2)
+            for bound in (table.low, table.high)
+        )
+        axes.append((key[:, None] >= low) & (key[:, None] <= high))
+    mask = np.zeros((tiles, TILE_HEIGHT * TILE_WIDTH, stages * block_k), bool)
+    mask[..., :keys] = axes[0] & axes[1] & table.valid[:, None]
+    # tile, warpgroup, warp, r, lane // 4, stage, j, lane % 4, e
+    mask = mask.reshape(tiles, -1, 4, 2, 8, stages, 8, 4, 2)
+    bits = mask.transpose(0, 5, 1, 2, 4, 7, 3, 6, 8).reshape(tiles, stages, -1, 128, 32)
+    words = (bits.astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(-1, dtype=np.uint32)
+    return words.view(np.int32)

@@ -5,6 +5,11 @@ queries, so that the sum over queries is a row reduction in registers. A work it
 of one (row, head), which stays in shared memory while the query groups stream past.
 """
 
+# Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -156,7 +161,7 @@ class _ColumnSums:
             return scores_ref[...]
 
         scores = pl.run_scoped(multiply, plgpu.ACC((64, self.shape.group), jnp.float32))
-        lse = plgpu.load(self.lse_smem.at[stage, 0], layout=mosaic.COLUMN, optimized=False)
+        lse = mosaic.load(self.lse_smem.at[stage, 0], mosaic.COLUMN)
         plgpu.barrier_arrive(self.q_empty.at[stage])
         shifted = scores * (self.scale * mosaic.LOG2E) - lax.broadcast_in_dim(
             lse, scores.shape, [1]

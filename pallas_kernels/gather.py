@@ -1,9 +1,14 @@
 """Attention over lists of cache rows on Hopper: column-sparse attention and boxed windows.
 
 A work item is a tile of queries with its own list of keys, single rows or runs of 8. A producer
-warpgroup follows the list with `cp.async`, since TMA cannot; the rest is the shared pipeline. Queries
-are consecutive tokens (column groups) or an 8x16 patch of the grid (boxes).
+warpgroup follows the list with `cp.async`, since TMA cannot; the rest is the shared pipeline.
+Queries are consecutive tokens (column groups) or an 8x16 patch of the grid (boxes).
 """
+
+# Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -39,6 +44,7 @@ class GatherInputs:
     lists [tables, cap], counts [tables]: list entries and keys (not entries) of every tile, where
     tables is the number of tiles (shared by heads) or of items. q is [n, T, D], or [n * height,
     width, D] for patches. order [ctas, steps], lengths [ctas]: work items of every CTA.
+    words: visibility of every pair in stages of 64 keys (`boxes_table.mask_words`), when exact.
     """
 
     q: Float[Array, "..."]
@@ -48,9 +54,12 @@ class GatherInputs:
     counts: Int[Array, " tables"]
     order: Int[Array, "ctas steps"]
     lengths: Int[Array, " ctas"]
+    words: Int[Array, "tables stages warpgroups 128"] | None = None
 
-    def arrays(self) -> tuple[Array, ...]:
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+    def named(self) -> dict[str, Array]:
+        """The arrays that are there, by name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def gather_attention(
@@ -70,13 +79,13 @@ def gather_attention(
     """
     head_dim, dtype = inputs.q.shape[-1], inputs.q.dtype
     rows = RowGather(config.block_k, head_dim, inputs.k.shape[1], granularity, hidden)
-    names = [field.name for field in dataclasses.fields(GatherInputs)]
+    operands = inputs.named()
     buffers = scratch(config, head_dim, dtype, patches.height if patches else 1)
     # One buffer for both, since every buffer is rounded up to 1 KiB: rows, then a flag per stage.
     buffers["row_smem"] = plgpu.SMEM((config.stages * (config.block_k + 1),), jnp.int32)
 
     def body(*refs, **scratch_refs):
-        gmem = dict(zip([*names, "out"], refs, strict=True))
+        gmem = dict(zip([*operands, "out"], refs, strict=True))
         call = _Gather(gmem, scratch_refs, config, softmax)
         call.rows, call.tiles, call.patches = rows, tiles, patches
         call.shared = inputs.counts.shape[0] == tiles
@@ -89,7 +98,7 @@ def gather_attention(
         num_threads=config.consumers + 1,
         scratch_types=buffers,
         compiler_params=mosaic.compiler_params(),
-    )(*inputs.arrays())
+    )(*operands.values())
 
 
 class _Gather(Pipeline):
@@ -129,7 +138,7 @@ class _Gather(Pipeline):
     def _announce(self, barriers, number) -> None:
         """Tell consumers that a stage (counted over the CTA's life) has arrived."""
         stage = lax.rem(number + self.config.stages, self.config.stages)
-        plgpu.barrier_arrive(barriers.at[stage], predicate=number >= 0)
+        pl.when(number >= 0)(lambda: plgpu.barrier_arrive(barriers.at[stage]))
 
     def _grid_row(self, ref, item: Item, row):
         """Row `row` of the item's patch, and whether it lies on the grid."""
@@ -179,13 +188,21 @@ class _Gather(Pipeline):
         self._announce(self.v_full, arrived)
         return self._read(item, step + 1)
 
-    def hide(self, scores, item: Item, step):
-        """Keys past the list's end and in hidden rows."""
+    def look_ahead(self, item: Item, step):
+        if "words" not in self.gmem:
+            return None
+        warpgroup = lax.axis_index("wg")
+        return mosaic.load_words(self.gmem["words"].at[item.table, step, warpgroup])
+
+    def hide(self, scores, item: Item, step, ahead):
+        """Pairs the words hide; without words, keys past the list's end and in hidden rows."""
+        if ahead is not None:
+            return mosaic.apply_words(scores, ahead)
         stage = self.stage(item, step)
 
         def masked():
             place = self.row_smem.at[pl.ds(stage * self.config.block_k, self.config.block_k)]
-            rows = plgpu.load(place, layout=mosaic.COLUMN, optimized=False)
+            rows = mosaic.load(place, mosaic.COLUMN)
             return jnp.where(lax.broadcast_in_dim(rows, scores.shape, [1]) >= 0, scores, -jnp.inf)
 
         flags = self.config.stages * self.config.block_k

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import support
 from pallas_kernels._mosaic import Softmax, pad_rows
-from pallas_kernels.boxes_table import TILE_HEIGHT, TILE_WIDTH, tile_keys
+from pallas_kernels.boxes_table import TILE_HEIGHT, TILE_WIDTH, mask_words, tile_keys
 from pallas_kernels.gather import GatherInputs, Patches, gather_attention
 from pallas_kernels.schedule import balanced_order, strided_order
 from pallas_kernels.shapes import ceil_div
@@ -47,10 +47,11 @@ def attend_columns(
         order=jnp.asarray(order),
         lengths=jnp.asarray(lengths),
     )
+    softmax = Softmax.bounded(scale, logit_bound, q.dtype)
+    hidden = (*gaps, (kv_length, 1 << 30))
     out = gather_attention(
-        inputs, config, Softmax.bounded(scale, logit_bound, q.dtype), tiles=tiles, granularity=granularity,
-        hidden=(*gaps, (kv_length, 1 << 30)), patches=None,
-    )  # fmt: skip
+        inputs, config, softmax, tiles=tiles, granularity=granularity, hidden=hidden, patches=None
+    )
     return out[:, :queries].reshape(q.shape)
 
 
@@ -72,11 +73,12 @@ def attend_windows(
     sinks: int,
     config: GatherConfig,
     *,
+    exact: bool = False,
     scale: float = 1.0,
     logit_bound: float | None = None,
     ctas: int | None = None,
 ) -> Float[Array, "R2 H T D"]:
-    """Boxed windows without the token mask; needs two consumer warpgroups (128 queries a patch)."""
+    """Boxed windows; needs two consumer warpgroups (128 queries a patch), 64 keys when exact."""
     rows, heads, _, head_dim = q.shape
     n = rows * heads
     lists, counts = window_lists(geometry, windows, sinks)
@@ -92,10 +94,12 @@ def attend_windows(
         counts=jnp.asarray(counts),
         order=jnp.asarray(order),
         lengths=jnp.asarray(lengths),
+        words=jnp.asarray(mask_words(geometry, windows, sinks)) if exact else None,
     )
     across = ceil_div(geometry.width, TILE_WIDTH)
+    softmax = Softmax.bounded(scale, logit_bound, q.dtype)
+    patches = Patches(TILE_HEIGHT, TILE_WIDTH, across, geometry.height)
     out = gather_attention(
-        inputs, config, Softmax.bounded(scale, logit_bound, q.dtype), tiles=len(counts), granularity=1, hidden=(),
-        patches=Patches(TILE_HEIGHT, TILE_WIDTH, across, geometry.height),
-    )  # fmt: skip
+        inputs, config, softmax, tiles=len(counts), granularity=1, hidden=(), patches=patches
+    )
     return out[:, : geometry.width].reshape(q.shape)

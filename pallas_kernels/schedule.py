@@ -1,7 +1,7 @@
 """Work order of a persistent kernel: which CTA serves which work items, computed with numpy.
 
-Items are taken in waves of one per CTA, in order, so that concurrent CTAs read the keys of the same few
-heads from the L2 cache. Within a wave the longest item goes to the CTA with the least work so far.
+Items are taken in waves of one per CTA, in order, so that concurrent CTAs read the keys of the same
+few heads from the L2 cache. Within a wave the longest item goes to the CTA with the least work.
 """
 
 from __future__ import annotations

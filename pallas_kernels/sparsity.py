@@ -77,7 +77,7 @@ def validate_blocks(
     if blocks.indices.shape[:-1] != (*lead, nq):
         raise ValueError(
             f"block indices must have shape {(*lead, nq, 'cap')} for {queries} queries in blocks "
-            f"of {blocks.block_q}. Got {blocks.indices.shape}. Build the table for this query length."
+            f"of {blocks.block_q}. Got {blocks.indices.shape}. Build the table for this length."
         )
     if blocks.counts.shape != blocks.indices.shape[:-1]:
         raise ValueError(
@@ -130,7 +130,7 @@ def coarsen(token_mask: Bool[np.ndarray, "T S"], block_q: int, block_k: int) -> 
     padded = np.zeros((round_up(queries, block_q), round_up(keys, block_k)), bool)
     padded[:queries, :keys] = token_mask
     tiles = padded.reshape(-1, block_q, padded.shape[1] // block_k, block_k)
-    return tiles.any((1, 3))
+    return np.asarray(tiles.any((1, 3)))
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,6 @@ def group_reason(group: int) -> str:
     return ""
 
 
-def window_reason(exact: bool) -> str:
-    """Why a window call does not suit the boxed kernel."""
-    return "the boxed kernel has no token mask; exact=True runs through XLA" if exact else ""
-
-
 def cudnn_reason(q: Float[Array, "R2 H T D"]) -> str:
     """Why cuDNN's attention cannot serve."""
     device = jax.devices()[0]

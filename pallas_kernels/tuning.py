@@ -1,4 +1,4 @@
-"""Tuning configurations of the Mosaic kernels: a heuristic, and tuned values per device in a JSON."""
+"""Tuning configurations of the Mosaic kernels: a heuristic, and tuned values in a JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -117,7 +118,7 @@ class ColumnSumsConfig:
 
 
 @functools.cache
-def _tuned() -> dict[str, dict[str, int | bool]]:
+def _tuned() -> dict[str, dict[str, Any]]:
     """Tuned entries of the default device; empty for a device nobody has measured."""
     table = json.loads(Path(__file__).with_name("tuning.json").read_text())
     return table.get(jax.devices()[0].device_kind, {})

@@ -1,7 +1,7 @@
 """XLA formulations: they run everywhere, and their work and memory shrink with density.
 
-Scores are accumulated in float32. Large problems are cut into pieces that `jax.lax.map` walks, so no
-array of the size [H, T, S] exists in a sparse path and a CPU does not run out of memory in the dense one.
+Scores are accumulated in float32. Large problems are cut into pieces that `jax.lax.map` walks: no
+array of the size [H, T, S] exists in a sparse path, and the dense one fits a small memory.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _block_view(x: Float[Array, "R H S D"], rows: int, block: int) -> Float[Arra
 
 def _by_class(tiles, keys, values, blocks: BlockTable, scale: float):
     counts = np.asarray(blocks.counts)
-    classes = np.maximum(4, ceil_div(counts, 4) * 4)
+    classes = np.maximum(4, -(-counts // 4) * 4)
     order, outs, lses = [], [], []
     rows, heads = tiles.shape[1:3]
     for size in np.unique(classes):
@@ -220,42 +220,6 @@ def column_sums(
         return jnp.where(seen, jnp.exp(scores * scale - tile_lse[..., None]).sum(2), 0.0)
 
     return jnp.moveaxis(jax.lax.map(one, (tiles, lses)), 0, 2)
-
-
-def select_top(
-    sums: Float[Array, "*n S"], count: int, granularity: int = 1
-) -> Int[Array, "*n count"]:
-    """The `count` largest runs in ascending order, by bisection on the bits of the sums.
-
-    Non-negative float32 compare like their bit patterns, so 31 counting passes find the exact value
-    of the last one kept; ties at that value go to the lowest index, as `jax.lax.top_k` does.
-    """
-    pad = round_up(sums.shape[-1], granularity) - sums.shape[-1]
-    runs = jnp.pad(sums, (*((0, 0),) * (sums.ndim - 1), (0, pad)))
-    runs = runs.reshape(*sums.shape[:-1], -1, granularity).sum(-1)
-    bits = jax.lax.bitcast_convert_type(jnp.maximum(runs, 0.0), jnp.int32)
-
-    def narrow(step, low):
-        trial = low | (1 << (30 - step))
-        enough = (bits >= trial[..., None]).sum(-1) >= count
-        return jnp.where(enough, trial, low)
-
-    threshold = jax.lax.fori_loop(0, 31, narrow, jnp.zeros(bits.shape[:-1], jnp.int32))[..., None]
-    above = bits > threshold
-    equal = bits == threshold
-    room = count - above.sum(-1, keepdims=True)
-    kept = above | (equal & (jnp.cumsum(equal, -1) <= room))
-    return _compact(kept, count)
-
-
-def _compact(kept: Bool[Array, "*n S"], count: int) -> Int[Array, "*n count"]:
-    """Ascending positions of the `count` true entries of every row."""
-    rank = jnp.where(kept, jnp.cumsum(kept, -1) - 1, count)
-    flat = rank.reshape(-1, rank.shape[-1])
-    source = jnp.broadcast_to(jnp.arange(rank.shape[-1], dtype=jnp.int32), flat.shape)
-    row = jnp.arange(flat.shape[0])[:, None]
-    out = jnp.zeros((flat.shape[0], count), jnp.int32).at[row, flat].set(source, mode="drop")
-    return out.reshape(*kept.shape[:-1], count)
 
 
 def column_sparse_attention(
