@@ -18,7 +18,7 @@ import jax
 import torch
 from flax import nnx
 
-from convert import compare_bsq_vae, compare_infinity
+from convert import compare_bsq_vae, compare_infinity, compare_var, compare_vqvae
 from convert.error_plot import draw_errors
 from convert.families import Family, detect
 from convert.rules import ConversionError
@@ -30,6 +30,8 @@ from sparvar_jax import checkpoint, loading, metadata
 COMPARERS: Mapping[str, Callable[[Sides, Options], tuple[Row, ...]]] = {
     "infinity": compare_infinity.compare,
     "bsq_vae": compare_bsq_vae.compare,
+    "var": compare_var.compare,
+    "vqvae": compare_vqvae.compare,
 }
 """Kind of checkpoint -> the function that runs both sides."""
 

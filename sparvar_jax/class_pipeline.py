@@ -118,7 +118,7 @@ class ClassPipeline:
         request = self.request(labels, **options)
         run, batch = self.generator(smooth), request.keys.shape[0]
         run.compile(request.plan, request.condition, batch, progress=progress)
-        code_sum = None
+        code_sum: Any = None
         steps = run.steps(request.plan, request.condition, request.controls, request.keys)
         for done, (state, _) in enumerate(steps, 1):
             code_sum = state.code_sum

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from convert.compare import compare_source
 from convert.export import export_part
 from convert.run import convert_source
+from convert.side_by_side import Options
 from sparvar_jax import class_pipeline, generate, vocabulary
 from sparvar_jax.class_pipeline import ClassPipeline
 from sparvar_jax.models.var import VarConfig, guidance_ramp
@@ -47,6 +49,19 @@ def test_training_checkpoints_convert(tmp_path):
     done = convert_source(tmp_path / "ar-ckpt-last.pth", tmp_path / "model")
     assert (done.kind, done.part) == ("var", "transformer")
     assert done.config == dataclasses.replace(CONFIG, dtype=done.config.dtype)
+
+
+@pytest.mark.parametrize("file", ["var_d2.pth", "vae.pth"])
+def test_side_by_side_comparison(tmp_path, file):
+    """Released files and their conversions agree; a conversion of other weights does not."""
+    model, _ = tiny_model()
+    options = Options(guidance=2.0)
+    found = compare_source(model.parent / file, model, options)
+    assert found.passed, max(found.rows, key=lambda row: row.relative)
+    assert len(found.rows) > 20
+    twin = twins(CONFIG, TOKENIZER, seed=1)[file == "vae.pth"]
+    torch.save(twin.state_dict(), tmp_path / file)
+    assert not compare_source(tmp_path / file, model, options).passed
 
 
 def test_drawn_pictures_agree_with_the_twins():

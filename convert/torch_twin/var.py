@@ -29,6 +29,7 @@ class SelfAttention(nn.Module):
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
+        self.zero_k_bias: Tensor
         self.register_buffer("zero_k_bias", torch.zeros(width))
         if config.l2_norm:
             initial = torch.full((1, config.heads, 1, 1), math.log(4.0))
@@ -98,6 +99,7 @@ class VarTwin(nn.Module):
         self.pos_1LC = nn.Parameter(torch.randn(1, len(level), width) * 0.02)
         self.register_buffer("lvl_1L", level[None])
         hidden = torch.where(level[:, None] >= level[None], 0.0, -torch.inf)
+        self.attn_bias_for_masking: Tensor
         self.register_buffer("attn_bias_for_masking", hidden[None, None])
         self.word_embed = nn.Linear(config.code_width, width)
         self.class_emb = nn.Embedding(config.classes + 1, width)
@@ -119,13 +121,20 @@ class VarTwin(nn.Module):
         return self.lvl_embed(self.lvl_1L) + self.pos_1LC
 
     def _blocks(
-        self, x: Tensor, condition: Tensor, mask: Tensor | None, caches: list[dict] | None
+        self,
+        x: Tensor,
+        condition: Tensor,
+        mask: Tensor | None,
+        caches: list[dict] | None,
+        trace: list[Tensor] | None = None,
     ) -> Tensor:
         shared = self.shared_ada_lin(condition)
         if self.config.shared_ada:
             shared = shared.unflatten(-1, (1, 6, -1))
         for index, block in enumerate(self.blocks):
             x = block(x, shared, mask, caches[index] if caches else None)
+            if trace is not None:
+                trace.append(x)
         return x
 
     def _logits(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -149,12 +158,13 @@ class VarTwin(nn.Module):
                 inputs = functional.interpolate(total, size=(side, side), mode="area")
                 x = self.word_embed(inputs.flatten(2).transpose(1, 2))
                 x = (x + self.positions()[:, offset : offset + side * side]).repeat(2, 1, 1)
-            hidden = self._blocks(x, condition, None, caches)
-            raw = self._logits(hidden, condition)
+            hidden: list[Tensor] = []
+            raw = self._logits(self._blocks(x, condition, None, caches, hidden), condition)
             t = cfg * scale / (len(sides) - 1)
             guided = (1 + t) * raw[: len(labels)] - t * raw[len(labels) :]
             total = quantize.add(total, quantize.codes(ids[scale]), scale, len(sides))
-            step = {"transformer_input": x, "final_hidden": hidden, "raw_logits": raw}
+            step = {"transformer_input": x, "final_hidden": hidden[-1], "raw_logits": raw}
+            step |= {f"hidden.{layer}": value for layer, value in enumerate(hidden)}
             trace.append(step | {"guided_logits": guided, "fhat": total})
             offset += side * side
         return trace, total

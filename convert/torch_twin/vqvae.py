@@ -142,11 +142,9 @@ class Decoder(nn.Module):
 
 
 class _SharedConvs(nn.Module):
-    def __init__(self, count: int, channels: int):
+    def __init__(self, convolutions: list[nn.Conv2d]):
         super().__init__()
-        self.qresi_ls = nn.ModuleList(
-            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(count)
-        )
+        self.qresi_ls = nn.ModuleList(convolutions)
 
 
 class Quantize(nn.Module):
@@ -156,14 +154,21 @@ class Quantize(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(scales, config.vocab))
-        self.quant_resi = _SharedConvs(config.phis, config.code_width)
+        width = config.code_width
+        self.quant_resi = _SharedConvs(
+            [nn.Conv2d(width, width, 3, padding=1) for _ in range(config.phis)]
+        )
         self.embedding = nn.Embedding(config.vocab, config.code_width)
+
+    @property
+    def convolutions(self) -> list[nn.Conv2d]:
+        return list(self.quant_resi.qresi_ls)  # type: ignore[arg-type]
 
     def add(self, total: Tensor, codes: Tensor, scale: int, scales: int) -> Tensor:
         """Add one scale's codes `[B, Cd, side, side]` to the running sum."""
         if codes.shape[-2:] != total.shape[-2:]:
             codes = functional.interpolate(codes, size=total.shape[-2:], mode="bicubic")
-        phi = self.quant_resi.qresi_ls[self.config.phi(scale, scales)]
+        phi = self.convolutions[self.config.phi(scale, scales)]
         share = self.config.residual
         return total + (1 - share) * codes + share * phi(codes)
 
