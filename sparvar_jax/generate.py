@@ -7,7 +7,6 @@ compiled ahead of time in parallel threads, and shared by every plan that contai
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -20,134 +19,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sparvar_jax import cache as kv_cache
 from sparvar_jax import sampling
-from sparvar_jax.plan import Plan, Step
+from sparvar_jax.plan import Plan
 from sparvar_jax.sampling import Controls
-from sparvar_jax.strategy import Attention, Place
+from sparvar_jax.step import ScaleOutput, State, StepSpec, draw_scale, empty_state, step_spec
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total): called while steps compile and while scales are dispatched."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What one scale hands to the next; donated, so a state is used once.
-
-    cache: keys and values of every layer. strategies: the layer state of every layer.
-    code_sum: accumulated codes on the final latent grid. codes: the next scale's input codes.
-    """
-
-    cache: tuple[kv_cache.LayerCache, ...]
-    strategies: tuple[dict[str, jax.Array], ...]
-    code_sum: Float[Array, "B height width Cd"]
-    codes: Float[Array, "B T N"] | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ScaleOutput:
-    """What one scale drew. tokens: labels or ids. captured: inner arrays, if asked for."""
-
-    tokens: Int[Array, "B T ..."]
-    captured: dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class StepSpec:
-    """Everything static about one compiled step. Equal specs share one executable."""
-
-    step: Step
-    place: Place
-    following: int | None
-    live: tuple[frozenset[str], ...]
-    greedy: bool
-    capture: bool
-    forced: bool
-
-
-def step_spec(
-    plan: Plan,
-    index: int,
-    *,
-    logit_bound: float | None = None,
-    greedy: bool = False,
-    capture: bool = False,
-    forced: bool = False,
-) -> StepSpec:
-    """The static part of step `index` of a plan."""
-    place = dataclasses.replace(plan.place(index), logit_bound=logit_bound)
-    last = index + 1 == len(plan.steps)
-    live = tuple(plan.live_after(index, layer) for layer in range(plan.depth))
-    following = None if last else index + 1
-    return StepSpec(plan.steps[index], place, following, live, greedy, capture, forced)
-
-
-@functools.partial(jax.jit, static_argnames=("apply_block", "config", "place", "attention"))
-def _layer(block, x, inputs, positions, cache, state, *, apply_block, config, place, attention):
-    """One block with its cache and strategy; jitted so that equal layers are traced once."""
-    left: dict[str, Any] = {}
-
-    def attend(q, k, v):
-        keys = kv_cache.write(cache[0], k, place.layout, place.index)
-        values = kv_cache.write(cache[1], v, place.layout, place.index)
-        out, update = attention(q.astype(keys.dtype), keys, values, place, state)
-        left.update(cache=(keys, values), state={**state, **update})
-        return out
-
-    x = apply_block(config, block, x, inputs, positions, attend)
-    return x, left["cache"], left["state"]
-
-
-def _scale(leaves, condition, state, controls, keys, forced, *, treedef, spec):
-    """Pure body of one compiled step; see `Generator.decode_scale`."""
-    model, codebook = jax.tree.unflatten(treedef, leaves)
-    place, step, config = spec.place, spec.step, model.config
-    batch = state.code_sum.shape[0]
-    rows = 2 * batch if step.rows == "both" else batch
-    captured: dict[str, jax.Array] = {}
-    x = model.embed_codes(state.codes, condition)[:rows]
-    captured["input"] = x
-    x = model.add_level(x, place)
-    positions = model.positions(place)
-    guidance = controls.guidance[place.index]
-    caches, strategies = [], []
-    for layer in range(step.depth):
-        attention: Attention = step.segment(layer).attention
-        x, cache, left = _layer(
-            model.blocks[layer],
-            x,
-            model.block_inputs(layer, condition, rows),
-            positions,
-            state.cache[layer],
-            state.strategies[layer],
-            apply_block=type(model).apply_block,
-            config=config,
-            place=place,
-            attention=attention,
-        )
-        caches.append(cache)
-        strategies.append({name: left[name] for name in sorted(spec.live[layer])})
-        if layer == step.merge_at:
-            mixed = sampling.mix(x, guidance)
-            x = jnp.concatenate([mixed, mixed])
-        captured[f"hidden.{layer}"] = x
-    on_logits = step.merge_at == step.depth
-    raw = model.head_logits(x if on_logits or spec.capture else x[:batch], condition)
-    tempered = raw / controls.temperature[place.index]
-    guided = sampling.mix(tempered, guidance) if on_logits else tempered[:batch]
-    captured |= {"raw_logits": raw, "guided_logits": guided}
-    if spec.forced:
-        tokens = forced
-    else:
-        drawn = None if spec.greedy else jax.vmap(jax.random.fold_in, (0, None))(keys, place.index)
-        tokens = type(model).sample(config, guided, controls, drawn)
-    scales = place.schedule.scales
-    following = None if spec.following is None else scales[spec.following]
-    code_sum, codes = type(model).accumulate(
-        config, tokens, state.code_sum, place.scale, following, codebook
-    )
-    left_state = State(tuple(caches), tuple(strategies), code_sum, codes)
-    return left_state, ScaleOutput(tokens, captured if spec.capture else {})
 
 
 class Generator:
@@ -162,16 +39,16 @@ class Generator:
         self._leaves, self._treedef = jax.tree.flatten((model, codebook))
         self._compiled: dict[Any, Any] = {}
         self._programs: dict[Any, tuple[Any, ...]] = {}
+        self._spare: dict[Any, tuple[kv_cache.LayerCache, ...]] = {}
 
     def start(self, plan: Plan, batch: int) -> State:
-        """An empty state: zeroed caches and code sum."""
-        config = self.model.config
-        rows = 2 * batch if plan.steps[0].rows == "both" else batch
-        layout = plan.schedule.layout(plan.layout)
-        dtype = config.precision.compute
-        cache = kv_cache.allocate(config.depth, rows, config.heads, config.head_dim, layout, dtype)
-        code_sum = type(self.model).start_codes(config, batch, plan.schedule)
-        return State(cache, tuple({} for _ in range(config.depth)), code_sum, None)
+        """The state before the first scale.
+
+        Cache buffers of an earlier generation of the same shape are used again. Nothing clears
+        them: a step reads rows only after writing them.
+        """
+        shape = self._cache_shape(plan, batch)
+        return empty_state(self.model, plan, batch, self._spare.pop(shape, None))
 
     def compile(
         self,
@@ -203,7 +80,7 @@ class Generator:
         progress: Progress | None,
     ) -> tuple[Any, ...]:
         controls, keys = _abstract_controls(len(plan.schedule), batch)
-        state = jax.eval_shape(lambda: self.start(plan, batch))
+        state = jax.eval_shape(lambda: empty_state(self.model, plan, batch))
         condition = jax.tree.map(_abstract, condition)
         waiting, program = {}, []
         for index in range(len(plan.steps)):
@@ -258,13 +135,18 @@ class Generator:
         forced: tuple[jax.Array, ...] | None = None,
         capture: bool = False,
     ) -> Iterator[tuple[State, ScaleOutput]]:
-        """Draw scale after scale; a yielded state must be read before the next one is asked for."""
+        """Draw scale after scale.
+
+        Read a yielded state before asking for the next one, and the last before the next
+        generation: buffers are handed on.
+        """
         batch = keys.shape[0]
         state = self.start(plan, batch)
         if forced is None and not capture:
             for compiled in self.compile(plan, condition, batch, greedy=greedy):
                 state, output = compiled(self._leaves, condition, state, controls, keys, None)
                 yield state, output
+            self._spare[self._cache_shape(plan, batch)] = state.cache
             return
         for index in range(len(plan.steps)):
             tokens = None if forced is None else forced[index]
@@ -280,6 +162,7 @@ class Generator:
                 capture=capture,
             )
             yield state, output
+        self._spare[self._cache_shape(plan, batch)] = state.cache
 
     def run(
         self, plan: Plan, condition: Any, controls: Controls, keys: PRNGKeyArray, **options
@@ -292,11 +175,15 @@ class Generator:
         assert code_sum is not None
         return code_sum, tuple(outputs)
 
+    def _cache_shape(self, plan: Plan, batch: int) -> tuple[int, int]:
+        rows = 2 * batch if plan.steps[0].rows == "both" else batch
+        return rows, plan.schedule.layout(plan.layout).total
+
     def _spec(self, plan: Plan, index: int, **options: bool) -> StepSpec:
         return step_spec(plan, index, logit_bound=self.model.config.logit_bound, **options)
 
     def _trace(self, spec, condition, state, controls, keys, forced):
-        body = functools.partial(_scale, treedef=self._treedef, spec=spec)
+        body = functools.partial(draw_scale, treedef=self._treedef, spec=spec)
         leaves = [_abstract(leaf) for leaf in self._leaves]
         return jax.jit(body, donate_argnums=(2,)).trace(
             leaves, condition, state, controls, keys, forced
