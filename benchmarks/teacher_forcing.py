@@ -1,0 +1,80 @@
+"""How far a plan's logits are off when the dense picture's bits are fed back."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparvar_jax.pipeline import Request
+from sparvar_jax.plan import Plan
+
+Scales = list[np.ndarray]
+
+
+def compare_logits(
+    drawing: Any, plans: dict[str, Plan], tokens: list[np.ndarray], prompts: int, threads: int = 4
+) -> dict[str, dict[str, Any]]:
+    """Per plan: relative logit error and share of equal bits of every scale it runs.
+
+    `bit_agreement` is the mean of the last three scales, None for a plan that skips some.
+
+    tokens: the dense tokens of the drawing's first batch, of which every n-th is used, so that
+    `prompts` prompts from all of the list take part. Bits are drawn with the same keys.
+    """
+    if prompts < 1:
+        return {}
+    request: Request = drawing.requests[0]
+    batch = request.keys.shape[0]
+    chosen = np.arange(0, batch, max(batch // prompts, 1))[:prompts]
+    few = _some(request, chosen)
+    forced = tuple(jnp.asarray(token[chosen]) for token in tokens)
+    dense = _run(drawing, drawing.plan("dense"), few, forced)
+
+    def compare(item: tuple[str, Plan]) -> tuple[str, dict[str, Any]]:
+        name, plan = item
+        errors, agreement = [], []
+        for (ours, our_bits), (theirs, their_bits) in zip(
+            _run(drawing, plan, few, forced), dense, strict=False
+        ):
+            errors.append(float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)))
+            agreement.append(float((our_bits == their_bits).mean()))
+        whole = len(agreement) == len(dense)
+        return name, {
+            "bit_agreement": float(np.mean(agreement[-3:])) if whole else None,
+            "bit_agreement_by_scale": agreement,
+            "logit_error_by_scale": errors,
+        }
+
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(pool.map(compare, plans.items()))
+
+
+def _some(request: Request, chosen: np.ndarray) -> Request:
+    """The request of some of its prompts: rows are conditional first, then unconditional."""
+    batch = request.keys.shape[0]
+    rows = jax.tree.leaves(request.condition)[0].shape[0]
+    index = np.concatenate([chosen + start for start in range(0, rows, batch)])
+    condition = jax.tree.map(lambda x: x[index], request.condition)
+    return dataclasses.replace(request, condition=condition, keys=request.keys[chosen])
+
+
+def _run(
+    drawing: Any, plan: Plan, request: Request, forced: tuple[jax.Array, ...]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(guided logits, bits drawn from them) of every scale under forced bits."""
+    generator = drawing.pipe.generator
+    model, found = generator.model, []
+    steps = generator.steps(
+        plan, request.condition, request.controls, request.keys, forced=forced, capture=True
+    )
+    for index, (_, output) in enumerate(steps):
+        logits = output.captured["guided_logits"]
+        keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys, index)
+        bits = type(model).sample(model.config, logits, request.controls, keys)
+        found.append((np.asarray(logits, np.float32), np.asarray(bits)))
+    return found
