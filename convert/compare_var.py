@@ -45,12 +45,13 @@ def _run_twin(
     filled = fill_twin(twin, sides)
     assert isinstance(filled, VarTwin)
     quantize = Quantize(codebook.config, len(sides.config.sides))
+    state = {"embedding.weight": codebook.codes[...]}
+    for index, phi in enumerate(codebook.phi):
+        state[f"quant_resi.qresi_ls.{index}.weight"] = phi.kernel[...].transpose(3, 2, 0, 1)
+        state[f"quant_resi.qresi_ls.{index}.bias"] = phi.bias[...]
+    tensors = {name: torch.tensor(np.asarray(value)) for name, value in state.items()}
+    quantize.load_state_dict(tensors, strict=False)  # its statistics have no effect
     with torch.no_grad():
-        quantize.embedding.weight.copy_(torch.tensor(np.asarray(codebook.codes[...])))
-        for theirs, ours in zip(quantize.convolutions, codebook.phi, strict=True):
-            kernel = np.asarray(ours.kernel[...]).transpose(3, 2, 0, 1)
-            theirs.weight.copy_(torch.tensor(kernel))
-            theirs.bias.copy_(torch.tensor(np.asarray(ours.bias[...])))
         tokens = [torch.tensor(part) for part in ids]
         trace, total = filled.replay(torch.tensor(labels), tokens, quantize, options.guidance)
     return trace, total.permute(0, 2, 3, 1).numpy()

@@ -28,7 +28,7 @@ def compare(sides: Sides, options: Options) -> tuple[Row, ...]:
     rows = [row(None, "latent", latent, np.asarray(jax.jit(Vqvae.encode)(ours, image)))]
     total = jnp.zeros(latent.shape, jnp.float32)
     for scale, (tokens, expected) in enumerate(zip(ids, sums, strict=True)):
-        grid = (SIDES_256[scale],) * 2
+        grid = (SIDES_256[scale], SIDES_256[scale])
         rest = quantizer.resize(jnp.asarray(latent) - total, grid, "area")
         flat = rest.reshape(1, -1, latent.shape[-1])
         rows.append(_ids_row(ours, flat, tokens, scale, options.tolerance))
