@@ -14,6 +14,7 @@ import functools
 import itertools
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +26,10 @@ from benchmarks import models
 from benchmarks._trace import kernel_times
 from sparvar_jax import generate, sampling
 from sparvar_jax.models import bsq_vae
+from sparvar_jax.models.var_parts import guidance_ramp
 from sparvar_jax.plan import Plan, with_implementation
 from sparvar_jax.policies import parse_plan
-from sparvar_jax.schedule import infinity_schedule
+from sparvar_jax.schedule import ScaleSchedule, infinity_schedule
 
 # Kernels and XLA round attention outputs to bfloat16 (2^-9 relative) in every layer; forty layers
 # of independent roundings add up to about 40**0.5 * 2**-9 = 1.2e-2. Guidance 3 can triple it.
@@ -36,17 +38,30 @@ LOGIT_TOLERANCE = 4e-2
 
 @dataclasses.dataclass
 class Bench:
-    """One model with its compiled parts; `draw` is what is timed."""
+    """One model with its compiled parts; `draw` is what is timed.
+
+    inputs: what `embed` takes besides the weights: text features and lengths, or class labels.
+    """
 
     generator: generate.Generator
-    decode: Any
-    embed: Any
-    text: tuple[jax.Array, jax.Array]
-    controls: sampling.Controls
+    decode: Callable[[Any], Any]
+    embed: Callable[..., Any]
+    inputs: tuple[jax.Array, ...]
+    schedule: ScaleSchedule
+    guidance: tuple[float, ...]
 
     @property
     def batch(self) -> int:
-        return self.text[0].shape[0]
+        return self.inputs[0].shape[0]
+
+    @property
+    def controls(self) -> sampling.Controls:
+        return generate.controls(len(self.schedule), guidance=self.guidance)
+
+    def plan(self, name: str) -> Plan:
+        flags = tuple(weight != 1 for weight in self.guidance)
+        depth = self.generator.model.config.depth
+        return parse_plan(name, self.schedule, depth, guidance=flags)
 
     def draw(self, plan: Plan, clock: list[tuple[str, float]] | None = None) -> np.ndarray:
         """The pictures of one generation; with a clock every part is waited for and timed."""
@@ -57,7 +72,7 @@ class Bench:
                 clock.append((name, time.perf_counter()))
 
         tick("start", None)
-        condition = self.embed(*self.text)
+        condition = self.embed(*self.inputs)
         tick("text", condition)
         keys = sampling.image_keys(0, self.batch)
         code_sum = None
@@ -72,7 +87,7 @@ class Bench:
 
     def check(self, plan: Plan) -> float:
         """Relative error of the last scale's guided logits against XLA attention."""
-        condition = self.embed(*self.text)
+        condition = self.embed(*self.inputs)
         keys = sampling.image_keys(0, self.batch)
         state, last = self.generator.start(plan, self.batch), len(plan.steps) - 1
         for index in range(last):
@@ -91,26 +106,47 @@ class Bench:
         return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
 
 
-def build(preset: str, batch: int, schedule_length: int, dtype: str) -> Bench:
-    """The benchmark of a preset with random weights."""
+def build(preset: str, batch: int, size: str, ratio: float, dtype: str) -> Bench:
+    """The benchmark of a preset with random weights; VAR presets have one size and ratio."""
+    if preset.startswith("var_"):
+        return _build_var(preset, batch, dtype)
     transformer = models.infinity(preset, dtype=dtype)
     tokenizer = models.tokenizer(preset, dtype=dtype)
-    text = models.text_features(batch, transformer.config.text_width)
+    schedule = infinity_schedule(ratio, size)
     embed = jax.jit(lambda model, text, lengths: model.embed_condition(text, lengths, "learned"))
-    decode = jax.jit(lambda vae, codes: bsq_vae.to_uint8(vae.decode(codes)))
     return Bench(
         generate.Generator(transformer),
-        functools.partial(decode, tokenizer),
+        _bind_decode(tokenizer),
         functools.partial(embed, transformer),
-        text,
-        generate.controls(schedule_length),
+        models.text_features(batch, transformer.config.text_width),
+        schedule,
+        (3.0,) * len(schedule),
     )
+
+
+def _build_var(preset: str, batch: int, dtype: str) -> Bench:
+    transformer, tokenizer = models.var(preset, dtype=dtype), models.vqvae(dtype=dtype)
+    schedule = transformer.config.schedule
+    embed = jax.jit(lambda model, labels: model.embed_condition(labels, True))
+    return Bench(
+        generate.Generator(transformer, tokenizer.codebook),
+        _bind_decode(tokenizer),
+        functools.partial(embed, transformer),
+        (jnp.arange(batch) % transformer.config.classes,),
+        schedule,
+        guidance_ramp(1.5, len(schedule)),
+    )
+
+
+def _bind_decode(tokenizer: Any) -> Callable[[Any], Any]:
+    decode = jax.jit(lambda vae, codes: bsq_vae.to_uint8(vae.decode(codes)))
+    return functools.partial(decode, tokenizer)
 
 
 def measure(bench: Bench, plan: Plan, repeats: int) -> dict[str, Any]:
     """One row's timings: cold, warm median and spread, by part and by scale."""
     start = time.perf_counter()
-    bench.generator.compile(plan, bench.embed(*bench.text), bench.batch)
+    bench.generator.compile(plan, bench.embed(*bench.inputs), bench.batch)
     compiled = time.perf_counter()
     picture = bench.draw(plan)
     cold = time.perf_counter() - start
@@ -128,6 +164,7 @@ def measure(bench: Bench, plan: Plan, repeats: int) -> dict[str, Any]:
     return {
         "seconds_median": float(np.median(totals)),
         "seconds_spread": float(np.ptp(totals)),
+        "seconds_all": totals,
         "seconds_by_part": {
             "text": parts["text"],
             "transformer": sum(scales),
@@ -143,7 +180,7 @@ def measure(bench: Bench, plan: Plan, repeats: int) -> dict[str, Any]:
 def kernels_used(bench: Bench, plan: Plan) -> dict[str, int]:
     """Custom calls of the compiled steps by target, read from the executables themselves."""
     calls: dict[str, int] = {}
-    for compiled in bench.generator.compile(plan, bench.embed(*bench.text), bench.batch):
+    for compiled in bench.generator.compile(plan, bench.embed(*bench.inputs), bench.batch):
         for target in re.findall(r'custom_call_target="([^"]+)"', compiled.as_text()):
             calls[target] = calls.get(target, 0) + 1
     return calls
@@ -168,6 +205,35 @@ def peak_gib() -> float | None:
     return None if not stats else stats["peak_bytes_in_use"] / 2**30
 
 
+def measure_row(bench: Bench, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything measured of one plan, checked and printed."""
+    plan = bench.plan(name)
+    row = {
+        "weights": "random",
+        "density": plan.density(),
+        "density_all": plan.density(None),
+        **measure(bench, plan, arguments.repeats),
+        "peak_gib": peak_gib(),
+        "kernels": kernels_used(bench, plan),
+    }
+    if arguments.trace:
+        row["kernel_ms"] = kernel_times(functools.partial(bench.draw, plan))
+        for kernel, spent in list(row["kernel_ms"].items())[:30]:
+            print(f"  {spent['ms']:9.2f} ms  {spent['launches']:6d}x  {kernel[:100]}")
+    if not arguments.no_check:
+        row["logit_error"] = bench.check(plan)
+        if not row["logit_error"] <= LOGIT_TOLERANCE:
+            raise RuntimeError(f"{name}: logits differ from XLA by {row['logit_error']:.3g}")
+    print(
+        f"{arguments.model} x{bench.batch} {name}: {row['seconds_median']:.4f} s (spread "
+        f"{row['seconds_spread']:.4f}), cold {row['cold_seconds']:.1f} s, by part "
+        + ", ".join(f"{k} {v:.4f}" for k, v in row["seconds_by_part"].items())
+        + f", logit error {row.get('logit_error')}",
+        flush=True,
+    )
+    return row
+
+
 def main() -> None:
     """Measure the asked plans of one model and write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -175,7 +241,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=["dense"])
     parser.add_argument("--size", default="1M")
     parser.add_argument("--ratio", type=float, default=1.0, help="height over width")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--name", default=None, help="file name, default generate-MODEL")
@@ -183,44 +249,16 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="also sum GPU time by kernel")
     parser.add_argument("--no-check", action="store_true", help="profile only: write no file")
     arguments = parser.parse_args()
-    schedule = infinity_schedule(arguments.ratio, arguments.size)
-    bench = build(arguments.model, arguments.batch, len(schedule), arguments.dtype)
-    depth = bench.generator.model.config.depth
     ceiling = matmul_ceiling()
     rows = []
-    for name in arguments.plans:
-        plan = parse_plan(name, schedule, depth)
-        row = {
-            "model": arguments.model,
-            "weights": "random",
-            "plan": name,
-            "batch": arguments.batch,
-            "size": arguments.size,
-            "ratio": arguments.ratio,
-            "dtype": arguments.dtype,
-            "density": plan.density(),
-            "density_all": plan.density(None),
-            **measure(bench, plan, arguments.repeats),
-            "peak_gib": peak_gib(),
-            "kernels": kernels_used(bench, plan),
-            "matmul_ceiling_tflops": ceiling,
-        }
-        if arguments.trace:
-            row["kernel_ms"] = kernel_times(functools.partial(bench.draw, plan))
-            for kernel, spent in list(row["kernel_ms"].items())[:30]:
-                print(f"  {spent['ms']:9.2f} ms  {spent['launches']:6d}x  {kernel[:100]}")
-        if not arguments.no_check:
-            row["logit_error"] = bench.check(plan)
-            if not row["logit_error"] <= LOGIT_TOLERANCE:
-                raise RuntimeError(f"{name}: logits differ from XLA by {row['logit_error']:.3g}")
-        rows.append(row)
-        print(
-            f"{name}: {row['seconds_median']:.4f} s (spread {row['seconds_spread']:.4f}), cold "
-            f"{row['cold_seconds']:.1f} s, by part "
-            + ", ".join(f"{k} {v:.4f}" for k, v in row["seconds_by_part"].items())
-            + f", logit error {row.get('logit_error')}",
-            flush=True,
-        )
+    for batch in arguments.batch:
+        bench = build(arguments.model, batch, arguments.size, arguments.ratio, arguments.dtype)
+        for name in arguments.plans:
+            row = {"model": arguments.model, "plan": name, "batch": batch}
+            row |= {"size": arguments.size, "ratio": arguments.ratio, "dtype": arguments.dtype}
+            row |= measure_row(bench, name, arguments) | {"matmul_ceiling_tflops": ceiling}
+            rows.append(row)
+        del bench
     if not arguments.no_check:
         record.write(arguments.name or f"generate-{arguments.model}", rows, folder=arguments.out)
 

@@ -16,6 +16,9 @@ from flax import nnx
 
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
+from sparvar_jax.models.var import Var
+from sparvar_jax.models.var_parts import VarConfig
+from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
 
 TOKENIZERS = {"infinity_layer12": "f16_d32", "infinity_2b": "f16_d32", "infinity_8b": "f8_d14"}
 TEXT_TOKENS = 24  # a prompt of usual length
@@ -53,6 +56,18 @@ def tokenizer(preset: str, *, dtype: str = "bfloat16", seed: int = 1) -> BsqVae:
     """The image tokenizer that goes with a transformer preset."""
     config = BsqVaeConfig.preset(TOKENIZERS[preset], dtype=dtype)  # type: ignore[arg-type]
     return randomise(nnx.eval_shape(lambda: BsqVae(config, rngs=nnx.Rngs(0))), seed)  # type: ignore[return-value]
+
+
+def var(preset: str, *, dtype: str = "bfloat16", seed: int = 0) -> Var:
+    """A class-conditional VAR transformer of a released shape."""
+    config = VarConfig.preset(preset, dtype=dtype)
+    return randomise(nnx.eval_shape(lambda: Var(config, rngs=nnx.Rngs(0))), seed)  # type: ignore[return-value]
+
+
+def vqvae(*, dtype: str = "bfloat16", seed: int = 1) -> Vqvae:
+    """The VQVAE of all VAR models."""
+    config = VqvaeConfig(dtype=dtype)  # type: ignore[arg-type]
+    return randomise(nnx.eval_shape(lambda: Vqvae(config, rngs=nnx.Rngs(0))), seed)  # type: ignore[return-value]
 
 
 def text_features(batch: int, width: int, seed: int = 2) -> tuple[jax.Array, jax.Array]:
