@@ -1,0 +1,121 @@
+"""Does the demo draw what it is asked for? Concept retrieval in an independent network's features.
+
+Run `python -m benchmarks.demo_retrieval --pictures runs/pictures --device h100` on the pictures
+that `demo_pictures` wrote. A picture of one thing counts as right when a training picture of the
+named thing is among the 10 nearest of all training pictures, drawn alike on white, by cosine of
+EfficientNet-Lite0 features. For scenes every named thing counts alone: the best of the crops at
+the places a scene can put things is taken. Chance is measured with the prompts shuffled.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from examples.gallery import PROMPTS
+from examples.train_demo.features import Features
+from examples.train_demo.pictures import load_sprites
+
+RESULTS = Path(__file__).parent / "results"
+NEAREST = 10
+# Crops of scenes: (top, left, side) as shares of the picture.
+CROPS = tuple((y, x, 0.52) for y in (0.0, 0.24, 0.48) for x in (0.0, 0.24, 0.48)) + tuple(
+    (y, x, 0.4) for y in (0.0, 0.3, 0.6) for x in (0.0, 0.3, 0.6)
+)
+
+
+def on_white(sprites: UInt8[np.ndarray, "P h w 4"]) -> UInt8[np.ndarray, "P h w 3"]:
+    """Every sprite at 7/8 of the picture on white, as training draws single things."""
+    pictures = np.full((*sprites.shape[:3], 3), 255, np.uint8)
+    for picture, sprite in zip(pictures, sprites, strict=True):
+        side = sprite.shape[0]
+        image = Image.new("RGBA", (side, side), (255, 255, 255, 255))
+        small = Image.fromarray(sprite).resize((side * 7 // 8,) * 2, Image.Resampling.BILINEAR)
+        image.alpha_composite(small, (side // 16,) * 2)
+        picture[:] = np.asarray(image.convert("RGB"))
+    return pictures
+
+
+def read(folder: Path, name: str, count: int) -> UInt8[np.ndarray, "B h w 3"]:
+    """The pictures of one list as `demo_pictures` wrote them."""
+    files = [folder / f"{name}-{index:03}.webp" for index in range(count)]
+    return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+
+
+def crops(pictures: UInt8[np.ndarray, "B h w 3"]) -> UInt8[np.ndarray, "BK h w 3"]:
+    """All crops of all pictures, enlarged to the pictures' size; a picture's crops are adjacent."""
+    side, found = pictures.shape[1], []
+    for picture in map(Image.fromarray, pictures):
+        for top, left, share in CROPS:
+            box = tuple(round(side * v) for v in (left, top, left + share, top + share))
+            found.append(np.asarray(picture.crop(box).resize((side, side))))
+    return np.stack(found)
+
+
+def hits(
+    features: Float[np.ndarray, "B F"],
+    gallery: Float[np.ndarray, "P F"],
+    points: np.ndarray,
+    asked: list[str],
+) -> np.ndarray:
+    """Whether the asked code point is among the nearest gallery pictures, for every row."""
+    order = np.argsort(-(features @ gallery.T), axis=1)[:, :NEAREST]
+    return np.array([point in points[row] for point, row in zip(asked, order, strict=True)])
+
+
+def main() -> None:
+    """Write `results/<device>/demo_retrieval.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=Path, default=Path("runs/pictures"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--weights", type=Path, help="EfficientNet-Lite0 file, if not installed")
+    args = parser.parse_args()
+    features = Features(args.weights)
+    collection, sprites = load_sprites()
+    gallery = features(on_white(sprites[collection.train]))
+    points = np.array([collection.pictures[i].code_point for i in collection.train])
+    lists = json.loads(PROMPTS.read_text())
+    found: dict[str, float | int] = {"gallery": len(points), "nearest": NEAREST}
+    rng = np.random.default_rng(0)
+    for name in ("retrieval", "single"):
+        asked = [entry["code_points"][0] for entry in lists[name]]
+        drawn = features(read(args.pictures, name, len(asked)))
+        found[name] = float(hits(drawn, gallery, points, asked).mean())
+        found[f"{name}_chance"] = float(
+            np.mean(
+                [
+                    hits(drawn, gallery, points, list(rng.permutation(asked))).mean()
+                    for _ in range(5)
+                ]
+            )
+        )
+    scenes = lists["scenes"]
+    drawn = features(crops(read(args.pictures, "scenes", len(scenes))))
+    drawn = drawn.reshape(len(scenes), len(CROPS), -1)
+    objects = [
+        hits(rows, gallery, points, [point] * len(CROPS)).any()
+        for rows, entry in zip(drawn, scenes, strict=True)
+        for point in entry["code_points"]
+    ]
+    chance = [
+        hits(rows, gallery, points, [str(rng.choice(points))] * len(CROPS)).any()
+        for rows in drawn
+        for _ in range(20)
+    ]
+    found |= {
+        "scene_objects": len(objects),
+        "scenes": float(np.mean(objects)),
+        "scenes_chance": float(np.mean(chance)),
+    }
+    print(json.dumps(found, indent=1))
+    folder = args.results / args.device
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "demo_retrieval.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Recipes and captions in the background: the host's whole share of the work while training."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from examples.train_demo import vocabulary
+from examples.train_demo.captions import draw_example, stack
+from examples.train_demo.pictures import Collection
+
+Chunk = dict[str, Any]
+
+
+def make_chunk(
+    collection: Collection, indices: np.ndarray, size: int, seed: int, scenes: float = 0.5
+) -> Chunk:
+    """`size` random captions and recipes of the given pictures: `recipes`, `ids`, `lengths`."""
+    rng = np.random.default_rng(seed)
+    by_style = {s: v for s, v in collection.by_style(indices).items() if len(v) >= 3}
+    drawn = [draw_example(collection.pictures, by_style, rng, scenes) for _ in range(size)]
+    ids, lengths = vocabulary.tokenise(vocabulary.read(), [words for words, _ in drawn])
+    return {"recipes": stack([recipe for _, recipe in drawn]), "ids": ids, "lengths": lengths}
+
+
+class Feeder:
+    """An endless iterator of chunks, drawn ahead by a thread."""
+
+    def __init__(self, make: Callable[[int], Chunk], ahead: int = 64, first_seed: int = 10_000):
+        self._queue: queue.Queue[Chunk] = queue.Queue(ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(make, first_seed), daemon=True)
+        self._thread.start()
+
+    def _run(self, make: Callable[[int], Chunk], seed: int) -> None:
+        while not self._stop.is_set():
+            chunk = make(seed)
+            seed += 1
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(chunk, timeout=0.5)
+                    break
+                except queue.Full:
+                    continue
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while True:
+            yield self._queue.get()
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stop.set()
