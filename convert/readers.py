@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from convert.pickles import foreign_name
 from convert.rules import ConversionError
 
 _SAFETENSORS_DTYPES = {"BOOL": "bool", "BF16": "bfloat16"} | {
@@ -42,13 +43,15 @@ def load_torch(file: Path) -> Any:
         raise ConversionError(f"cannot read {file}: {error.strerror}") from error
     try:
         # argparse.Namespace is where training checkpoints keep settings; it holds plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # torch warns of newer pickle protocols before it reads or refuses them.
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # torch has no common class for damaged files
-        found = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and found:
+        code = foreign_name(file) if isinstance(error, pickle.UnpicklingError) else None
+        if code:
             raise ConversionError(
-                f"{file} is refused: its pickle wants to use {found[1]}, which could run code; "
+                f"{file} is refused: its pickle wants to use {code}, which could run code; "
                 "save the plain state dict again and convert that"
             ) from error
         raise ConversionError(

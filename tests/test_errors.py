@@ -53,6 +53,21 @@ def bare_pickle_with_code(weights, file):
     file.write_bytes(pickle.dumps(Code(), protocol=2))
 
 
+class Builtin:
+    """Unpickling this would call `print`, which a pickle names without a module."""
+
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+def builtin_in_a_pickle(weights, file):
+    torch.save({**weights, "extra": Builtin()}, file)
+
+
+def builtin_in_a_new_pickle(weights, file):
+    file.write_bytes(pickle.dumps({"module": "builtins", "extra": [Builtin()]}, protocol=4))
+
+
 def of_no_known_kind(weights, file):
     torch.save({"layer.weight": torch.zeros(2, 2)}, file)
 
@@ -69,6 +84,8 @@ BAD_SOURCES = {
     with_nan: "pos_start holds NaN",
     pickle_with_code: r"posix\.mkdir, which could run code",
     bare_pickle_with_code: r"posix\.mkdir, which could run code",
+    builtin_in_a_pickle: "its pickle wants to use print, which could run code",
+    builtin_in_a_new_pickle: "its pickle wants to use print, which could run code",
     of_no_known_kind: "no known kind",
     empty: "truncated or not a PyTorch file",
 }
