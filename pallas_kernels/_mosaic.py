@@ -12,10 +12,10 @@ but Pallas has no primitive for them, so they are inlined as PTX.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -149,9 +149,8 @@ class Softmax:
 
 def load(ref, layout) -> Array:
     """A small array from global or shared memory in a given layout."""
-    if "idx" in inspect.signature(plgpu.load).parameters:  # jax 0.10
-        return plgpu.load(ref, (), layout=layout, optimized=False)
-    return plgpu.load(ref, layout=layout, optimized=False)
+    index = ((),) if jax.__version_info__ < (0, 11) else ()  # required before, deprecated since
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def load_words(ref) -> Int[Array, "128"]:

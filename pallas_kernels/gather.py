@@ -125,8 +125,8 @@ class _Gather(Pipeline):
         def body(item: Item):
             plgpu.barrier_wait(self.q_empty.at[item.buffer])
             self.load_queries(item)
-            rows = self._read(item, 0)
-            lax.fori_loop(0, item.stages, lambda step, rows: self._bring(item, step, rows), rows)
+            rows = self._read(item, 0), self._read(item, 1)
+            lax.fori_loop(0, item.stages, lambda step, rows: self._bring(item, step, *rows), rows)
 
         total = self.for_items(body)
         wait_copies(0)
@@ -173,8 +173,9 @@ class _Gather(Pipeline):
         first = step * self.config.block_k
         return self.rows.read_rows(self.gmem["lists"], item.table, first, item.keys)
 
-    def _bring(self, item: Item, step, rows):
-        """Start this stage's copies, announce the one `lag` before, look up the next one's rows."""
+    def _bring(self, item: Item, step, rows, next_rows):
+        """Start this stage's copies, announce the one `lag` before, look up rows two ahead."""
+        far_rows = self._read(item, step + 2)
         stage = self.stage(item, step)
         arrived = item.first + step - self.config.lag
         plgpu.barrier_wait(self.k_empty.at[stage])
@@ -186,7 +187,7 @@ class _Gather(Pipeline):
         self.rows.copy(self.gmem["v"], item.head, rows, self.v_smem.at[stage])
         wait_copies(2 * self.config.lag)
         self._announce(self.v_full, arrived)
-        return self._read(item, step + 1)
+        return next_rows, far_rows
 
     def look_ahead(self, item: Item, step):
         if "words" not in self.gmem:

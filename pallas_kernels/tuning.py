@@ -82,12 +82,12 @@ class GatherConfig:
     @property
     def consumer_registers(self) -> int:
         """Registers a consumer thread may use; a CTA has 65536."""
-        return {1: 240, 2: 216, 3: 152}[self.consumers]
+        return {1: 240, 2: 208, 3: 152}[self.consumers]
 
     @property
     def producer_registers(self) -> int:
         """Registers a producer thread may use: row numbers are held a stage ahead."""
-        return {1: 72, 2: 72, 3: 56}[self.consumers]
+        return {1: 88, 2: 88, 3: 56}[self.consumers]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,191 @@
+"""Attention kernels beside the best others, on the shapes of real models, checked in the same run.
+
+    python -m benchmarks.kernels --cases '8b/scale12/*' --rows 2
+
+Writes benchmarks/results/<device>/kernels.json. Every row's output is compared with float32
+attention on its first and last (row, head). The run is void when FlashAttention-3 is slower than it
+should be at the reference shape: then something else was using the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import pallas_kernels as pk
+from benchmarks import _record as record
+from benchmarks import kernel_cases, kernel_rivals
+from benchmarks.kernel_cases import Case
+
+REFERENCE_CASE, REFERENCE_ROWS, SLOWEST_FA3_MS = "8b/scale12/dense", 2, 2.1
+OPS = {
+    "dense": "attention",
+    "csla-blocks": "block_sparse_attention",
+    "blocks-64": "block_sparse_attention",
+    "csla-boxes": "window_attention",
+    "decision": "attention_column_sums",
+    "columns-8": "column_sparse_attention",
+    "columns-1": "column_sparse_attention",
+}
+# Plain bfloat16 attention is off by 2.3e-3 in this norm; at most twice that is accepted.
+TOLERANCE = 4.6e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the results; times in milliseconds a call, errors against float32."""
+
+    case: str
+    implementation: str
+    implementation_used: str
+    batch_rows: int
+    dtype: str
+    median_ms: float
+    spread_ms: float
+    density: float
+    tflops_kept: float
+    max_error: float
+    relative_error: float
+
+
+def measure(call: Callable[[], Any], calls: int, batches: int) -> tuple[float, float, Any]:
+    """Median and spread over batches of back-to-back calls, waiting once a batch."""
+    for _ in range(3):
+        out = jax.block_until_ready(call())
+    times = []
+    for _ in range(batches):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = call()
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return statistics.median(times), max(times) - min(times), out
+
+
+def errors(case: Case, rows: int, pick: Callable[[tuple[slice, slice]], np.ndarray]):
+    """Largest absolute and relative Frobenius error over the sampled (row, head) pairs."""
+    largest, relative = 0.0, 0.0
+    for place, want in kernel_cases.sampled_truth(case, rows):
+        difference = np.asarray(pick(place), np.float32) - want
+        largest = max(largest, float(np.abs(difference).max()))
+        relative = max(relative, float(np.linalg.norm(difference) / np.linalg.norm(want)))
+    return largest, relative
+
+
+def make_row(case: Case, name: str, used: str, rows: int, timing, error) -> Row:
+    """Fill in what follows from the time."""
+    median, spread = timing
+    share = kernel_cases.kept_share(case, rows)
+    flops = case.shape.flops(rows, share)
+    return Row(
+        case.name, name, used, rows, "bfloat16", round(median, 4), round(spread, 4),
+        round(share, 5), round(flops / median / 1e9, 1), *error,
+    )  # fmt: skip
+
+
+def run_ours(case: Case, rows: int, calls: int, batches: int) -> Row:
+    """The library's own kernel (or what it falls back to)."""
+    q, k, v = kernel_cases.operands(case.shape, rows)
+    function, extra = kernel_cases.ours(case, rows)
+    compiled = jax.jit(function)
+    median, spread, out = measure(lambda: compiled(q, k, v, *extra), calls, batches)
+    table = kernel_cases.blocks(case) if "blocks" in case.kind else None
+    used = pk.implementation_used(OPS[case.kind], q, k, v, blocks=table)
+    out = out[0] if isinstance(out, tuple) else out
+    error = errors(case, rows, lambda place: np.asarray(out[place]))
+    return make_row(
+        case, "ours" if used == "mosaic" else "xla", used, rows, (median, spread), error
+    )
+
+
+def run_rivals(case: Case, rows: int, calls: int, batches: int, names: list[str]) -> list[Row]:
+    """Everything else that serves the case."""
+    found = []
+    for name in (name for name in ("fa3", "cudnn") if name in names):
+        made = getattr(kernel_rivals, name)(case, rows)
+        if made is None:
+            continue
+        compiled = jax.jit(made[0])
+        median, spread, out = measure(lambda c=compiled, a=made[1]: c(*a), calls, batches)
+        out = out.swapaxes(1, 2)
+        error = errors(case, rows, lambda place, out=out: np.asarray(out[place]))
+        found.append(make_row(case, name, name, rows, (median, spread), error))
+    for name in (name for name in ("fa2", "flex") if name in names):
+        call = getattr(kernel_rivals, name)(case, rows)
+        if call is None:
+            continue
+        median, spread, out = kernel_rivals.time_torch(call, calls, batches)
+        error = errors(case, rows, lambda place, out=out: out[place].float().cpu().numpy())
+        found.append(make_row(case, name, name, rows, (median, spread), error))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", default=["*"], help="shell patterns of case names")
+    parser.add_argument("--rows", nargs="+", type=int, default=[REFERENCE_ROWS])
+    parser.add_argument("--rivals", nargs="*", default=["fa3", "cudnn", "fa2", "flex"])
+    parser.add_argument(
+        "--flex", default="8b/scale12/*", help="cases FlexAttention runs (it compiles slowly)"
+    )
+    parser.add_argument("--calls", type=int, default=20, help="calls a batch")
+    parser.add_argument("--batches", type=int, default=7)
+    parser.add_argument("--name", default="kernels", help="name of the results file")
+    parser.add_argument("--folder", help="where to write instead of benchmarks/results/<device>")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    for case in chosen_cases(arguments.cases):
+        rivals = list(arguments.rivals)
+        if not fnmatch.fnmatch(case.name, arguments.flex):
+            rivals = [name for name in rivals if name != "flex"]
+        for batch_rows in arguments.rows:
+            many = arguments.calls, arguments.batches
+            new = [run_ours(case, batch_rows, *many)]
+            new += run_rivals(case, batch_rows, *many, rivals)
+            rows += new
+            for row in new:
+                print(
+                    f"{row.case:24} {row.implementation:6} rows {row.batch_rows} "
+                    f"{row.median_ms:8.4f} ms +-{row.spread_ms:.3f} {row.tflops_kept:7.1f} TFLOP/s "
+                    f"error {row.relative_error:.1e}",
+                    flush=True,
+                )
+            record.write(
+                arguments.name, [dataclasses.asdict(row) for row in rows], folder=arguments.folder
+            )
+    return verdict(rows)
+
+
+def chosen_cases(patterns: list[str]) -> list[Case]:
+    """Cases in the order of the patterns, each once."""
+    cases = kernel_cases.all_cases()
+    matches = [case for p in patterns for case in cases if fnmatch.fnmatch(case.name, p)]
+    return list(dict.fromkeys(matches))
+
+
+def verdict(rows: list[Row]) -> int:
+    """0 when every output was right and the machine was quiet."""
+    wrong = [row for row in rows if not row.relative_error <= TOLERANCE]
+    slow = [
+        row for row in rows
+        if (row.case, row.implementation, row.batch_rows) == (REFERENCE_CASE, "fa3", REFERENCE_ROWS)
+        and row.median_ms > SLOWEST_FA3_MS
+    ]  # fmt: skip
+    for row in wrong:
+        print(f"wrong: {row}", file=sys.stderr)
+    for row in slow:
+        print(f"void: FlashAttention-3 took {row.median_ms} ms", file=sys.stderr)
+    return 1 if wrong or slow else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The Mosaic kernels on a Hopper GPU against float64: lengths, tails, NaN, empty lists, repeats."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import shapes, support
+from pallas_kernels.sparsity import visible_rows
+
+pytestmark = pytest.mark.gpu
+
+_spec = importlib.util.spec_from_file_location(
+    "kernel_cases", pathlib.Path(__file__).with_name("cases.py")
+)
+cases = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(cases)
+
+BOUNDS = [None, 100.0]
+
+
+@pytest.fixture(autouse=True)
+def _hopper():
+    if reason := support.device_reason():
+        pytest.skip(reason)
+
+
+def check(call, q, k, v, mask, dtype=jnp.bfloat16):
+    """Right within twice the plain error, finite, and the same twice."""
+    compiled = jax.jit(lambda q, k, v: call(q, k, v, implementation="mosaic"))
+    out = compiled(q, k, v)
+    want, _ = cases.truth(q, k, v, mask)
+    assert out.dtype == dtype
+    assert cases.relative_error(out, want) <= cases.TOLERANCE[jnp.dtype(dtype).name]
+    assert bool((compiled(q, k, v) == out).all())
+
+
+def draw(queries, keys, head_dim, dtype=jnp.bfloat16, gaps=(), **kwargs):
+    cache_rows = shapes.round_up(keys, 128)
+    valid = visible_rows(cache_rows, keys, gaps)
+    arrays = cases.inputs(
+        1, 2, 2, queries, cache_rows, head_dim, valid=valid, dtype=dtype, **kwargs
+    )
+    return arrays, valid
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [(1, 1), (5, 21), (121, 4121), (1600, 4121), (2304, 6425), (4096, 10521)],
+)
+def test_dense(queries, keys, head_dim, bound):
+    if queries > 1600 and (head_dim == 64 or bound is None):
+        pytest.skip("the long lengths run once: float64 truth takes seconds")
+    (q, k, v), valid = draw(queries, keys, head_dim, clustered=True)
+    check(lambda *a, **n: pk.attention(*a, keys, logit_bound=bound, **n), q, k, v, valid)
+
+
+def test_float16_and_lse():
+    (q, k, v), valid = draw(300, 1000, 128, jnp.float16)
+    check(lambda *a, **n: pk.attention(*a, 1000, **n), q, k, v, valid, jnp.float16)
+    _, lse = pk.attention(q, k, v, 1000, implementation="mosaic", return_lse=True)
+    np.testing.assert_allclose(lse, cases.truth(q, k, v, valid)[1], atol=2e-3)
+
+
+def test_gaps():
+    gaps = ((121, 128), (300, 520))
+    (q, k, v), valid = draw(200, 1000, 128, gaps=gaps)
+    check(lambda *a, **n: pk.attention(*a, 1000, gaps=gaps, **n), q, k, v, valid)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("block_k", [64, 128])
+def test_random_tables(block_k, traced, bound):
+    rng = np.random.default_rng(block_k)
+    queries, keys = 700, 2000
+    (q, k, v), valid = draw(queries, keys, 128)
+    table = rng.random((6, -(-keys // block_k))) < 0.3
+    table[2] = False
+    blocks = pk.blocks_from_mask(table, keys, block_k=block_k)
+    if traced:
+        lead = (1, 2)
+        blocks = pk.BlockTable(
+            jnp.broadcast_to(blocks.indices, (*lead, *blocks.indices.shape)),
+            jnp.broadcast_to(blocks.counts, (*lead, *blocks.counts.shape)),
+            keys, 128, block_k,
+        )  # fmt: skip
+    mask = np.repeat(np.repeat(table, 128, 0), block_k, 1)[:queries, : len(valid)]
+    mask = np.pad(mask, ((0, 0), (0, len(valid) - mask.shape[1]))) & valid
+    check(
+        lambda *a, **n: pk.block_sparse_attention(*a, blocks, logit_bound=bound, **n), q, k, v, mask
+    )
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("layout", ["packed", "aligned"])
+def test_windows(layout, bound):
+    geometry = getattr(pk.Geometry, layout)(cases.GRIDS)
+    (q, k, v), valid = draw(231, geometry.kv_length, 128, gaps=geometry.gaps)
+    mask = np.zeros((231, len(valid)), bool)
+    mask[:, : geometry.kv_length] = pk.token_rule(geometry, cases.WINDOWS, cases.SINKS)
+    where = geometry, cases.WINDOWS, cases.SINKS
+    check(
+        lambda *a, **n: pk.window_attention(*a, *where, exact=True, logit_bound=bound, **n),
+        q, k, v, mask,
+    )  # fmt: skip
+    boxes = [
+        pk.window_attention(q, k, v, *where, exact=False, implementation=name)
+        for name in ("mosaic", "xla")
+    ]
+    assert cases.relative_error(boxes[0], np.asarray(boxes[1], np.float64)) <= 4.6e-3
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [64, 192])
+@pytest.mark.parametrize("granularity", [1, 8])
+def test_columns(granularity, group, head_dim, bound):
+    rng = np.random.default_rng(group)
+    queries, keys, gaps = 500, 1001, ((121, 128),)
+    (q, k, v), valid = draw(queries, keys, head_dim, gaps=gaps)
+    groups, runs, kept = -(-queries // group), -(-keys // granularity), 100
+    lead = (1, 2, groups)
+    columns = np.argsort(rng.random((*lead, runs)), -1)[..., :kept]
+    counts = rng.integers(0, kept + 1, lead)
+    mask = np.zeros((1, 2, queries, len(valid)), bool)
+    for place in np.ndindex(lead):
+        mine = slice(place[2] * group, (place[2] + 1) * group)
+        for run in columns[place][: counts[place]]:
+            mask[place[0], place[1], mine, run * granularity : (run + 1) * granularity] = True
+    lists, number = jnp.asarray(columns, jnp.int32), jnp.asarray(counts, jnp.int32)
+    check(
+        lambda *a, **n: pk.column_sparse_attention(
+            *a, lists, number, kv_length=keys, group=group, granularity=granularity, gaps=gaps,
+            logit_bound=bound, **n,
+        ),
+        q, k, v, mask & valid,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("group", [64, 192])
+def test_column_sums_and_selection(group):
+    (q, k, v), _ = draw(400, 1001, 128, clustered=True)
+    _, sums = pk.attention_column_sums(q, k, v, 1001, group, implementation="mosaic")
+    _, want = pk.attention_column_sums(q, k, v, 1001, group, implementation="xla")
+    # The log-sum-exp of bfloat16 inputs is float32 in both; exponentials differ by the hardware's.
+    np.testing.assert_allclose(sums, want, rtol=2e-3, atol=2e-5)
+    chosen = pk.select_columns(sums, 100, implementation="mosaic")
+    np.testing.assert_array_equal(chosen, pk.select_columns(sums, 100, implementation="xla"))
