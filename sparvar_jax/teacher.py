@@ -7,18 +7,18 @@ sees itself and the scales before it. Differentiable; uses no kernel of this pro
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparvar_jax.schedule import ScaleSchedule
+from sparvar_jax.schedule import Scale, ScaleSchedule
 from sparvar_jax.strategy import Place
 
-AttentionImplementation = Literal["xla", "cudnn"] | None
-MERGED_TOKENS = 768  # scales that end within this many tokens share one masked call
+TOGETHER = 128
+"""Scales that end within this many tokens share one masked product: a call each would idle."""
 
 
 def prefix_attention(
@@ -26,35 +26,53 @@ def prefix_attention(
     k: Float[Array, "R H T D"],
     v: Float[Array, "R H T D"],
     schedule: ScaleSchedule,
-    scales: int,
-    implementation: AttentionImplementation = None,
 ) -> Float[Array, "R H T D"]:
     """Block-causal attention, softmax scale 1: each scale sees all tokens up to its own end."""
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    ran = schedule.scales[:scales]
-    merged = [scale for scale in ran if scale.end <= MERGED_TOKENS]
-    parts, start = [], 0
-    if len(merged) > 1:
-        start = merged[-1].end
-        owner = np.repeat(np.arange(len(merged)), [scale.tokens for scale in merged])
-        mask = jnp.asarray(owner[:, None] >= owner[None, :])[None, None]
+    scales = [scale for scale in schedule.scales if scale.end <= q.shape[2]]
+    first = [scale for scale in scales if scale.end <= TOGETHER]
+    parts = [_masked(q, k, v, first)]
+    for scale in scales[len(first) :]:
         parts.append(
-            jax.nn.dot_product_attention(
-                q[:, :start], k[:, :start], v[:, :start], mask=mask, scale=1.0
-            )
+            _fused(q[:, :, scale.offset : scale.end], k[:, :, : scale.end], v[:, :, : scale.end])
         )
-    for scale in ran:
-        if scale.end > start:
-            parts.append(
-                jax.nn.dot_product_attention(
-                    q[:, scale.offset : scale.end],
-                    k[:, : scale.end],
-                    v[:, : scale.end],
-                    scale=1.0,
-                    implementation=implementation,
-                )
-            )
-    return jnp.concatenate(parts, axis=1).transpose(0, 2, 1, 3)
+    return jnp.concatenate(parts, axis=2)
+
+
+def _masked(q: Array, k: Array, v: Array, scales: list[Scale]) -> Array:
+    end = scales[-1].end
+    owner = np.repeat(np.arange(len(scales)), [scale.tokens for scale in scales])
+    exact = jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "rhtd,rhsd->rhts",
+        q[:, :, :end],
+        k[:, :, :end],
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )
+    scores = jnp.where(owner[:, None] >= owner[None, :], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("rhts,rhsd->rhtd", weights, v[:, :, :end], precision=exact)
+
+
+def _fused(q: Array, k: Array, v: Array) -> Array:
+    """One scale against its prefix: cuDNN for 16-bit operands on a GPU, else XLA.
+
+    Keys are padded to an even number and masked, because jax refuses odd numbers of keys in the
+    backward pass of its cuDNN attention.
+    """
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    keys = k.shape[1]
+    k, v = (jnp.pad(x, ((0, 0), (0, keys % 2), (0, 0), (0, 0))) for x in (k, v))
+    cudnn = jax.default_backend() == "gpu" and q.dtype != jnp.float32
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=1.0,
+        key_value_seq_lengths=jnp.full((len(k),), keys, jnp.int32) if keys % 2 else None,
+        implementation="cudnn" if cudnn else "xla",
+    )
+    return out.transpose(0, 2, 1, 3)
 
 
 def teacher_forced_logits(
@@ -63,16 +81,16 @@ def teacher_forced_logits(
     codes: tuple[Float[Array, "B T N"], ...],
     schedule: ScaleSchedule,
     *,
-    implementation: AttentionImplementation = None,
+    scan: bool = False,
     remat: bool = False,
 ) -> tuple[Float[Array, "R T logits"], ...]:
     """Raw logits of the first `len(codes) + 1` scales, one array a scale.
 
-    codes: input codes of every scale but the first, [B, tokens, N]. remat: recompute blocks in the
-    backward pass, trading time for memory.
+    codes: input codes of every scale but the first, [B, tokens, N]. scan: stack the layers and
+    scan over them, which compiles several times faster (training) but runs slower than unrolled
+    layers. remat: keep only the residual stream of every block for the backward pass.
     """
-    scales = len(codes) + 1
-    places = [Place(schedule, "packed", index) for index in range(scales)]
+    places = [Place(schedule, "packed", index) for index in range(len(codes) + 1)]
     inputs = [model.embed_codes(None, condition)]
     inputs += [model.embed_codes(code, condition) for code in codes]
     x = jnp.concatenate(
@@ -80,14 +98,22 @@ def teacher_forced_logits(
     )
     rotary = zip(*(model.positions(place) for place in places), strict=True)
     positions = tuple(jnp.concatenate(part) for part in rotary)
-    attend = functools.partial(
-        prefix_attention, schedule=schedule, scales=scales, implementation=implementation
-    )
-    apply = functools.partial(type(model).apply_block, model.config, attend=attend)
-    if remat:
-        apply = jax.checkpoint(apply)
-    for layer, block in enumerate(model.blocks):
-        x = apply(block, x, model.block_inputs(layer, condition, x.shape[0]), positions)
+    attend = functools.partial(prefix_attention, schedule=schedule)
+    layers = [
+        (block, model.block_inputs(layer, condition, x.shape[0]))
+        for layer, block in enumerate(model.blocks)
+    ]
+
+    def apply(x: Array, layer: tuple[Any, Any]) -> tuple[Array, None]:
+        block, inputs = layer
+        return model.apply_block(model.config, block, x, inputs, positions, attend), None
+
+    apply = jax.checkpoint(apply) if remat else apply
+    if scan:
+        x, _ = jax.lax.scan(apply, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
+    else:
+        for layer in layers:
+            x, _ = apply(x, layer)
     logits = model.head_logits(x, condition)
     ends = [place.scale.end for place in places]
     return tuple(jnp.split(logits, ends[:-1], axis=1))

@@ -17,8 +17,8 @@ from sparvar_jax.teacher import teacher_forced_logits
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("layout", ["packed", "aligned"])
-def test_one_pass_equals_cached_loop(layout):
+@pytest.mark.parametrize(("layout", "scan"), [("packed", False), ("aligned", True)])
+def test_one_pass_equals_cached_loop(layout, scan):
     config = InfinityConfig(2, 64, 2, text_width=128, bits=8, dtype="float32")
     model = Infinity(config, rngs=nnx.Rngs(0))
     schedule = infinity_schedule(1.25, "0.06M")
@@ -34,6 +34,6 @@ def test_one_pass_equals_cached_loop(layout):
         cached.append(np.asarray(output.captured["raw_logits"]))
         if state.codes is not None:
             codes.append(jnp.array(state.codes))
-    logits = teacher_forced_logits(model, condition, tuple(codes), schedule)
+    logits = teacher_forced_logits(model, condition, tuple(codes), schedule, scan=scan)
     for one_pass, loop in zip(logits, cached, strict=True):
         np.testing.assert_allclose(one_pass, loop, atol=TOLERANCE)

@@ -1,9 +1,8 @@
 """Optimizer of both stages: Muon for matrices, Adam for the rest, and averaged weights.
 
 The learning rate is an argument of the step, because it follows the wall clock: a stage is told
-how many minutes it may take, not how many steps. Muon (momentum, orthogonalised by a
-Newton-Schulz iteration) reached the same loss in clearly fewer steps than AdamW in rehearsals,
-and the demo's budget is minutes.
+how many minutes it may take, not how many steps. Muon is momentum, orthogonalised by a
+Newton-Schulz iteration.
 """
 
 import math
