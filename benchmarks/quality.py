@@ -12,6 +12,7 @@ charts.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import time
@@ -37,6 +38,15 @@ SUBSETS = ("single", "scenes")
 SMALLEST_SIDE = 176  # five scales of MS-SSIM need so many pixels
 
 Measured = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What one plan drew. work: density, density_all and seconds of every scale, as row entries."""
+
+    pictures: np.ndarray
+    tokens: list[list[np.ndarray]]
+    work: dict[str, Any]
 
 
 def read_prompts(file: pathlib.Path, limit: int | None) -> list[tuple[str, str]]:
@@ -92,24 +102,36 @@ class Drawing:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(build, jobs[1:]))
 
-    def draw(self, plan: Plan) -> tuple[np.ndarray, list[list[np.ndarray]], float, float]:
-        """(pictures, tokens of every scale by batch, density, density_all) of all prompts."""
-        pictures, tokens, pairs = [], [], []
+    def draw(self, plan: Plan) -> Drawn:
+        """Pictures of all prompts, tokens of every scale by batch, and the work they took.
+
+        Seconds are those of the last batch, the device waited for after every scale.
+        """
+        pictures, tokens, pairs, seconds = [], [], [], []
         for request in self.requests:
             kept = Kept(plan)
             outputs, code_sum = [], None
             steps = self.pipe.generator.steps(
                 plan, request.condition, request.controls, request.keys
             )
+            seconds, before = [], time.perf_counter()
             for index, (state, output) in enumerate(steps):
+                jax.block_until_ready(state)
+                seconds.append(time.perf_counter() - before)
                 kept.after(index, state.strategies)
                 outputs.append(np.asarray(output.tokens))
-                code_sum = state.code_sum
+                code_sum, before = state.code_sum, time.perf_counter()
             pictures.append(np.asarray(self._decode(code_sum)))
             tokens.append(outputs)
             pairs.append(kept.density())
-        density, density_all = np.mean(pairs, 0)
-        return np.concatenate(pictures), tokens, float(density), float(density_all)
+        density, density_all = np.mean(pairs, 0).tolist()
+        work = {
+            "density": density,
+            "density_all": density_all,
+            "seconds": sum(seconds),
+            "seconds_by_scale": seconds,
+        }
+        return Drawn(np.concatenate(pictures), tokens, work)
 
 
 class Kept:
@@ -192,7 +214,7 @@ def picture_measures(
 
 def rows_of(
     name: str,
-    density: tuple[float, float],
+    work: dict[str, Any],
     values: dict[str, tuple[np.ndarray, Measured]],
     logits: dict[str, Any],
 ) -> list[dict[str, Any]]:
@@ -207,15 +229,14 @@ def rows_of(
                 "prompts": int(members.sum()),
                 **{key: means.get(key) for key in ("psnr", "ssim", "ms_ssim", "distance")},
                 "psnr_min": float(measured["psnr"][members].min()),
-                "density": density[0],
-                "density_all": density[1],
+                **work,
                 **logits,
             }
         )
     return rows
 
 
-def dense_row(subset: str, prompts: int, density: list[float]) -> dict[str, Any]:
+def dense_row(subset: str, prompts: int, work: dict[str, Any]) -> dict[str, Any]:
     """The row of the pictures that all others are compared with."""
     measures = dict.fromkeys(("psnr", "ssim", "ms_ssim", "distance"))
     return {
@@ -223,8 +244,7 @@ def dense_row(subset: str, prompts: int, density: list[float]) -> dict[str, Any]
         "subset": subset,
         "prompts": prompts,
         **measures,
-        "density": density[0],
-        "density_all": density[1],
+        **work,
         "bit_agreement": 1.0,
     }
 
@@ -238,15 +258,17 @@ def measure_plans(
     drawing.compile(list(plans.values()))
     print(f"compiled {len(plans)} plans in {time.perf_counter() - start:.0f} s", flush=True)
     measure = picture_measures(features.load())
-    dense, tokens, *density = drawing.draw(plans.pop("dense"))
+    reference = drawing.draw(plans.pop("dense"))
+    dense, work = reference.pictures, reference.work
     whole, boxes = np.ones(dense.shape[:3], np.float32), box_weights(dense, kinds)
-    rows = [dense_row(kind, kinds.count(kind), density) for kind in dict.fromkeys(kinds)]
+    rows = [dense_row(kind, kinds.count(kind), work) for kind in dict.fromkeys(kinds)]
     if boxes.any():
-        rows.append(dense_row("boxes", int(boxes.any((1, 2)).sum()), density))
+        rows.append(dense_row("boxes", int(boxes.any((1, 2)).sum()), work))
     kept = {"dense": dense}
-    logits = compare_logits(drawing, plans, tokens[0], teacher)
+    logits = compare_logits(drawing, plans, reference.tokens[0], teacher)
     for name, plan in plans.items():
-        pictures, _, *density = drawing.draw(plan)
+        drawn = drawing.draw(plan)
+        pictures = drawn.pictures
         if name in sheets:
             kept[name] = pictures
         full = measure(dense, pictures, whole)
@@ -255,7 +277,7 @@ def measure_plans(
         }
         if boxes.any():
             values["boxes"] = (boxes.any((1, 2)), measure(dense, pictures, boxes))
-        rows += rows_of(name, (density[0], density[1]), values, logits.get(name, {}))
+        rows += rows_of(name, drawn.work, values, logits.get(name, {}))
         print(quality_report.line(rows[-len(values) :]), flush=True)
     return rows, kept
 

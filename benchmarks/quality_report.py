@@ -10,7 +10,10 @@ from PIL import Image
 
 from benchmarks.quality_plans import LABELS
 
-COLUMNS = ("psnr", "ssim", "ms_ssim", "distance", "bit_agreement", "density", "density_all")
+COLUMNS = (
+    "psnr", "ssim", "ms_ssim", "distance", "bit_agreement", "density", "density_all", "seconds"
+)  # fmt: skip
+WORK = {"density": "kept (query, key) pairs of the last three scales", "seconds": "seconds"}
 DIFFERENCE_GAIN = 4
 Rows = list[dict[str, Any]]
 
@@ -55,8 +58,8 @@ def sheet(dense: np.ndarray, sparse: np.ndarray, count: int = 6) -> Image.Image:
     return Image.fromarray(np.concatenate(rows))
 
 
-def chart(rows: Rows, file: pathlib.Path, subset: str) -> None:
-    """PSNR against kept work of every plan with a picture measure, as PNG."""
+def chart(rows: Rows, file: pathlib.Path, subset: str, work: str) -> None:
+    """PSNR against kept work or time of every plan with a picture measure, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -66,12 +69,12 @@ def chart(rows: Rows, file: pathlib.Path, subset: str) -> None:
     for row in rows:
         if row["subset"] == subset and row["psnr"] is not None:
             preset = row["plan"].startswith(("sparvar-", "adaptive"))
-            axes.scatter(row["density"], row["psnr"], color="tab:red" if preset else "tab:blue")
+            axes.scatter(row[work], row["psnr"], color="tab:red" if preset else "tab:blue")
             axes.annotate(
-                label(row["plan"]), (row["density"], row["psnr"]), fontsize=7,
+                label(row["plan"]), (row[work], row["psnr"]), fontsize=7,
                 xytext=(4, 2), textcoords="offset points",
             )  # fmt: skip
-    axes.set_xlabel("kept (query, key) pairs of the last three scales")
+    axes.set_xlabel(WORK[work])
     axes.set_ylabel(f"PSNR against dense, dB ({subset})")
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -90,4 +93,5 @@ def write(
             image = sheet(pictures["dense"], sparse)
             image.save(results.with_name(f"{results.stem}-{stem}.png"), optimize=True)
     for subset in dict.fromkeys(kinds):
-        chart(rows, results.with_name(f"{results.stem}-{subset}.png"), subset)
+        for work in WORK:
+            chart(rows, results.with_name(f"{results.stem}-{subset}-{work}.png"), subset, work)
