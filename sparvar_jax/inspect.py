@@ -234,7 +234,7 @@ def likeness(
     block: int,
 ) -> Float[np.ndarray, "H"]:
     """Cosine per head of two scales' attention maps, the earlier carried to the later."""
-    queries, keys = carry_matrices(place, place.index - 1, block)
+    queries, keys = carry_matrices(place, place.index - 1, block, block)
     carried = np.einsum("Aa,hab,bB->hAB", queries, before, keys)
     product = (carried * now).sum((1, 2))
     return product / np.sqrt((carried**2).sum((1, 2)) * (now**2).sum((1, 2)))

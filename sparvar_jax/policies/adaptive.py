@@ -24,6 +24,8 @@ from sparvar_jax.schedule import Scale
 from sparvar_jax.strategy import LayerState, Place
 
 MASS = "adaptive.mass"
+QUERY_BLOCK = 128
+"""Queries that share a list; the key blocks' width is an option."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class AdaptiveDecision:
         """Dense output and the mean attention mass [R, H, query blocks, key blocks], float32."""
         del state
         out, sums = pallas_kernels.attention_column_sums(
-            q, k, v, place.kv_length, self.block, gaps=place.layout.gaps(place.index),
+            q, k, v, place.kv_length, QUERY_BLOCK, gaps=place.layout.gaps(place.index),
             logit_bound=place.logit_bound, implementation=self.implementation,
         )  # fmt: skip
         return out, {MASS: block_mass(sums, self.block)}
@@ -105,8 +107,8 @@ class AdaptiveSparse:
     def kept(self, state: LayerState, place: Place) -> Float[Array, ""]:
         """(query, key) pairs per head and row that the layer state makes it keep, on average."""
         table = self.table(state[MASS], place)
-        starts = np.arange(table.counts.shape[-1]) * self.block
-        queries = np.minimum(self.block, place.scale.tokens - starts)
+        starts = np.arange(table.counts.shape[-1]) * QUERY_BLOCK
+        queries = np.minimum(QUERY_BLOCK, place.scale.tokens - starts)
         tokens = jnp.asarray(unit_tokens(place, self.block))[table.indices]
         read = jnp.arange(table.indices.shape[-1]) < table.counts[..., None]
         keys = jnp.where(read, tokens, 0).sum(-1)
@@ -118,7 +120,7 @@ class AdaptiveSparse:
         sinks, floor, cap = self.limits(place)
         chosen, counts = choose_blocks(carried, self.coverage, sinks, floor, cap)
         gaps = place.layout.gaps(place.index)
-        return BlockTable(chosen, counts, place.kv_length, self.block, self.block, gaps)
+        return BlockTable(chosen, counts, place.kv_length, QUERY_BLOCK, self.block, gaps)
 
     def __call__(
         self,
@@ -179,20 +181,24 @@ def block_mass(sums: Float[Array, "R H Gq S"], block: int) -> Float[Array, "R H 
 
 
 def carry_mass(
-    mass: Float[Array, "R H Gq Gk"], place: Place, decision: int, block: int
+    mass: Float[Array, "R H Gq Gk"],
+    place: Place,
+    decision: int,
+    block: int,
+    query_block: int = QUERY_BLOCK,
 ) -> Float[Array, "R H Gq2 Gk2"]:
     """Mass of the decision scale's block pairs, spread over the blocks of a later scale.
 
     A key block's mass is divided by the number of blocks it lands on; a query block takes the mean
     of the query blocks it comes from.
     """
-    queries, keys = carry_matrices(place, decision, block)
+    queries, keys = carry_matrices(place, decision, block, query_block)
     return jnp.einsum("Aa,rhab,bB->rhAB", queries, mass, keys, precision="highest")
 
 
 @functools.lru_cache(maxsize=64)
 def carry_matrices(
-    place: Place, decision: int, block: int
+    place: Place, decision: int, block: int, query_block: int = QUERY_BLOCK
 ) -> tuple[Float[np.ndarray, "Gq2 Gq"], Float[np.ndarray, "Gk Gk2"]]:
     """(query matrix, rows sum to one; key matrix, rows sum to one or, landing nowhere, to zero).
 
@@ -202,7 +208,8 @@ def carry_matrices(
     shift = index - decision
     sources = [_source_tokens(scales[j], scales[j + shift]) for j in range(decision + 1)]
     last = sources[-1] - scales[decision].offset
-    queries = _incidence(last, np.arange(scales[index].tokens), scales[decision].tokens, block)
+    positions = np.arange(scales[index].tokens)
+    queries = _incidence(last, positions, scales[decision].tokens, query_block)
     rows = layout.physical(index)
     targets = rows[scales[shift].offset :]
     keys = _incidence(rows[np.concatenate(sources)], targets, layout.filled(decision), block).T

@@ -38,11 +38,11 @@ def test_carrying_by_hand():
     of the 4x4 grid come from the one of the 2x2 grid.
     """
     place = Place(ScaleSchedule.of(((1, 1), (2, 2), (4, 4))), "packed", 2)
-    queries, keys = carry_matrices(place, 1, 4)
+    queries, keys = carry_matrices(place, 1, 4, 4)
     assert queries.tolist() == [[1.0]] * 4
     expected = np.array([[1 / 5] * 5 + [0], [0] * 3 + [1 / 3] * 3], np.float32)
     np.testing.assert_array_equal(keys, expected)
-    carried = carry_mass(jnp.array([0.6, 0.4])[None, None, None], place, 1, 4)
+    carried = carry_mass(jnp.array([0.6, 0.4])[None, None, None], place, 1, 4, 4)
     row = [0.12, 0.12, 0.12, 0.12 + 0.4 / 3, 0.12 + 0.4 / 3, 0.4 / 3]
     np.testing.assert_allclose(carried[0, 0], [row] * 4, atol=1e-6)
 
@@ -65,7 +65,7 @@ def test_choosing_by_hand():
 def test_attention_over_chosen_blocks(layout):
     place, later = Place(MIDDLE, layout, 4), Place(MIDDLE, layout, 6)
     _, state = AdaptiveDecision(64)(*cache(place), place, {})
-    assert state[MASS].shape == (1, 2, 2, -(-place.kv_length // 64))
+    assert state[MASS].shape == (1, 2, 1, -(-place.kv_length // 64))
     np.testing.assert_allclose(state[MASS].sum(-1), 1, atol=1e-6)
     strategy = AdaptiveSparse(4, 0.6, 0.6, 0.0, 64, sinks=2)
     q, k, v = cache(later, seed=2)
@@ -78,7 +78,7 @@ def test_attention_over_chosen_blocks(layout):
     mask = np.zeros((1, 2, later.scale.tokens, later.kv_length), bool)
     for row, head, query in np.ndindex(counts.shape):
         for key in blocks[row, head, query, : counts[row, head, query]]:
-            where = np.s_[query * 64 : query * 64 + 64, key * 64 : key * 64 + 64]
+            where = np.s_[query * 128 : query * 128 + 128, key * 64 : key * 64 + 64]
             mask[row, head][where] = True
     mask = mask[..., later.layout.physical(later.index)]
     kept = mask.sum((-1, -2)).mean()

@@ -42,7 +42,7 @@ def test_measures(layout):
 
 def test_likeness_of_a_map_with_itself_carried():
     place = Place(SMALL, "packed", 6)
-    queries, keys = inspect.carry_matrices(place, 5, 32)
+    queries, keys = inspect.carry_matrices(place, 5, 32, 32)
     before = np.random.default_rng(0).random((2, queries.shape[1], keys.shape[0]))
     now = np.einsum("Aa,hab,bB->hAB", queries, before, keys)
     np.testing.assert_allclose(inspect.likeness(before, now, place, 32), 1, atol=1e-9)

@@ -1,0 +1,56 @@
+"""Every strategy lowers for a CUDA device through the Mosaic kernels, without having one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import support
+from sparvar_jax.policies import parse_plan
+from sparvar_jax.schedule import infinity_schedule
+
+LOGIT_BOUND = 100.0
+
+
+@pytest.fixture(autouse=True)
+def pretend_hopper(monkeypatch):
+    if support.mosaic_reason():
+        pytest.skip(support.mosaic_reason())
+    monkeypatch.setattr(support, "device_reason", lambda: "")
+    monkeypatch.setattr(support, "multiprocessors", lambda: 132)
+
+
+@pytest.mark.parametrize(
+    ("text", "ratio", "head_dim"),
+    [
+        ("sparvar-paper", 1.0, 128),
+        ("sparvar-fast + drop_uncond(1)", 0.75, 64),
+        ("adaptive(block=64)", 1.5, 64),
+        ("cs4a(granularity=8, multiple=64, mapping='relative')", 1.0, 128),
+    ],
+)
+def test_plans_lower(text, ratio, head_dim):
+    plan = parse_plan(text, infinity_schedule(ratio), 2, implementation="mosaic")
+    states = [{} for _ in range(plan.depth)]
+    for index, step in enumerate(plan.steps):
+        place = dataclasses.replace(plan.place(index), logit_bound=LOGIT_BOUND)
+        for segment in step.segments:
+            attention = segment.attention
+            if attention.name == "dense":
+                continue
+            rows = 2 if step.rows == "both" else 1
+            q = jax.ShapeDtypeStruct((rows, 1, step.scale.tokens, head_dim), jnp.bfloat16)
+            k = jax.ShapeDtypeStruct((2, 1, place.layout.total, head_dim), jnp.bfloat16)
+            state = states[segment.layers[0]]
+
+            def attend(q, k, v, state, attention=attention, place=place):
+                return attention(q, k, v, place, state)
+
+            traced = jax.jit(attend).trace(q, k, k, state)
+            out, left = traced.out_info
+            assert (out.shape, out.dtype) == (q.shape, q.dtype)
+            assert set(left) == attention.writes
+            if place.index != plan.steps[-2].scale.index:
+                assert traced.lower(lowering_platforms=("cuda",))
+            state.update({n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in left.items()})
