@@ -1,10 +1,8 @@
 """Collection and reporting rules of the golden tests."""
 
-import re
-
 import pytest
 
-from tests.golden.support import golden_folder, golden_stems
+from tests.golden.support import coverage
 
 
 def pytest_pycollect_makeitem(collector, name, obj):
@@ -22,22 +20,11 @@ def golden_note(record_property):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how many golden files took part in tests that ran."""
-    folder = golden_folder()
-    if not folder.is_dir():
-        terminalreporter.write_line(
-            f"golden folder {folder} is absent: no golden parity was checked"
-            " (set SPARVAR_GOLDEN_DIR)"
-        )
-        return
+    """Say how many golden files and fixtures took part in tests that ran, and what they noted."""
     reports = [*terminalreporter.stats.get("passed", ()), *terminalreporter.stats.get("failed", ())]
     for report in reports:
         notes = [value for name, value in report.user_properties if name == "golden"]
         if notes:
             terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {'; '.join(notes)}")
-    ids = {report.nodeid.partition("[")[2] for report in reports}
-    stems = golden_stems()
-    checked = [stem for stem in stems if any(re.search(rf"\b{re.escape(stem)}\b", i) for i in ids)]
-    line = f"golden files checked: {len(checked)} of {len(stems)} (folder {folder})"
-    missed = sorted(set(stems) - set(checked))
-    terminalreporter.write_line(line + (f"; not checked: {', '.join(missed)}" if missed else ""))
+    for line in coverage(report.nodeid.partition("[")[2] for report in reports):
+        terminalreporter.write_line(line)

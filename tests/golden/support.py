@@ -1,7 +1,9 @@
-"""Access to stored golden arrays: pairs of `<stem>.json` and `<stem>.safetensors` in one folder.
+"""Access to stored arrays: pairs of `<stem>.json` and `<stem>.safetensors`, in two folders.
 
-The folder is `SPARVAR_GOLDEN_DIR`, or `../shared/golden` seen from the repository root. A sidecar
-describes every tensor and the configuration that made it, so a test needs nothing but a stem:
+Golden files, which the released code wrote, lie in `SPARVAR_GOLDEN_DIR`, or in `../shared/golden`
+seen from the repository root. Fixtures, which the PyTorch twins wrote in the same format, lie in
+the repository, so that every clone checks parity. A sidecar describes every tensor and the
+configuration that made it, so a test needs nothing but a stem:
 
     @pytest.mark.parametrize("stem", golden_stems("bsq_vae_*"))
     def test_decode(stem): sidecar, tensors = load_golden(stem)
@@ -14,12 +16,15 @@ import fnmatch
 import json
 import os
 import pathlib
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+FIXTURES = REPOSITORY / "tests" / "fixtures"
 
 
 def golden_folder() -> pathlib.Path:
@@ -28,21 +33,50 @@ def golden_folder() -> pathlib.Path:
     return pathlib.Path(named) if named else REPOSITORY.parent / "shared" / "golden"
 
 
+def stems_in(folder: pathlib.Path) -> set[str]:
+    """Stems that have both files; empty without a folder."""
+    return {p.stem for p in folder.glob("*.json") if p.with_suffix(".safetensors").exists()}
+
+
 def golden_stems(pattern: str = "*") -> list[str]:
-    """Sorted stems that match a shell pattern and have both files; empty without a folder."""
-    sidecars = golden_folder().glob("*.json")
-    stems = (path.stem for path in sidecars if path.with_suffix(".safetensors").exists())
+    """Sorted stems of golden files and fixtures that match a shell pattern."""
+    stems = stems_in(golden_folder()) | stems_in(FIXTURES)
     return sorted(stem for stem in stems if fnmatch.fnmatch(stem, pattern))
+
+
+def file_of(stem: str, suffix: str) -> pathlib.Path:
+    """Where a stem's file lies; the golden folder comes first."""
+    golden = golden_folder() / f"{stem}{suffix}"
+    return golden if golden.exists() else FIXTURES / f"{stem}{suffix}"
 
 
 def load_sidecar(stem: str) -> dict[str, Any]:
     """The JSON description alone: cheap enough for building parameter lists during collection."""
-    return json.loads((golden_folder() / f"{stem}.json").read_text())
+    return json.loads(file_of(stem, ".json").read_text())
 
 
 def load_golden(stem: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The sidecar and every tensor in its stored dtype (weights are float16: see `state_dict`)."""
-    return load_sidecar(stem), load_file(golden_folder() / f"{stem}.safetensors")
+    return load_sidecar(stem), load_file(file_of(stem, ".safetensors"))
+
+
+def coverage(test_ids: Iterable[str]) -> list[str]:
+    """Lines that say how many golden files and fixtures took part in tests with these ids."""
+    ids, folder = list(test_ids), golden_folder()
+    golden = stems_in(folder)
+    lines = [
+        _counted("golden files", golden, ids, folder)
+        if golden
+        else f"no golden files in {folder}: set SPARVAR_GOLDEN_DIR to check against them"
+    ]
+    return [*lines, _counted("fixtures", stems_in(FIXTURES) - golden, ids, FIXTURES)]
+
+
+def _counted(what: str, stems: set[str], ids: list[str], folder: pathlib.Path) -> str:
+    checked = {stem for stem in stems if any(re.search(rf"\b{re.escape(stem)}\b", i) for i in ids)}
+    line = f"{what} checked: {len(checked)} of {len(stems)} (folder {folder})"
+    missed = sorted(stems - checked)
+    return line + (f"; not checked: {', '.join(missed)}" if missed else "")
 
 
 def state_dict(
