@@ -147,9 +147,17 @@ class Softmax:
         return cls(scale, max(logit_bound * LOG2E - 100.0, 0.0))
 
 
+_BEFORE_0_11 = jax.__version_info__ < (0, 11)
+
+
+def transposed(ref):
+    """A [N, D] tile as the [D, N] operand of WGMMA."""
+    return plgpu.transpose_ref(ref, (1, 0)) if _BEFORE_0_11 else ref.transpose((1, 0))
+
+
 def load(ref, layout) -> Array:
     """A small array from global or shared memory in a given layout."""
-    index = ((),) if jax.__version_info__ < (0, 11) else ()  # required before, deprecated since
+    index = ((),) if _BEFORE_0_11 else ()  # required before, deprecated since
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 

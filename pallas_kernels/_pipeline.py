@@ -164,7 +164,7 @@ class Pipeline:
         plgpu.barrier_wait(self.k_full.at[stage])
 
         def multiply(scores):
-            plgpu.wgmma(scores, q, plgpu.transpose_ref(self.k_smem.at[stage], (1, 0)))
+            plgpu.wgmma(scores, q, mosaic.transposed(self.k_smem.at[stage]))
             return scores[...]
 
         scores = pl.run_scoped(multiply, plgpu.ACC((64, self.config.block_k), jnp.float32))
@@ -192,7 +192,7 @@ class Pipeline:
             plgpu.barrier_wait(self.v_full.at[previous])
 
         def multiply(scores_ref, out_ref):
-            keys = plgpu.transpose_ref(self.k_smem.at[stage], (1, 0))
+            keys = mosaic.transposed(self.k_smem.at[stage])
             self.turns.take()
             if self.config.scores_first:
                 plgpu.wgmma(scores_ref, q, keys)

@@ -74,6 +74,7 @@ def implementation_used(
 ) -> str:
     """Name of what serves `op` on these operands: "mosaic", "cudnn" or "xla".
 
+    cuDNN serves dense calls without gaps and without a log-sum-exp; the others go through XLA.
     `blocks` and `group` are those of the call, where the op has them.
     """
     reason = _kernel_reason(op, q, k, v)

@@ -156,7 +156,7 @@ class _ColumnSums:
         self.turns.take()
 
         def multiply(scores_ref):
-            plgpu.wgmma(scores_ref, keys, plgpu.transpose_ref(self.q_smem.at[stage], (1, 0)))
+            plgpu.wgmma(scores_ref, keys, mosaic.transposed(self.q_smem.at[stage]))
             self.turns.give()
             return scores_ref[...]
 
