@@ -36,6 +36,17 @@ from sparvar_jax.schedule import ScaleSchedule, infinity_schedule
 LOGIT_TOLERANCE = 4e-2
 
 
+BEYOND = {"2.25M": ((80, 80), (96, 96))}
+"""Square schedules longer than any released one (1536 px), to show how cost grows."""
+
+
+def schedule_of(ratio: float, size: str) -> ScaleSchedule:
+    """A released schedule, or the square 1M one with more scales."""
+    if size not in BEYOND:
+        return infinity_schedule(ratio, size)
+    return ScaleSchedule.of(infinity_schedule(1.0, "1M").sizes + BEYOND[size])
+
+
 @dataclasses.dataclass
 class Bench:
     """One model with its compiled parts; `draw` is what is timed.
@@ -112,7 +123,7 @@ def build(preset: str, batch: int, size: str, ratio: float, dtype: str) -> Bench
         return _build_var(preset, batch, dtype)
     transformer = models.infinity(preset, dtype=dtype)
     tokenizer = models.tokenizer(preset, dtype=dtype)
-    schedule = infinity_schedule(ratio, size)
+    schedule = schedule_of(ratio, size)
     embed = jax.jit(lambda model, text, lengths: model.embed_condition(text, lengths, "learned"))
     return Bench(
         generate.Generator(transformer),
