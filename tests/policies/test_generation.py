@@ -29,6 +29,8 @@ EVERYTHING = (
 SPARSE = (
     "sparvar-paper + drop_uncond(2)",
     "sparvar-fast + drop_uncond(1)",
+)
+MORE_SPARSE = (
     "cs4a(group=24, multiple=8, mapping='relative') + drop_uncond(1)",
     "cs4a(group=24, multiple=8, mapping='scale', cache=False)",
     "adaptive(block=64, coverage=0.5) + drop_uncond(2)",
@@ -71,7 +73,9 @@ def test_the_covering_plan_draws_the_same_bits(world, dense):
     np.testing.assert_array_equal(world(EVERYTHING[0])[0], dense[0])
 
 
-@pytest.mark.parametrize("plan", SPARSE)
+@pytest.mark.parametrize(
+    "plan", [*SPARSE, *(pytest.param(plan, marks=pytest.mark.slow) for plan in MORE_SPARSE)]
+)
 def test_sparse_plans_draw(world, dense, plan):
     code_sum, outputs = world(plan)
     assert bool(jnp.isfinite(code_sum).all())
