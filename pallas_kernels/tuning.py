@@ -94,8 +94,8 @@ class GatherConfig:
 class ColumnSumsConfig:
     """consumers: warpgroups of 64 keys; stages: buffers of query groups."""
 
-    consumers: int = 2
-    stages: int = 3
+    consumers: int = 3
+    stages: int = 2
 
     def __post_init__(self) -> None:
         if self.consumers not in (1, 2, 3):
@@ -129,12 +129,16 @@ def _key(op: str, head_dim: int, bounded: bool) -> str:
 
 
 def block_list_config(op: str, head_dim: int, bounded: bool, block_k: int = 128) -> BlockListConfig:
-    """Tiles for `op` ("dense" or "blocks"). Without tuned values: as many stages as fit."""
+    """Tiles for `op` ("dense" or "blocks"). Without tuned values: as many stages as fit.
+
+    Long lists without rescaling keep the tensor cores busy without taking turns.
+    """
     tuned = _tuned().get(f"{_key(op, head_dim, bounded)}/{block_k}")
     if tuned is not None:
         return BlockListConfig(**tuned)
     stages = 2 * (128 // head_dim) * (128 // block_k)
-    return BlockListConfig(block_k=block_k, stages=stages)
+    turns = not (bounded and op == "dense")
+    return BlockListConfig(block_k=block_k, stages=stages, turns=turns)
 
 
 def gather_config(op: str, head_dim: int, bounded: bool, group: int = 128) -> GatherConfig:
@@ -143,7 +147,7 @@ def gather_config(op: str, head_dim: int, bounded: bool, group: int = 128) -> Ga
     if tuned is not None:
         return GatherConfig(**tuned)
     stages = {64: 5, 128: 5, 192: 4}[group] + (2 if head_dim == 64 else 0)
-    return GatherConfig(consumers=group // 64, stages=stages, lag=stages - 2)
+    return GatherConfig(consumers=group // 64, stages=stages, lag=2)
 
 
 def column_sums_config(head_dim: int) -> ColumnSumsConfig:
