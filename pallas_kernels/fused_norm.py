@@ -1,0 +1,130 @@
+"""Residual update, layer norm and modulation on Hopper in one pass over the residual stream.
+
+One warpgroup owns a token at a time and keeps its whole width in registers, so that mean and
+variance are computed in two passes without reading memory twice. A CTA is one warpgroup that walks
+consecutive tokens of one row; several of them share a multiprocessor and hide each other's latency.
+"""
+
+# Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels import _mosaic as mosaic
+from pallas_kernels import support
+from pallas_kernels.fused_shapes import EPSILON, Vector
+from pallas_kernels.shapes import ceil_div
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """ctas: CTAs a multiprocessor is given; resident: whether gains, scales and shifts stay in
+    registers from token to token (else they are read again, from the first-level cache)."""
+
+    ctas: int = 4
+    resident: bool = True
+
+
+def norm_config(width: int) -> NormConfig:
+    """Wide rows fill the register file, so their vectors are read again for every token."""
+    return NormConfig(resident=width <= 2048)
+
+
+def residual_norm(
+    x: Float[Array, "R T C"],
+    branch: Float[Array, "R T C"] | None,
+    vectors: dict[str, Vector],
+    *,
+    one_plus: bool,
+    dtype: jnp.dtype,
+    config: NormConfig,
+) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"]]:
+    """(x + gain * (branch + bias), its modulated norm); `vectors` may lack "gain" and "bias"."""
+    rows, tokens, _ = x.shape
+    wanted = config.ctas * support.multiprocessors()
+    chunk = ceil_div(rows * tokens, wanted)
+    outputs = [jax.ShapeDtypeStruct(x.shape, dtype)]
+    operands: dict[str, Any] = {"x": x}
+    if branch is not None:
+        outputs.append(jax.ShapeDtypeStruct(x.shape, jnp.float32))
+        operands["branch"] = branch
+    operands |= {name: table for name, (table, _) in vectors.items()}
+    indices = {name: index for name, (_, index) in vectors.items()}
+    names = [*operands, "y", "x_new"][: len(operands) + len(outputs)]
+
+    def residual_norm_kernel(*refs):
+        gmem = dict(zip(names, refs, strict=True))
+        _ResidualNorm(gmem, indices, one_plus, config.resident).run(chunk)
+
+    out = plgpu.kernel(
+        residual_norm_kernel,
+        out_type=outputs,
+        grid=(ceil_div(tokens, chunk), rows),
+        grid_names=("chunk", "row"),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )(*operands.values())
+    return (x if branch is None else out[1]), out[0]
+
+
+def width_layout(width: int) -> Any:
+    """Layout of one token's [C] over a warpgroup: 16 bytes of float32 a thread where that fits."""
+    size = next(size for size in (4, 2, 1) if width % (128 * size) == 0)
+    tiling = plgpu.Tiling(((128 * size,), (32 * size,), (size,)))
+    return plgpu.Layout.TILED(tiling, (-3,), (-2,), -1)
+
+
+class _ResidualNorm:
+    """The walk of one CTA over its tokens."""
+
+    def __init__(self, gmem: dict[str, Any], indices: dict[str, int], one_plus, resident: bool):
+        self.gmem, self.indices = gmem, indices
+        self.one_plus, self.resident = one_plus, resident
+        self.row = lax.axis_index("row")
+        self.layout = width_layout(gmem["x"].shape[-1])
+
+    def run(self, chunk: int) -> None:
+        """Walk `chunk` tokens, or what is left of the row."""
+        first = lax.axis_index("chunk") * chunk
+        last = jnp.minimum(first + chunk, self.gmem["x"].shape[1])
+        kept = self._vectors() if self.resident else {}
+
+        def step(token, carry):
+            self._token(token, kept or self._vectors())
+            return carry
+
+        lax.fori_loop(first, last, step, None)
+
+    def _vectors(self) -> dict[str, Float[Array, " C"]]:
+        values = {}
+        for name, index in self.indices.items():
+            table = self.gmem[name]
+            row = self.row if table.shape[0] > 1 else 0
+            value = mosaic.load(table.at[row, index], self.layout).astype(jnp.float32)
+            values[name] = 1.0 + value if name == "scale" and self.one_plus else value
+        return values
+
+    def _token(self, token, vectors: dict[str, Float[Array, " C"]]) -> None:
+        x = mosaic.load(self.gmem["x"].at[self.row, token], self.layout)
+        if "branch" in self.gmem:
+            branch = mosaic.load(self.gmem["branch"].at[self.row, token], self.layout)
+            branch = branch.astype(jnp.float32)
+            if "bias" in vectors:
+                branch = branch + vectors["bias"]
+            x = x + (branch * vectors["gain"] if "gain" in vectors else branch)
+            self.gmem["x_new"][self.row, token] = x
+        share = 1.0 / x.shape[0]
+        centred = x - jnp.sum(x) * share
+        inverse = lax.rsqrt(jnp.sum(centred * centred) * share + EPSILON)
+        y = centred * inverse * vectors["scale"] + vectors["shift"]
+        self.gmem["y"][self.row, token] = y.astype(self.gmem["y"].dtype)

@@ -1,0 +1,127 @@
+"""References of the fused operations against float64 and the model's own code."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import fused, support
+from sparvar_jax import cache as kv_cache
+from sparvar_jax.models import layers
+from tests.kernels.fused_cases import (
+    assert_near,
+    check_norm,
+    check_rotary,
+    cross_inputs,
+    cross_truth,
+    float64,
+    norm_calls,
+    norm_inputs,
+    rotary_inputs,
+    rotary_truth,
+)
+
+# --- residual_norm ---
+
+
+def test_residual_norm_reference_is_right():
+    inputs = norm_inputs()
+    check_norm(norm_calls(inputs), inputs)
+
+
+def test_residual_norm_reference_gives_the_bits_of_the_model():
+    inputs = norm_inputs()
+    x, branch, table = inputs["x"], inputs["branch"], inputs["table"]
+    new, y = fused.residual_norm(x, branch, (table, 1), (table, 3), (table, 5))
+    np.testing.assert_array_equal(new, x + table[:, 1, None] * branch)
+    want = layers.modulate(new, table[:, 3], table[:, 5]).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(y, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(scale=jnp.ones((3, 256))), "scale must be"),
+        (dict(scale=(jnp.ones((2, 6, 256)), 6)), "index 6"),
+        (dict(branch=None, gain=jnp.ones(256)), "without a branch"),
+        (dict(branch=jnp.ones((2, 4, 256))), "branch must have"),
+    ],
+)
+def test_residual_norm_refuses_what_does_not_fit(change, message):
+    ones = jnp.ones(256)
+    x = jnp.ones((2, 5, 256))
+    arguments = dict(x=x, branch=x, gain=None, scale=ones, shift=ones) | change
+    with pytest.raises(ValueError, match=message):
+        fused.residual_norm(**arguments)
+
+
+# --- rotary_to_cache ---
+
+
+@pytest.mark.parametrize("layout_name", ["packed", "aligned"])
+def test_rotary_reference_is_right(layout_name):
+    operands, place, _ = rotary_inputs(layout_name)
+    check_rotary(fused.rotary_to_cache(**operands, **place), rotary_truth(operands, place))
+
+
+@pytest.mark.parametrize("layout_name", ["packed", "aligned"])
+def test_rotary_reference_gives_the_bits_of_the_model(layout_name):
+    operands, place, layout = rotary_inputs(layout_name)
+    heads = operands["k_cache"].shape[1]
+    q, k, v = jnp.split(operands["qkv"], 3, axis=-1)
+    q = layers.split_heads(q + operands["q_bias"], heads)
+    k, v = layers.split_heads(k, heads), layers.split_heads(v + operands["v_bias"], heads)
+    bounded = jnp.minimum(
+        operands["log_temperature"].astype(jnp.float32), layers.MAX_LOG_TEMPERATURE
+    )
+    positions = operands["cos"], operands["sin"]
+    q = layers.rotate(layers.unit(q) * jnp.exp(bounded)[:, None, None], *positions)
+    k = layers.rotate(layers.unit(k), *positions)
+    want = (
+        q.astype(jnp.bfloat16),
+        kv_cache.write(operands["k_cache"], k.astype(jnp.bfloat16), layout, 1),
+        kv_cache.write(operands["v_cache"], v, layout, 1),
+    )
+    for got, wanted in zip(fused.rotary_to_cache(**operands, **place), want, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_rotary_refuses_what_does_not_fit():
+    operands, place, _ = rotary_inputs("packed")
+    with pytest.raises(ValueError, match="must fill a grid"):
+        fused.rotary_to_cache(**operands, **(place | dict(start=120)))
+    with pytest.raises(ValueError, match="qkv must be"):
+        fused.rotary_to_cache(**(operands | dict(qkv=operands["qkv"][..., 1:])), **place)
+
+
+# --- cross_attention ---
+
+
+def test_cross_attention_reference_is_right():
+    q, k, v, mask, bias = inputs = cross_inputs()
+    out = fused.cross_attention(q, k, v, fused.text_offsets(mask, k, bias))
+    assert_near(out, cross_truth(*inputs), 2)
+
+
+def test_cross_attention_reference_agrees_with_the_model():
+    """Weights and output are rounded at the same places; sums may be ordered otherwise."""
+    q, k, v, mask, _ = cross_inputs()
+    query = layers.split_heads(q, k.shape[1])
+    want = layers.masked_attention(query, k, v, mask, layers.Precision("bfloat16"))
+    got = fused.cross_attention(q, k, v, fused.text_offsets(mask, k))
+    assert_near(got, *float64(layers.merge_heads(want)), 2)
+
+
+def test_cross_attention_refuses_what_does_not_fit():
+    q, k, v, mask, _ = cross_inputs()
+    with pytest.raises(ValueError, match="offsets must be"):
+        fused.cross_attention(q, k, v, fused.text_offsets(mask, k)[..., 1:])
+    with pytest.raises(ValueError, match="q must be"):
+        fused.cross_attention(q[..., 1:], k, v, fused.text_offsets(mask, k))
+
+
+def test_a_named_kernel_fails_loudly_without_its_device():
+    if not support.device_reason():
+        pytest.skip("this device runs the kernels")
+    inputs = norm_inputs()
+    with pytest.raises(NotImplementedError, match="Mosaic kernels need"):
+        norm_calls(inputs, implementation="mosaic")
