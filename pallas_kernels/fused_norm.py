@@ -96,6 +96,9 @@ class _ResidualNorm:
     def run(self, chunk: int) -> None:
         """Walk `chunk` tokens, or what is left of the row."""
         first = lax.axis_index("chunk") * chunk
+        if chunk == 1:  # No loop: all loads are in flight together.
+            self._token(first, self._vectors())
+            return
         last = jnp.minimum(first + chunk, self.gmem["x"].shape[1])
         kept = self._vectors() if self.resident else {}
 

@@ -114,18 +114,25 @@ class _RotaryToCache:
         log_temperature = log_temperature.astype(jnp.float32)
         self.temperature = jnp.exp(jnp.minimum(log_temperature, self.max_log_temperature))
         first = lax.axis_index("chunk") * chunk
+        if chunk == 1:  # No loop: all loads are in flight together.
+            self._position(first)
+            return
         last = jnp.minimum(first + chunk, place.span)
 
         def step(position, carry):
-            y, x = lax.div(position, place.pitch), lax.rem(position, place.pitch)
-            if place.pitch == place.width:
-                self._token(position, position)
-            else:
-                pl.when(x < place.width)(lambda: self._token(y * place.width + x, position))
-                pl.when(x >= place.width)(lambda: self._pad(position))
+            self._position(position)
             return carry
 
         lax.fori_loop(first, last, step, None)
+
+    def _position(self, position) -> None:
+        place = self.place
+        if place.pitch == place.width:
+            self._token(position, position)
+        else:
+            y, x = lax.div(position, place.pitch), lax.rem(position, place.pitch)
+            pl.when(x < place.width)(lambda: self._token(y * place.width + x, position))
+            pl.when(x >= place.width)(lambda: self._pad(position))
 
     def _token(self, token, position) -> None:
         gmem = self.gmem

@@ -20,9 +20,9 @@ from tests.kernels.fused_cases import (
 needs_mosaic = pytest.mark.skipif(bool(support.mosaic_reason()), reason="needs jax 0.11")
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Kernels run in the interpreter, on a device of one multiprocessor. It knows no inline
+@pytest.fixture(params=[1, 132])
+def interpreted(monkeypatch, request):
+    """Kernels run in the interpreter; few multiprocessors make CTAs loop. It knows no inline
     code and no matrix units, so these are written out."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -35,7 +35,7 @@ def interpreted(monkeypatch):
         return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
 
     monkeypatch.setattr(support, "device_reason", lambda: "")
-    monkeypatch.setattr(support, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(support, "multiprocessors", lambda: request.param)
     monkeypatch.setattr(fused_rotary, "swap_neighbours", swap)
     monkeypatch.setattr(fused_cross, "multiply_keys", lambda q, k: product(q[...], k[...].T))
     monkeypatch.setattr(fused_cross, "multiply_values", lambda weights, v: product(weights, v[...]))
