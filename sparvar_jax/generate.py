@@ -21,7 +21,15 @@ from sparvar_jax import cache as kv_cache
 from sparvar_jax import sampling
 from sparvar_jax.plan import Plan
 from sparvar_jax.sampling import Controls
-from sparvar_jax.step import ScaleOutput, State, StepSpec, draw_scale, empty_state, step_spec
+from sparvar_jax.step import (
+    ScaleOutput,
+    State,
+    StepSpec,
+    draw_scale,
+    empty_state,
+    split_state,
+    step_spec,
+)
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total): called while steps compile and while scales are dispatched."""
@@ -122,7 +130,7 @@ class Generator:
         if key not in self._compiled:
             traced = self._trace(spec, condition, state, controls, keys, forced)
             self._compiled[key] = traced.lower().compile()
-        return self._compiled[key](self._leaves, condition, state, controls, keys, forced)
+        return self._call(self._compiled[key], condition, state, controls, keys, forced)
 
     def steps(
         self,
@@ -144,7 +152,7 @@ class Generator:
         state = self.start(plan, batch)
         if forced is None and not capture:
             for compiled in self.compile(plan, condition, batch, greedy=greedy):
-                state, output = compiled(self._leaves, condition, state, controls, keys, None)
+                state, output = self._call(compiled, condition, state, controls, keys, None)
                 yield state, output
             self._spare[self._cache_shape(plan, batch)] = state.cache
             return
@@ -182,11 +190,16 @@ class Generator:
     def _spec(self, plan: Plan, index: int, **options: bool) -> StepSpec:
         return step_spec(plan, index, logit_bound=self.model.config.logit_bound, **options)
 
+    def _call(self, compiled, condition, state, controls, keys, forced):
+        donated, read = split_state(state)
+        return compiled(self._leaves, condition, donated, read, controls, keys, forced)
+
     def _trace(self, spec, condition, state, controls, keys, forced):
         body = functools.partial(draw_scale, treedef=self._treedef, spec=spec)
         leaves = [_abstract(leaf) for leaf in self._leaves]
+        donated, read = split_state(state)
         return jax.jit(body, donate_argnums=(2,)).trace(
-            leaves, condition, state, controls, keys, forced
+            leaves, condition, donated, read, controls, keys, forced
         )
 
 

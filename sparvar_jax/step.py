@@ -19,7 +19,7 @@ from sparvar_jax.strategy import Attention, Place
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What one scale hands to the next; donated, so a state is used once.
+    """What one scale hands to the next; its buffers are updated in place, so use it once.
 
     cache: keys and values of every layer. strategies: the layer state of every layer.
     code_sum: accumulated codes on the final latent grid. codes: the next scale's input codes.
@@ -100,9 +100,16 @@ def _layer(block, x, inputs, positions, cache, state, *, apply_block, config, pl
     return x, left["cache"], left["state"]
 
 
-def draw_scale(leaves, condition, state, controls, keys, forced, *, treedef, spec):
+def split_state(state: State) -> tuple[Any, Any]:
+    """The buffers a step updates in place, to be donated, and what it only reads."""
+    return (state.cache, state.code_sum), (state.strategies, state.codes)
+
+
+def draw_scale(leaves, condition, donated, read, controls, keys, forced, *, treedef, spec):
     """Pure body of one compiled step; see `Generator.decode_scale`."""
     model, codebook = jax.tree.unflatten(treedef, leaves)
+    (cache, code_sum), (strategies, codes) = donated, read
+    state = State(cache, strategies, code_sum, codes)
     place, step, config = spec.place, spec.step, model.config
     batch = state.code_sum.shape[0]
     rows = 2 * batch if step.rows == "both" else batch
@@ -112,7 +119,7 @@ def draw_scale(leaves, condition, state, controls, keys, forced, *, treedef, spe
     x = model.add_level(x, place)
     positions = model.positions(place)
     guidance = controls.guidance[place.index]
-    caches, strategies = [], []
+    caches, kept = [], []
     for layer in range(step.depth):
         attention: Attention = step.segment(layer).attention
         x, cache, left = _layer(
@@ -128,7 +135,7 @@ def draw_scale(leaves, condition, state, controls, keys, forced, *, treedef, spe
             attention=attention,
         )
         caches.append(cache)
-        strategies.append({name: left[name] for name in sorted(spec.live[layer])})
+        kept.append({name: left[name] for name in sorted(spec.live[layer])})
         if layer == step.merge_at:
             mixed = sampling.mix(x, guidance)
             x = jnp.concatenate([mixed, mixed])
@@ -148,5 +155,5 @@ def draw_scale(leaves, condition, state, controls, keys, forced, *, treedef, spe
     code_sum, codes = type(model).accumulate(
         config, tokens, state.code_sum, place.scale, following, codebook
     )
-    left_state = State(tuple(caches), tuple(strategies), code_sum, codes)
+    left_state = State(tuple(caches), tuple(kept), code_sum, codes)
     return left_state, ScaleOutput(tokens, captured if spec.capture else {})
