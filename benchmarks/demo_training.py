@@ -20,8 +20,8 @@ from examples.train_demo.compose import compose
 from examples.train_demo.feed import make_chunk
 from examples.train_demo.forward import teacher_forced
 from examples.train_demo.pictures import load_sprites
+from examples.train_demo.programs import bit_losses
 from examples.train_demo.train_tokenizer import psnr
-from examples.train_demo.train_transformer import bit_losses
 from sparvar_jax.loading import Model, load_model
 from sparvar_jax.models.t5 import encode
 from sparvar_jax.quantizer import quantise

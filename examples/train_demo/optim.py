@@ -1,41 +1,85 @@
 """Optimizer of both stages: Muon for matrices, Adam for the rest, and averaged weights.
 
-The learning rate is an argument of the step, because it follows the wall clock: a stage is told
-how many minutes it may take, not how many steps. Muon is momentum, orthogonalised by a
-Newton-Schulz iteration.
+Parameters of one kind and shape are packed into one array: the optimizer's program is then small
+enough to compile in seconds, and Muon (momentum, orthogonalised by a Newton-Schulz iteration) works
+on all equal matrices at once. The learning rate is an argument of the step, because it follows the
+wall clock: a stage is told how many seconds it may take, not how many steps.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 WEIGHT_DECAY = 0.02
 
+Packed = dict[str, Array]
+"""`<kind>.<shape>` -> all parameters of that kind and shape, [count, *shape]."""
+
 
 class TrainState(NamedTuple):
-    """Float32 parameters, optimizer state, averaged parameters and the number of steps."""
+    """Packed float32 parameters, optimizer state, averaged parameters and the number of steps."""
 
-    params: Any
+    params: Packed
     optimizer: Any
-    average: Any
+    average: Packed
     step: Array
 
 
-def orthogonalise(matrix: Float[Array, "rows columns"], steps: int = 5) -> Array:
-    """The nearest (semi-)orthogonal matrix, approximately, in bfloat16."""
-    wide = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if wide else matrix).astype(jnp.bfloat16)
-    x = x / (jnp.linalg.norm(x.astype(jnp.float32)) + 1e-7).astype(jnp.bfloat16)
+class Packing:
+    """Which parameters of a tree lie together."""
+
+    def __init__(self, like: Any, muon: bool):
+        leaves, self._structure = jax.tree_util.tree_flatten_with_path(like)
+        self._groups: dict[str, list[int]] = {}
+        for index, (path, leaf) in enumerate(leaves):
+            name = f"{_kind(path, leaf, muon)}.{'x'.join(map(str, leaf.shape))}"
+            self._groups.setdefault(name, []).append(index)
+        self._count = len(leaves)
+
+    def pack(self, tree: Any) -> Packed:
+        """Stack the parameters of every group."""
+        leaves = jax.tree.leaves(tree)
+        return {
+            name: jnp.stack([leaves[index] for index in indices])
+            for name, indices in self._groups.items()
+        }
+
+    def unpack(self, packed: Packed | dict[str, np.ndarray]) -> Any:
+        """The tree again; of host arrays where these are packed."""
+        leaves: list[Any] = [None] * self._count
+        for name, indices in self._groups.items():
+            for place, index in enumerate(indices):
+                leaves[index] = packed[name][place]
+        return jax.tree.unflatten(self._structure, leaves)
+
+    def averaged(self, state: TrainState) -> Any:
+        """The averaged parameters as host arrays."""
+        return self.unpack(jax.device_get(state.average))
+
+
+def _kind(path: tuple, leaf: Any, muon: bool) -> str:
+    names = [str(getattr(step, "key", step)) for step in path]
+    if muon and "blocks" in names and names[-1] == "kernel" and len(leaf.shape) == 2:
+        return "muon"
+    return "embedding" if names[-1] == "embed" else "adam"
+
+
+def orthogonalise(matrices: Float[Array, "n rows columns"], steps: int = 5) -> Array:
+    """The nearest (semi-)orthogonal matrices, approximately, in bfloat16."""
+    wide = matrices.shape[1] > matrices.shape[2]
+    x = jnp.swapaxes(matrices, 1, 2) if wide else matrices
+    norm = jnp.linalg.norm(x.astype(jnp.float32), axis=(1, 2), keepdims=True)
+    x = (x / (norm + 1e-7)).astype(jnp.bfloat16)
     a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ jnp.swapaxes(x, 1, 2)
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if wide else x).astype(jnp.float32)
+    return (jnp.swapaxes(x, 1, 2) if wide else x).astype(jnp.float32)
 
 
 def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
@@ -45,44 +89,43 @@ def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
         del params
         state = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, grads)
         nesterov = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, grads)
-        scaled = jax.tree.map(lambda m: 0.2 * max(m.shape) ** 0.5 * orthogonalise(m), nesterov)
+        scaled = jax.tree.map(lambda m: 0.2 * max(m.shape[1:]) ** 0.5 * orthogonalise(m), nesterov)
         return scaled, state
 
     return optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), update)
 
 
-def _kind(path: tuple, leaf: Any) -> str:
-    names = [str(getattr(step, "key", step)) for step in path]
-    if "blocks" in names and names[-1] == "kernel" and leaf.ndim == 2:
-        return "muon"
-    return "embedding" if names[-1] == "embed" else "adam"
-
-
 def make_optimizer(muon: bool = True) -> optax.GradientTransformation:
-    """The whole optimizer without the learning rate, which `apply` multiplies in."""
+    """The optimizer of packed parameters without the learning rate, which `apply` multiplies in."""
     adam = optax.scale_by_adam(b1=0.9, b2=0.98)
     decay = optax.add_decayed_weights(
-        WEIGHT_DECAY, mask=lambda p: jax.tree.map(lambda leaf: leaf.ndim > 1, p)
+        WEIGHT_DECAY, mask=lambda p: jax.tree.map(lambda leaf: leaf.ndim > 2, p)
     )
     kinds = {
         # Adam wants less than Muon's rate; text embeddings have unit size, so theirs is larger.
-        "muon": optax.chain(scale_by_muon() if muon else adam, decay),
+        "muon": optax.chain(scale_by_muon(), decay),
         "adam": optax.chain(adam, decay, optax.scale(0.4 if muon else 1.0)),
         "embedding": optax.chain(adam, optax.scale(2.0)),
     }
-    labels = lambda params: jax.tree_util.tree_map_with_path(_kind, params)  # noqa: E731
+    labels = lambda params: {name: name.split(".")[0] for name in params}  # noqa: E731
     return optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(kinds, labels))
 
 
-def start(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def start(params: Packed, optimizer: optax.GradientTransformation) -> TrainState:
     """A state at step 0 whose average equals the parameters."""
     copy = jax.tree.map(lambda p: p.copy(), params)
     return TrainState(params, optimizer.init(params), copy, jnp.zeros((), jnp.int32))
 
 
-def apply(
-    state: TrainState, grads: Any, rate: Float[Array, ""], optimizer: optax.GradientTransformation
+def abstract_state(
+    like: Any, packing: Packing, optimizer: optax.GradientTransformation
 ) -> TrainState:
+    """The shapes of a state whose parameters are shaped as `like`."""
+    zeros = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)  # noqa: E731
+    return jax.eval_shape(lambda: start(packing.pack(zeros()), optimizer))
+
+
+def apply(state: TrainState, grads: Packed, rate: Float[Array, ""], optimizer: Any) -> TrainState:
     """One update; the average's memory grows with training to the last twentieth of it."""
     updates, inner = optimizer.update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
@@ -91,7 +134,9 @@ def apply(
     return TrainState(params, inner, average, state.step + 1)
 
 
-def learning_rate(peak: float, fraction: float, step: int, warmup: int = 100) -> float:
-    """Linear warm-up over the first steps, then a cosine to 2 % of the peak over the wall clock."""
-    cosine = 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
-    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * cosine)
+def learning_rate(
+    peak: float, fraction: float, step: int, *, warmup: int = 100, constant: float = 0.0
+) -> float:
+    """Linear warm-up, the peak until a share of the time, then a straight line to 2 % of it."""
+    left = (1 - min(fraction, 1.0)) / (1 - constant)
+    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * min(1.0, left))

@@ -1,5 +1,6 @@
 """Training weights on disk: float16 safetensors in files of at most 15 MiB, by dotted path."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
+
+from sparvar_jax.storage import SCALE_SUFFIX
 
 FILE_BYTES = 15 << 20
 
@@ -18,30 +21,44 @@ def flatten(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
-def save(directory: Path, name: str, tree: Any) -> None:
-    """Write `tree` as `<name>.0.safetensors`, `<name>.1.safetensors`, ... in float16."""
+def save(directory: Path, name: str, tree: Any) -> bool:
+    """Write `tree` as `<name>.0.safetensors`, `<name>.1.safetensors`, ... in float16.
+
+    Files appear complete or not at all. Weights that are not finite are not written: what was
+    saved before stays, and the answer is False.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     groups: list[dict[str, np.ndarray]] = [{}]
     used = 0
     for path, array in flatten(tree).items():
         array = np.ascontiguousarray(array.astype(np.float16))
+        if not np.isfinite(array).all():
+            print(f"{name} is not saved: {path} is not finite", flush=True)
+            return False
         if used + array.nbytes > FILE_BYTES:
             groups.append({})
             used = 0
         groups[-1][path] = array
         used += array.nbytes
-    for index, group in enumerate(groups):
-        save_file(group, directory / f"{name}.{index}.safetensors")
+    files = [directory / f"{name}.{index}.safetensors" for index in range(len(groups))]
+    for group, file in zip(groups, files, strict=True):
+        save_file(group, file.with_suffix(".new"))
+    for file in files:
+        os.replace(file.with_suffix(".new"), file)
+    return True
 
 
 def load(directory: Path, name: str, like: Any) -> Any:
-    """Read what `save` wrote into the structure, shapes and dtypes of `like`.
+    """Read what `save` (or `storage.write_safetensors`) wrote, shaped and typed as `like`.
 
     Raises ValueError where a parameter is missing or has another shape.
     """
     found: dict[str, np.ndarray] = {}
-    for file in sorted(directory.glob(f"{name}.*.safetensors")):
+    for file in sorted(directory.glob(f"{name}*.safetensors")):
         found |= load_file(file)
+    for path in [path for path in found if path.endswith(SCALE_SUFFIX)]:
+        kernel = path.removesuffix(SCALE_SUFFIX)
+        found[kernel] = found[kernel] * found.pop(path)
     wanted: Mapping[str, Any] = {
         ".".join(str(getattr(step, "key", step)) for step in path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]
@@ -49,7 +66,7 @@ def load(directory: Path, name: str, like: Any) -> Any:
     wrong = [p for p, leaf in wanted.items() if p not in found or found[p].shape != leaf.shape]
     if wrong:
         raise ValueError(
-            f"{directory}/{name}.*.safetensors does not fit the model at {wrong[:5]}: "
+            f"{directory}/{name}*.safetensors does not fit the model at {wrong[:5]}: "
             "train the stage again, or give the sizes it was trained with"
         )
     leaves = [found[path].astype(leaf.dtype) for path, leaf in wanted.items()]

@@ -1,93 +1,141 @@
-"""Stages 3 and 4 in one process, so that the transformer compiles while the tokenizer trains.
+"""Stages 3 and 4 in one process, so that everything compiles while data is drawn.
 
-Run `python -m examples.train_demo.train_all --tokenizer-minutes 2.3 --minutes 9 --out runs/demo`
-after stages 1 and 2. `--minutes` bounds everything, compilation included.
+Run `python -m examples.train_demo.train_all --seconds 560 --out runs/demo` after stages 1 and 2.
+`--seconds` bounds everything, compilation included; weights are saved at least every 45 seconds, so
+that a run which is cut off loses little. The tokenizer starts from `start/tokenizer.safetensors`,
+which has learnt for 102 seconds already.
 """
 
 import argparse
+import json
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from examples.train_demo import parallel, store, train_tokenizer, train_transformer
-from examples.train_demo.models import SIZES, initial, networks
+from examples.train_demo.models import SIZES, DemoConfig, Network, initial, networks
 from examples.train_demo.pictures import load, render
-from examples.train_demo.train_transformer import BATCHES, Programs, start_params
+from examples.train_demo.train_transformer import Budget, Record, make_programs, start_params
 from sparvar_jax.models.bsq_vae import BsqVae
+
+START = Path(__file__).with_name("start")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=560, help="of everything")
+    parser.add_argument(
+        "--tokenizer-seconds", type=float, default=70, help="0 leaves the tokenizer as it is"
+    )
+    parser.add_argument("--tokenizer-batch", type=int, default=64)
+    parser.add_argument("--tokenizer-rate", type=float, default=8e-4)
+    parser.add_argument(
+        "--tokenizer-from",
+        type=Path,
+        default=START,
+        help="folder of the first tokenizer weights; one without them starts from nothing",
+    )
+    train_transformer.add_arguments(parser)
+    return parser.parse_args()
+
+
+def first_tokenizer(folder: Path, config: DemoConfig, network: Network) -> Any:
+    """The weights of a folder, or fresh ones where it holds none of this size."""
+    if not any(folder.glob("tokenizer*.safetensors")):
+        return initial(BsqVae, config.tokenizer, 0)
+    try:
+        return store.load(folder, "tokenizer", network.like)
+    except ValueError as error:
+        print(f"starting the tokenizer from nothing: {error}", flush=True)
+        return initial(BsqVae, config.tokenizer, 0)
+
+
+def train_and_save_tokenizer(
+    args: argparse.Namespace, step: Future | None, params: Any, *data: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Averaged weights, saved if they were trained and are finite, and what the card says."""
+    found: dict[str, Any] = {}
+    if step is not None:
+        params, found = train_tokenizer.train(
+            step.result(),
+            params,
+            *data,
+            seconds=args.tokenizer_seconds,
+            batch=args.tokenizer_batch,
+            peak=args.tokenizer_rate,
+            max_steps=args.max_steps,
+        )
+    store.save(args.out, "tokenizer", params)
+    return params, found
 
 
 def main() -> None:
     """Train both stages and save after each."""
-    began = time.time()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=12.0)
-    parser.add_argument("--tokenizer-minutes", type=float, default=2.5)
-    parser.add_argument("--tokenizer-batch", type=int, default=64)
-    parser.add_argument("--tokenizer-rate", type=float, default=train_tokenizer.PEAK_RATE)
-    parser.add_argument(
-        "--restart-tokenizer", action="store_true", help="start from the tokenizer in --out"
-    )
-    parser.add_argument("--batches", type=int, nargs=3, default=list(BATCHES.values()))
-    parser.add_argument("--pool", type=int, default=32768)
-    parser.add_argument("--size", choices=SIZES, default="shipped")
-    parser.add_argument("--things", type=int, help="only so many things (rehearsal)")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    args = parser.parse_args()
+    began, args = time.time(), arguments()
     config, mesh = SIZES[args.size], parallel.make_mesh()
     nets = networks(config)
     collection, drawings = load(limit=args.things)
     with ThreadPoolExecutor(1) as executor:
-        compiling = executor.submit(
-            train_tokenizer.compile_step,
-            nets["tokenizer"],
-            mesh,
-            args.tokenizer_batch,
-            len(drawings),
+        compiling = (
+            executor.submit(
+                train_tokenizer.compile_step,
+                nets["tokenizer"],
+                mesh,
+                args.tokenizer_batch,
+                len(drawings),
+            )
+            if args.tokenizer_seconds > 0
+            else None
         )
+        programs = make_programs(args, nets, mesh)
         sprites = parallel.put(render(drawings), mesh)
-        print(f"rendered after {time.time() - began:.0f} s", flush=True)
-        step = compiling.result()
-    print(
-        f"{len(collection.pictures)} pictures after {time.time() - began:.0f} s on {mesh.size} "
-        "devices",
-        flush=True,
-    )
-    programs: list[Programs] = []
+        print(f"{len(drawings)} pictures after {time.time() - began:.0f} s", flush=True)
+        folder = args.out if args.restart else args.tokenizer_from
+        tokenizer, trained = train_and_save_tokenizer(
+            args, compiling, first_tokenizer(folder, config, nets["tokenizer"]),
+            sprites, collection, mesh,
+        )  # fmt: skip
 
-    def compile_transformer() -> None:
-        batches = dict(zip(BATCHES, args.batches, strict=True))
-        programs.append(Programs(nets, mesh, batches, args.pool))
+    def save(params: Any, record: Record) -> None:
+        if store.save(args.out, "transformer", params):
+            write_record(args, trained, record)
 
-    first = (
-        store.load(args.out, "tokenizer", nets["tokenizer"].like)
-        if args.restart_tokenizer
-        else initial(BsqVae, config.tokenizer, 0)
-    )
-    tokenizer = train_tokenizer.train(
-        step,
-        first,
-        sprites,
-        collection,
-        mesh,
-        minutes=args.tokenizer_minutes,
-        batch=args.tokenizer_batch,
-        peak=args.tokenizer_rate,
-        started=compile_transformer,
-    )
-    store.save(args.out, "tokenizer", tokenizer)
-    average = train_transformer.train(
+    train_transformer.train(
         nets,
-        start_params(config, nets, None),
-        tokenizer,
+        start_params(config, nets, args.out if args.restart else None),
+        parallel.put(tokenizer, mesh),
         sprites,
         collection,
         mesh,
-        programs[0],
-        until=began + 60 * args.minutes,
+        programs,
+        budget=Budget(began + args.seconds, tuple(args.span), args.max_steps),
         pool_size=args.pool,
-        save=lambda params: store.save(args.out, "transformer", params),
+        peak=args.rate,
+        save=save,
     )
-    store.save(args.out, "transformer", average)
+    print(f"ended after {time.time() - began:.0f} s", flush=True)
+
+
+def write_record(args: argparse.Namespace, tokenizer: dict[str, Any], record: Record) -> None:
+    """`training.json` beside the weights: one entry a run, the runs it went on from before it."""
+    file = args.out / "training.json"
+    runs = json.loads(file.read_text()) if file.exists() and args.restart else []
+    started = str(args.span)
+    entry = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "span": started,
+        "tokenizer": tokenizer,
+        "transformer_seconds": round(record.seconds),
+        "batches": dict(zip(("7", "10", "13"), args.batches, strict=True)),
+        "steps": {str(k): v for k, v in sorted(record.steps.items())},
+        "training_losses": {str(k): v for k, v in sorted(record.losses.items())},
+    }
+    runs = [run for run in runs if run["span"] != started] + [entry]
+    file.write_text(json.dumps(runs, indent=1) + "\n")
 
 
 if __name__ == "__main__":

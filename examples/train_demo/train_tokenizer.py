@@ -1,6 +1,6 @@
 """Stage 3: train the BSQ tokenizer on single pictures and scenes, bounded by the wall clock.
 
-Run `python -m examples.train_demo.train_tokenizer --minutes 3 --out runs/demo`. Every step draws
+Run `python -m examples.train_demo.train_tokenizer --seconds 180 --out runs/demo`. Every step draws
 new pictures on the accelerator. The loss is L1, squared error, differences of neighbouring pixels
 and structural similarity at three resolutions; there is no adversarial and no perceptual term.
 Half of each batch is decoded with some bits flipped, which teaches the decoder to live with the
@@ -9,6 +9,8 @@ small mistakes of a transformer. Quantisation is straight-through with a commitm
 
 import argparse
 import time
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +85,8 @@ def psnr(error: float) -> float:
     return float(10 * np.log10(4 / max(error, 1e-12)))
 
 
-def make_step(network: Network, optimizer: Any, mesh: Any) -> Any:
-    """The compiled training step `(state, sprites, recipes, seed, rate) -> state, metrics`."""
+def make_step(network: Network, packing: optim.Packing, optimizer: Any, mesh: Any) -> Any:
+    """The training step `(state, sprites, recipes, seed, rate) -> state, metrics`."""
 
     def step(state: optim.TrainState, sprites: Array, recipes: Any, seed: Array, rate: Array):
         images, key = compose(sprites, recipes), parallel.device_key(seed)
@@ -92,84 +94,85 @@ def make_step(network: Network, optimizer: Any, mesh: Any) -> Any:
         def loss(params: Any) -> tuple[Array, Any]:
             return tokenizer_loss(network.assemble(params), images, key)
 
-        grads, metrics = jax.grad(loss, has_aux=True)(state.params)
-        grads, metrics = parallel.mean((grads, metrics))
+        grads, metrics = jax.grad(loss, has_aux=True)(packing.unpack(state.params))
+        grads, metrics = parallel.mean((packing.pack(grads), metrics))
         return optim.apply(state, grads, rate, optimizer), metrics
 
     inputs = (parallel.WHOLE, parallel.WHOLE, parallel.SPLIT, parallel.WHOLE, parallel.WHOLE)
     return parallel.spread(step, mesh, inputs, (parallel.WHOLE, parallel.WHOLE))
 
 
-def compile_step(network: Network, mesh: Any, batch: int, pictures: int) -> Any:
+@dataclass(frozen=True)
+class Program:
+    """The compiled step and what its state is made with."""
+
+    step: Any
+    packing: optim.Packing
+    optimizer: Any
+
+
+def compile_step(network: Network, mesh: Any, batch: int, pictures: int) -> Program:
     """The training step compiled ahead, for `pictures` sprites; needs no data yet."""
     optimizer = optim.make_optimizer(muon=False)
-    state = jax.eval_shape(
-        lambda: optim.start(
-            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), network.like), optimizer
-        )
-    )
+    packing = optim.Packing(network.like, muon=False)
     sprites = jax.ShapeDtypeStruct((pictures, SIDE, SIDE, 4), jnp.uint8)
     recipes = stack([empty_recipe(np.random.default_rng(0))] * batch)
     arguments = (
-        parallel.abstract(state, mesh),
+        parallel.abstract(optim.abstract_state(network.like, packing, optimizer), mesh),
         parallel.abstract(sprites, mesh),
         parallel.abstract(recipes, mesh, parallel.SPLIT),
         np.uint32(0),
         np.float32(0),
     )
-    return make_step(network, optimizer, mesh).lower(*arguments).compile()
+    compiled = make_step(network, packing, optimizer, mesh).lower(*arguments).compile()
+    return Program(compiled, packing, optimizer)
 
 
 def train(
-    step: Any,
+    program: Program,
     params: Any,
     sprites: Array,
     collection: Collection,
     mesh: Any,
     *,
-    minutes: float,
+    seconds: float,
     batch: int,
     peak: float = PEAK_RATE,
     max_steps: int | None = None,
-    started: Any = None,
-) -> Any:
-    """Averaged parameters after at most `minutes` of training with a compiled step.
-
-    `started()` is called after the first step.
-    """
-    state = parallel.put(optim.start(params, optim.make_optimizer(muon=False)), mesh)
+) -> tuple[Any, dict[str, Any]]:
+    """Averaged parameters after at most `seconds` of a compiled step, and a record of the run."""
+    state = parallel.put(optim.start(program.packing.pack(params), program.optimizer), mesh)
     feeder = Feeder(lambda seed: make_chunk(collection, collection.train, batch, seed, 0.6))
-    began, count, metrics, shown = None, 0, None, 0.0
+    began, shown, count, values = time.time(), time.time(), 0, {}
+    waiting: deque[Any] = deque()
     for chunk in feeder:
-        fraction = 0.0 if began is None else (time.time() - began) / (60 * minutes)
+        fraction = (time.time() - began) / seconds
         if fraction >= 1 or count == max_steps:
             break
         rate = np.float32(optim.learning_rate(peak, fraction, count))
-        previous = metrics
-        state, metrics = step(state, sprites, chunk["recipes"], np.uint32(count), rate)
-        jax.block_until_ready(previous if previous is not None else metrics)
+        state, metrics = program.step(state, sprites, chunk["recipes"], np.uint32(count), rate)
         count += 1
-        if began is None:
-            began = time.time()
-            if started:
-                started()
-        elif time.time() - shown > 10:
-            shown = time.time()
-            values = {k: float(v) for k, v in previous.items()}
-            print(
-                f"tokenizer step {count} {fraction:.0%} PSNR {psnr(values['clean']):.2f} "
-                f"flipped {psnr(values['flipped']):.2f} commitment {values['commitment']:.4f}",
-                flush=True,
-            )
+        waiting.append(metrics)
+        if len(waiting) > 2:
+            values = {k: float(v) for k, v in waiting.popleft().items()}
+            if time.time() - shown > 10:
+                shown = time.time()
+                print(
+                    f"tokenizer step {count} {fraction:.0%} PSNR {psnr(values['clean']):.2f} "
+                    f"flipped {psnr(values['flipped']):.2f} "
+                    f"commitment {values['commitment']:.4f}",
+                    flush=True,
+                )
     feeder.close()
-    print(f"tokenizer: {count} steps of {batch} in {time.time() - began:.0f} s", flush=True)
-    return state.average
+    record = {"steps": count, "batch": batch, "seconds": round(time.time() - began)}
+    print(f"tokenizer: {record}", flush=True)
+    return program.packing.averaged(state), record
 
 
 def main() -> None:
     """Train and save."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=PEAK_RATE)
     parser.add_argument("--size", choices=SIZES, default="shipped")
@@ -187,14 +190,14 @@ def main() -> None:
         if args.restart
         else initial(BsqVae, config, 0)
     )
-    step = compile_step(network, mesh, args.batch, len(collection.pictures))
-    average = train(
-        step,
+    program = compile_step(network, mesh, args.batch, len(collection.pictures))
+    average, _ = train(
+        program,
         params,
         parallel.put(sprites, mesh),
         collection,
         mesh,
-        minutes=args.minutes,
+        seconds=args.seconds,
         batch=args.batch,
         peak=args.rate,
         max_steps=args.max_steps,
