@@ -1,10 +1,10 @@
 """Does the demo draw what it is asked for? Concept retrieval in an independent network's features.
 
-Run `python -m benchmarks.demo_retrieval --pictures runs/pictures --device h100` on the pictures
-that `demo_pictures` wrote. A picture of one thing counts as right when a training picture of the
-named thing is among the 10 nearest of all training pictures, drawn alike on white, by cosine of
-EfficientNet-Lite0 features. For scenes every named thing counts alone: the best of the crops at
-the places a scene can put things is taken. Chance is measured with the prompts shuffled.
+Run `python -m benchmarks.demo_retrieval --pictures runs/pictures` on what `demo_pictures` wrote. A
+picture of one thing counts as right when a training picture of the named thing is among the 10
+nearest of all training pictures, drawn alike on white, by cosine of EfficientNet-Lite0 features.
+For scenes every named thing counts alone: the best of the crops at the places a scene can put
+things is taken. Chance is measured with the prompts shuffled.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from benchmarks._record import RESULTS, device_folder
 from examples.gallery import PROMPTS
 from examples.train_demo.features import Features
 from examples.train_demo.pictures import load_sprites
 
-RESULTS = Path(__file__).parent / "results"
 NEAREST = 10
 # Crops of scenes: (top, left, side) as shares of the picture.
 CROPS = tuple((y, x, 0.52) for y in (0.0, 0.24, 0.48) for x in (0.0, 0.24, 0.48)) + tuple(
@@ -37,12 +37,6 @@ def on_white(sprites: UInt8[np.ndarray, "P h w 4"]) -> UInt8[np.ndarray, "P h w 
         image.alpha_composite(small, (side // 16,) * 2)
         picture[:] = np.asarray(image.convert("RGB"))
     return pictures
-
-
-def read(folder: Path, name: str, count: int) -> UInt8[np.ndarray, "B h w 3"]:
-    """The pictures of one list as `demo_pictures` wrote them."""
-    files = [folder / f"{name}-{index:03}.webp" for index in range(count)]
-    return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
 
 
 def crops(pictures: UInt8[np.ndarray, "B h w 3"]) -> UInt8[np.ndarray, "BK h w 3"]:
@@ -66,39 +60,46 @@ def hits(
     return np.array([point in points[row] for point, row in zip(asked, order, strict=True)])
 
 
-def main() -> None:
-    """Write `results/<device>/demo_retrieval.json`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=Path, default=Path("runs/pictures"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--weights", type=Path, help="EfficientNet-Lite0 file, if not installed")
-    args = parser.parse_args()
-    features = Features(args.weights)
-    collection, sprites = load_sprites()
-    gallery = features(on_white(sprites[collection.train]))
-    points = np.array([collection.pictures[i].code_point for i in collection.train])
+def judge(
+    folder: Path, features: Features, gallery: Float[np.ndarray, "P F"], points: np.ndarray
+) -> dict[str, float | int]:
+    """Shares of things found, and the same by chance, for the lists drawn in a folder."""
     lists = json.loads(PROMPTS.read_text())
-    found: dict[str, float | int] = {"gallery": len(points), "nearest": NEAREST}
     rng = np.random.default_rng(0)
-    for name in ("retrieval", "single"):
-        asked = [entry["code_points"][0] for entry in lists[name]]
-        drawn = features(read(args.pictures, name, len(asked)))
-        found[name] = float(hits(drawn, gallery, points, asked).mean())
-        found[f"{name}_chance"] = float(
-            np.mean(
-                [
-                    hits(drawn, gallery, points, list(rng.permutation(asked))).mean()
-                    for _ in range(5)
-                ]
-            )
+    found: dict[str, float | int] = {}
+    for name in ("single", "retrieval"):
+        if not (folder / f"{name}.npy").exists():
+            continue
+        drawn = features(np.load(folder / f"{name}.npy"))
+        asked = [entry["code_points"][0] for entry in lists[name]][: len(drawn)]
+        shuffled = [
+            hits(drawn, gallery, points, list(rng.permutation(asked))).mean() for _ in range(5)
+        ]
+        found |= {
+            f"{name}_pictures": len(drawn),
+            name: float(hits(drawn, gallery, points, asked).mean()),
+            f"{name}_chance": float(np.mean(shuffled)),
+        }
+    if (folder / "scenes.npy").exists():
+        found |= judge_scenes(
+            features, np.load(folder / "scenes.npy"), lists["scenes"], gallery, points, rng
         )
-    scenes = lists["scenes"]
-    drawn = features(crops(read(args.pictures, "scenes", len(scenes))))
-    drawn = drawn.reshape(len(scenes), len(CROPS), -1)
+    return found
+
+
+def judge_scenes(
+    features: Features,
+    pictures: UInt8[np.ndarray, "B h w 3"],
+    entries: list[dict],
+    gallery: Float[np.ndarray, "P F"],
+    points: np.ndarray,
+    rng: np.random.Generator,
+) -> dict[str, float | int]:
+    """Share of the named things of scenes that are found in a crop, and the same by chance."""
+    drawn = features(crops(pictures)).reshape(len(pictures), len(CROPS), -1)
     objects = [
         hits(rows, gallery, points, [point] * len(CROPS)).any()
-        for rows, entry in zip(drawn, scenes, strict=True)
+        for rows, entry in zip(drawn, entries, strict=False)
         for point in entry["code_points"]
     ]
     chance = [
@@ -106,15 +107,36 @@ def main() -> None:
         for rows in drawn
         for _ in range(20)
     ]
-    found |= {
+    return {
         "scene_objects": len(objects),
         "scenes": float(np.mean(objects)),
         "scenes_chance": float(np.mean(chance)),
     }
-    print(json.dumps(found, indent=1))
-    folder = args.results / args.device
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "demo_retrieval.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def main() -> None:
+    """Write `results/<device>/demo_retrieval.json`: an entry for every setting that was drawn."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=Path, default=Path("runs/pictures"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--device", default=device_folder(), help="where the pictures were drawn")
+    parser.add_argument("--weights", type=Path, help="EfficientNet-Lite0 file, if not installed")
+    parser.add_argument("--things", type=int, help="only so many things (rehearsal)")
+    args = parser.parse_args()
+    features = Features(args.weights)
+    collection, sprites = load_sprites(args.things)
+    gallery = features(on_white(sprites[collection.train]))
+    points = np.array([collection.pictures[i].code_point for i in collection.train])
+    found = {
+        folder.name.replace("-", ":"): judge(folder, features, gallery, points)
+        for folder in sorted(args.pictures.iterdir())
+        if folder.is_dir()
+    }
+    report = {"gallery": len(points), "nearest": NEAREST, "settings": found}
+    print(json.dumps(report, indent=1))
+    target = args.results / args.device
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "demo_retrieval.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How well the shipped demo model fits pictures it was not trained on.
 
-Run `python -m benchmarks.demo_training --device cpu`. Two figures, both of the shipped int8
+Run `python -m benchmarks.demo_training`. Two figures, both of the shipped int8
 weights and of held-out (thing, style) pairs: PSNR of the tokenizer on single pictures and scenes
 with the worst five, and the bit loss of every scale with the right text and with none.
 """
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from benchmarks._record import RESULTS, device_folder
 from examples.gallery import contact_sheet
 from examples.train_demo.compose import compose
 from examples.train_demo.feed import make_chunk
@@ -27,8 +28,16 @@ from sparvar_jax.models.t5 import encode
 from sparvar_jax.quantizer import quantise
 from sparvar_jax.schedule import infinity_schedule
 
-RESULTS = Path(__file__).parent / "results"
 SCHEDULE = infinity_schedule(1.0, "1M")
+
+
+draw = jax.jit(compose)
+
+
+@jax.jit
+def encode_pictures(tokenizer: Any, sprites: Array, recipes: Any) -> Float[Array, "B h w C"]:
+    """Latents of drawn recipes."""
+    return tokenizer.encode(compose(sprites, recipes))
 
 
 @jax.jit
@@ -47,7 +56,7 @@ def tokenizer_figures(model: Model, sprites: Any, chunk: Any, sheet: Path) -> di
     errors, pairs = [], []
     for start in range(0, len(chunk["lengths"]), 8):
         recipes = jax.tree.map(lambda a, s=start: a[s : s + 8], chunk["recipes"])
-        images = jax.jit(compose)(sprites, recipes)
+        images = draw(sprites, recipes)
         decoded = reconstruct(model.tokenizer, images)
         errors += list(np.asarray(jnp.mean((images - decoded) ** 2, axis=(1, 2, 3))))
         pairs += list(zip(to_uint8(images), to_uint8(decoded), strict=True))
@@ -75,7 +84,7 @@ def loss_figures(model: Model, sprites: Any, chunk: Any) -> dict[str, Any]:
     none = model.transformer.uncond_text[...]
     for index in range(len(chunk["lengths"])):
         part = jax.tree.map(lambda a, i=index: a[i : i + 1], chunk)
-        latents = jax.jit(model.tokenizer.encode)(compose(sprites, part["recipes"]))
+        latents = encode_pictures(model.tokenizer, sprites, part["recipes"])
         text = encode(model.text_encoder, jnp.asarray(part["ids"]), jnp.asarray(part["lengths"]))
         empty = none[None, : text.shape[1]]
         for name, features in (("with_text", text), ("without_text", empty)):
@@ -91,14 +100,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default=device_folder())
     parser.add_argument("--count", type=int, default=64, help="pictures for PSNR")
     parser.add_argument("--loss-count", type=int, default=16, help="pictures for the bit loss")
+    parser.add_argument("--things", type=int, help="only so many things (rehearsal)")
     args = parser.parse_args()
     folder = args.results / args.device
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(args.model)
-    collection, sprites = load_sprites()
+    collection, sprites = load_sprites(args.things)
+    # Once, so that a GPU does not receive a gigabyte at every call.
+    sprites = jax.device_put(sprites)
     found = {}
     for name, scenes in (("single", 0.0), ("scenes", 1.0)):
         chunk = make_chunk(collection, collection.held_out, args.count, 1, scenes)

@@ -26,7 +26,13 @@ DEFAULTS = {
 }
 
 
-def write_model(out: Path, config: DemoConfig, params: dict[str, Any], source: str) -> None:
+def write_model(
+    out: Path,
+    config: DemoConfig,
+    params: dict[str, Any],
+    source: str,
+    defaults: dict[str, Any] | None = None,
+) -> None:
     """Write the three parts, and the sentencepiece file beside the text encoder."""
     for part, kind in KINDS.items():
         values = {"kind": kind, **checkpoint.config_to_json(getattr(config, part))}
@@ -36,7 +42,7 @@ def write_model(out: Path, config: DemoConfig, params: dict[str, Any], source: s
             params[part],
             config=values,
             source={"made_by": source},
-            defaults=DEFAULTS,
+            defaults=DEFAULTS | (defaults or {}),
             form="int8",
         )
     shutil.copyfile(vocabulary.MODEL, out / "text" / "spiece.model")
@@ -48,6 +54,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("runs/demo"))
     parser.add_argument("--out", type=Path, default=Path("runs/model"))
     parser.add_argument("--size", choices=SIZES, default="shipped")
+    parser.add_argument("--guidance", type=float, default=DEFAULTS["guidance"])
+    parser.add_argument("--temperature", type=float, default=DEFAULTS["temperature"])
     args = parser.parse_args()
     config = SIZES[args.size]
     nets = networks(config)
@@ -58,8 +66,14 @@ def main() -> None:
     for file in sorted(args.weights.glob("*.safetensors")):
         digest.update(file.read_bytes())
     write_model(
-        args.out, config, params, f"examples/train_demo, weights sha256 {digest.hexdigest()}"
+        args.out,
+        config,
+        params,
+        f"examples/train_demo, weights sha256 {digest.hexdigest()}",
+        {"guidance": args.guidance, "temperature": args.temperature},
     )
+    for file in args.out.rglob("*.safetensors"):
+        file.chmod(0o644)
     size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file())
     print(f"{args.out}: {size / 1e6:.1f} MB")
 

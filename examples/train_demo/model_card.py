@@ -1,0 +1,171 @@
+"""Write the demo model's card from what was measured: `MODEL_CARD.md` in the model directory.
+
+Run `python -m examples.train_demo.model_card --weights runs/demo --results benchmarks/results/h100
+--model sparvar_jax/demo`. Every figure is read from `training.json` (written by the training) and
+from the results of `benchmarks.demo_*`; one that was not measured is said to be so.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from sparvar_jax import checkpoint
+
+NAME = "MODEL_CARD.md"
+TEXT = """# Demo model of sparvar_jax
+
+A small text-to-picture model of Infinity's architecture (arXiv 2412.04431), 256x256 pixels over the
+13 scales (10,521 tokens) of the released models' 1M square schedule. It was trained from nothing by
+`examples/train_demo`, to run the package without a download and to give sparse attention a trained
+model to be judged on. It knows 1,189 things in four drawing styles and scenes of up to three of
+them; it is no general text-to-image model.
+
+## What it is
+
+{parts}
+
+Matrices are stored as int8 with one scale an output channel, the rest as float32; all figures are
+of these weights. Default guidance {guidance}, temperature {temperature}, top-p {top_p}.
+
+## What it learnt from
+
+4,377 drawings: Microsoft Fluent Emoji 3D and flat (MIT), Google Noto Emoji, new and old
+(Apache-2.0); names and tags from emojibase (MIT). Half of the training pictures are scenes composed
+of them, with captions from templates. No picture is in this repository; notices are in
+`examples/train_demo/NOTICE.md`. 3 % of the (thing, style) pairs were held out.
+
+## How it was trained
+
+{training}
+
+## What was measured
+
+{figures}
+
+## Limits
+
+- Prompts should read like the captions: "a flat icon of an otter", "a rocket above a red apple on a
+  dark green background". Words outside the 3,072-piece vocabulary's captions mean little to it.
+- It has seen single emoji drawings, no photographs and no written text.
+- Retrieval counts a picture as right by features of an ImageNet network, which sees shape and
+  texture better than fine drawing.
+- Perceptual distance (LPIPS) was not measured.
+"""
+
+
+def read(file: Path) -> Any:
+    """A JSON file, or None where it does not exist."""
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def parts_lines(config: dict[str, Any]) -> str:
+    """One line a part, from `config.json`."""
+    transformer, text, tokenizer = (config[p] for p in ("transformer", "text", "tokenizer"))
+    return "\n".join(
+        (
+            f"- transformer: {transformer['depth']} layers, width {transformer['width']}, "
+            f"{transformer['heads']} heads, {transformer['bits']} bits a token",
+            f"- text encoder of T5's architecture: {text['depth']} layers, width {text['width']}",
+            f"- BSQ tokenizer: {tokenizer['code_width']} bits, {tokenizer['stride']} pixels a side "
+            "of a token",
+        )
+    )
+
+
+def training_lines(runs: list[dict[str, Any]] | None) -> str:
+    """One line a run, from `training.json`."""
+    if not runs:
+        return "No record of the training was kept."
+    lines = []
+    for run in runs:
+        steps = ", ".join(
+            f"{count} steps of {run['batches'][scales]} pictures at {scales} scales"
+            for scales, count in run["steps"].items()
+        )
+        tokenizer = run["tokenizer"]
+        line = f"- {run['device']}: transformer {run['transformer_seconds']} s ({steps})"
+        if tokenizer:
+            line += (
+                f"; tokenizer {tokenizer['seconds']} s "
+                f"({tokenizer['steps']} steps of {tokenizer['batch']})"
+            )
+        lines.append(line)
+    return "\n".join([*lines, "- tokenizer before that: 102 s on one H100 (1033 steps of 64)"])
+
+
+def row(what: str, value: str | None) -> str:
+    """A table row; a missing value is said to be missing."""
+    return f"| {what} | {value or 'not measured'} |"
+
+
+def figure_lines(results: Path, setting: str) -> str:
+    """The table of figures at one setting, from the results of `benchmarks.demo_*`."""
+    training = read(results / "demo_training.json") or {}
+    scales = (read(results / "demo_scales.json") or {}).get(setting, {}).get("scenes")
+    found = (read(results / "demo_retrieval.json") or {}).get("settings", {}).get(setting, {})
+    rows = ["| figure | value |", "| --- | --- |"]
+    for name in ("single", "scenes"):
+        psnr, loss = training.get(f"tokenizer_{name}"), training.get(f"bit_loss_{name}")
+        rows.append(
+            row(
+                f"tokenizer PSNR, held-out, {name}",
+                psnr
+                and f"{psnr['psnr_mean']:.2f} dB (worst {min(psnr['psnr_worst_5']):.2f}, "
+                f"{psnr['pictures']} pictures)",
+            )
+        )
+        for part, stop in (("first 7 scales", slice(0, 7)), ("last 3 scales", slice(10, 13))):
+            values = loss and [
+                sum(loss[kind][stop]) / len(loss[kind][stop])
+                for kind in ("with_text", "without_text")
+            ]
+            rows.append(
+                row(
+                    f"held-out bit loss, {name}, {part}, with / without text",
+                    values and f"{values[0]:.4f} / {values[1]:.4f} nats",
+                )
+            )
+    rows.append(
+        row(
+            "scenes: PSNR between pictures with and without the last two scales",
+            scales and f"{scales['psnr_mean']:.2f} dB",
+        )
+    )
+    for name, what in (
+        ("retrieval", "200 single things found among 10 nearest"),
+        ("single", "32 single things found among 10 nearest"),
+        ("scenes", "things in 32 scenes found among 10 nearest of a crop"),
+    ):
+        rows.append(
+            row(
+                f"{what} (chance)",
+                f"{found[name]:.1%} ({found[name + '_chance']:.1%})" if name in found else None,
+            )
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Write the card."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/h100"))
+    parser.add_argument("--model", type=Path, default=Path("sparvar_jax/demo"))
+    args = parser.parse_args()
+    config = checkpoint.read_config(args.model)
+    defaults = config["defaults"]
+    setting = f"{defaults['guidance']:g}:{defaults['temperature']:g}"
+    card = TEXT.format(
+        parts=parts_lines(config),
+        training=training_lines(read(args.weights / "training.json")),
+        figures=figure_lines(args.results, setting),
+        guidance=defaults["guidance"],
+        temperature=defaults["temperature"],
+        top_p=defaults["top_p"],
+    )
+    (args.model / NAME).write_text(card)
+
+
+if __name__ == "__main__":
+    main()
