@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,15 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from sparvar_jax import checkpoint, generate, loading
+from sparvar_jax.bound import Bound
 from sparvar_jax.generate import Generator, Progress
 from sparvar_jax.models.bsq_vae import to_uint8
 from sparvar_jax.models.var import Var, guidance_ramp
 from sparvar_jax.models.vqvae import Tokenised, Vqvae
-from sparvar_jax.pipeline import PerScale, Request
+from sparvar_jax.pipeline import Jobs, code_sum_shape, compile_all
 from sparvar_jax.plan import Plan
-from sparvar_jax.policies import parse_plan
+from sparvar_jax.requests import PerScale, Request, cached_plan, numbers
+from sparvar_jax.sampling import Controls
 
 SEEDS = 1 << 32
 
@@ -38,6 +39,49 @@ class ClassDefaults:
     temperature: float | tuple[float, ...] = 1.0
     top_k: int = 900
     top_p: float = 0.96
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassOptions:
+    """How to draw; None takes the model's default.
+
+    plan: a Plan, or text such as "dense" or "sparvar-fast+skip_last_scales(1)".
+    seed: image b draws from seed + b, or one seed an image; nothing else in the batch matters.
+    guidance: strength at the last scale (0 is off), or the conditional weight of every scale.
+    top_k, top_p: filters over the vocabulary; 0 and 1 filter nothing.
+    """
+
+    plan: Plan | str | None = None
+    seed: int | Sequence[int] = 0
+    guidance: PerScale | None = None
+    temperature: PerScale | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def resolve(self, model: ClassModel) -> tuple[Plan, Controls]:
+        """The plan and the sampling controls; ValueError for what cannot be drawn."""
+        config, defaults = model.transformer.config, model.defaults
+        guidance = defaults.guidance if self.guidance is None else self.guidance
+        weights = _weights(guidance, len(config.sides))
+        plan = defaults.plan if self.plan is None else self.plan
+        if not isinstance(plan, Plan):
+            flags = tuple(weight != 1 for weight in weights)
+            plan = cached_plan(plan, config.schedule, config.depth, guidance=flags)
+        if plan.depth != config.depth or plan.schedule != config.schedule:
+            raise ValueError(
+                f"the plan has {plan.depth} layers and scales {plan.schedule.sizes}, the model "
+                f"{config.depth} and {config.schedule.sizes}: make the plan for this model"
+            )
+        controls = generate.controls(
+            len(config.sides),
+            guidance=weights,
+            temperature=numbers(
+                defaults.temperature if self.temperature is None else self.temperature
+            ),
+            top_k=defaults.top_k if self.top_k is None else self.top_k,
+            top_p=defaults.top_p if self.top_p is None else self.top_p,
+        )
+        return plan, controls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +103,16 @@ class ClassModel:
                 "the VQVAE this transformer was trained with"
             )
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Module of every part."""
+        return {"transformer": self.transformer, "tokenizer": self.tokenizer}
+
+    @property
+    def stride(self) -> int:
+        """Pixels of a side that one token covers."""
+        return self.tokenizer.config.stride
+
 
 def is_class_model(directory: str | Path) -> bool:
     """Whether a model directory holds a class-conditional transformer."""
@@ -69,20 +123,28 @@ def is_class_model(directory: str | Path) -> bool:
 def load_class_model(
     directory: str | Path, *, dtype: str | None = None, progress: Progress | None = None
 ) -> ClassModel:
-    """Load a model directory; `dtype` as in `loading.load_model`."""
+    """Load a model directory; dtype: of all parts, see `loading.compute_dtype`."""
+    dtype = loading.compute_dtype(dtype)
     folder = loading.model_folder(directory)
+    model = describe_class_model(folder, dtype)
+    config, parts = checkpoint.read_config(folder), model.parts
+    for done, part in enumerate(parts, 1):
+        parts[part] = loading.load_part(folder, config, part, dtype)
+        if progress:
+            progress("load", done, len(parts))
+    return dataclasses.replace(model, **parts)
+
+
+def describe_class_model(folder: Path, dtype: str | None = None) -> ClassModel:
+    """The model with shapes and dtypes in place of weights; dtype None is the stored one."""
     config = checkpoint.read_config(folder)
     if not is_class_model(folder):
         raise ValueError(f"{folder} is no class-conditional model: give one with a VAR transformer")
-    if dtype is None and jax.default_backend() == "cpu":
-        dtype = "float32"
-    parts = []
-    for done, part in enumerate(("transformer", "tokenizer"), 1):
-        parts.append(loading.load_part(folder, config, part, dtype))
-        if progress:
-            progress("load", done, 2)
+    transformer, tokenizer = (
+        loading.abstract_part(config, part, dtype) for part in ("transformer", "tokenizer")
+    )
     defaults = checkpoint.config_from_json(ClassDefaults, config.get("defaults", {}))
-    return ClassModel(parts[0], parts[1], defaults, folder.name)
+    return ClassModel(transformer, tokenizer, defaults, folder.name)
 
 
 class ClassPipeline:
@@ -91,9 +153,15 @@ class ClassPipeline:
     def __init__(self, model: ClassModel):
         self.model = model
         self._generators: dict[bool, Generator] = {}
-        self._condition = _bind(model.transformer, Var.embed_condition, static=("guidance",))
-        self._decode = _bind(model.tokenizer, _decode)
-        self._tokenise = _bind(model.tokenizer, _tokenise, static=("sides",))
+        self._condition = {
+            guided: Bound(model.transformer, condition)
+            for guided, condition in ((True, _guided_condition), (False, _plain_condition))
+        }
+        self._decode = Bound(model.tokenizer, _decode)
+        sides = model.transformer.config.sides
+        self._tokenise = Bound(
+            model.tokenizer, lambda tokenizer, pictures: _tokenise(tokenizer, pictures, sides)
+        )
 
     @classmethod
     def from_checkpoint(
@@ -110,7 +178,7 @@ class ClassPipeline:
         progress: Progress | None = None,
         **options: Any,
     ) -> UInt8[np.ndarray, "B height width 3"]:
-        """Draw one RGB picture per class. Options are those of `request`.
+        """Draw one RGB picture per class. Options are those of `ClassOptions`.
 
         smooth: mix codes by a Gumbel softmax: smoother pictures, unfit for evaluation.
         progress: called as (stage, done, total) with the stages "compile" and "draw".
@@ -127,48 +195,41 @@ class ClassPipeline:
                 progress("draw", done, len(request.plan.steps))
         return self.decode(code_sum)
 
-    def request(
+    def request(self, labels: int | Sequence[int | None], **options: Any) -> Request:
+        """Resolve a call: plan, controls, condition and random keys, as `ClassOptions` say.
+
+        labels: one class a picture; None draws without a class (guidance then does nothing).
+        Raises ValueError for anything that cannot be drawn.
+        """
+        asked, ids = ClassOptions(**options), self._ids(labels)
+        plan, controls = asked.resolve(self.model)
+        condition = self._condition[plan.steps[0].rows == "both"](ids)
+        return Request(plan, condition, controls, _keys(asked.seed, len(ids)))
+
+    def warm_up(
         self,
         labels: int | Sequence[int | None],
         *,
-        plan: Plan | str | None = None,
-        seed: int | Sequence[int] = 0,
-        guidance: PerScale | None = None,
-        temperature: PerScale | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-    ) -> Request:
-        """Resolve a call: defaults, plan, condition and random keys.
+        smooth: bool = False,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> None:
+        """Compile all that a call with as many labels runs, in parallel, and draw nothing.
 
-        labels: one class a picture; None draws without a class (guidance then does nothing).
-        plan: a Plan, or text such as "dense" or "sparvar-fast+skip_last_scales(1)".
-        seed: image b draws from seed + b, or one seed an image; nothing else in the batch matters.
-        guidance: strength at the last scale (0 is off), or the conditional weight of every scale.
-        top_k, top_p: filters over the vocabulary; 0 and 1 filter nothing.
-        Raises ValueError for anything that cannot be drawn.
+        Works without weights as well.
         """
-        config, defaults = self.model.transformer.config, self.model.defaults
-        ids = _class_ids([labels] if isinstance(labels, int) else list(labels), config.classes)
-        weights = _weights(defaults.guidance if guidance is None else guidance, len(config.sides))
-        if not isinstance(plan, Plan):
-            flags = tuple(weight != 1 for weight in weights)
-            name = defaults.plan if plan is None else plan
-            plan = parse_plan(name, config.schedule, config.depth, guidance=flags)
-        if plan.depth != config.depth or plan.schedule != config.schedule:
-            raise ValueError(
-                f"the plan has {plan.depth} layers and scales {plan.schedule.sizes}, the model "
-                f"{config.depth} and {config.schedule.sizes}: make the plan for this model"
-            )
-        temper = defaults.temperature if temperature is None else temperature
-        controls = generate.controls(
-            len(config.sides),
-            guidance=weights,
-            temperature=temper if isinstance(temper, int | float) else tuple(temper),
-            top_k=defaults.top_k if top_k is None else top_k,
-            top_p=defaults.top_p if top_p is None else top_p,
-        )
-        condition = self._condition(ids, guidance=plan.steps[0].rows == "both")
-        return Request(plan, condition, controls, _keys(seed, len(ids)))
+        asked, ids = ClassOptions(**options), self._ids(labels)
+        plan, _ = asked.resolve(self.model)
+        _keys(asked.seed, len(ids))  # complains before the work
+        condition = self._condition[plan.steps[0].rows == "both"]
+        total = code_sum_shape(self.model.transformer, plan, len(ids))
+        jobs: Jobs = [lambda: condition.compile(ids), lambda: self._decode.compile(total)]
+        generator = self.generator(smooth)
+        compile_all(generator, plan, condition.shape(ids), len(ids), jobs, progress)
+
+    def _ids(self, labels: int | Sequence[int | None]) -> np.ndarray:
+        listed = [labels] if isinstance(labels, int) else list(labels)
+        return _class_ids(listed, self.model.transformer.config.classes)
 
     def generator(self, smooth: bool = False) -> Generator:
         """What runs the steps; one for each way of sampling."""
@@ -191,7 +252,7 @@ class ClassPipeline:
 
     def tokenise(self, pictures: UInt8[np.ndarray, "B height width 3"]) -> Tokenised:
         """RGB pictures as token maps of every scale; they must have the model's own size."""
-        return self._tokenise(np.asarray(pictures), sides=self.model.transformer.config.sides)
+        return self._tokenise(np.asarray(pictures))
 
 
 def _weights(guidance: PerScale, scales: int) -> tuple[float, ...]:
@@ -218,15 +279,12 @@ def _keys(seed: int | Sequence[int], batch: int) -> PRNGKeyArray:
     return jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
 
 
-def _bind(module: Any, function: Any, static: tuple[str, ...] = ()) -> Any:
-    """`function(module, ...)` compiled; the module is flattened once, not at every call."""
-    leaves, treedef = jax.tree.flatten(module)
+def _guided_condition(transformer: Var, labels: Array) -> Any:
+    return transformer.embed_condition(labels, guidance=True)
 
-    @partial(jax.jit, static_argnames=static)
-    def compiled(leaves: Any, *args: Any, **options: Any) -> Any:
-        return function(jax.tree.unflatten(treedef, leaves), *args, **options)
 
-    return partial(compiled, leaves)
+def _plain_condition(transformer: Var, labels: Array) -> Any:
+    return transformer.embed_condition(labels, guidance=False)
 
 
 def _decode(tokenizer: Vqvae, code_sum: Array) -> UInt8[Array, "B height width 3"]:

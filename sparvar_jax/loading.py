@@ -70,6 +70,17 @@ class Model:
                 f"tokenizer has {codes}: convert the tokenizer this transformer was trained with"
             )
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Module of every part."""
+        modules = (self.transformer, self.tokenizer, self.text_encoder)
+        return dict(zip(checkpoint.PARTS, modules, strict=True))
+
+    @property
+    def stride(self) -> int:
+        """Pixels of a side that one token covers."""
+        return self.tokenizer.config.stride * (2 if self.transformer.config.patchify else 1)
+
 
 def model_folder(directory: str | Path | None) -> Path:
     """The folder of a model; None is the demo model of this installation."""
@@ -119,23 +130,25 @@ def load_model(
     directory: str | Path | None = None,
     *,
     dtype: str | None = None,
+    text_encoder: bool = True,
     progress: PartProgress | None = None,
 ) -> Model:
     """Load a model directory, or the demo model.
 
-    dtype: "float32" or "bfloat16" for all parts; None takes what `config.json` says, except on a
-    CPU, which computes in float32 because it only emulates bfloat16.
+    dtype: of all parts, see `compute_dtype`. text_encoder: False leaves its weights on disk; the
+    model then holds their shapes alone.
     """
     dtype = compute_dtype(dtype)
     folder = model_folder(directory)
     config = checkpoint.read_config(folder)
     # Everything cheap first: a model that does not fit together is found before any weights.
     model = describe_model(folder, dtype)
-    parts = {}
-    for done, part in enumerate(checkpoint.PARTS, 1):
+    loaded = checkpoint.PARTS if text_encoder else ("transformer", "tokenizer")
+    parts = model.parts
+    for done, part in enumerate(loaded, 1):
         parts[part] = load_part(folder, config, part, dtype)
         if progress:
-            progress("load", done, len(checkpoint.PARTS))
+            progress("load", done, len(loaded))
     return dataclasses.replace(
         model,
         transformer=parts["transformer"],
@@ -144,15 +157,20 @@ def load_model(
     )
 
 
-def compute_dtype(dtype: str | None) -> str | None:
-    """The dtype to compute in: what is asked for, else float32 on a CPU, else None (the config)."""
+def compute_dtype(dtype: str | None) -> str:
+    """The dtype to compute in: what is asked for, else what suits the device.
+
+    A CPU only emulates bfloat16, so it computes in float32; everything else in bfloat16, in which
+    the models keep float32 where it matters: residual streams, norms, logits, sums of codes, the
+    last layer of a decoder.
+    """
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
-    return "float32" if dtype is None and jax.default_backend() == "cpu" else dtype
+    return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
 def describe_model(folder: Path, dtype: str | None = None) -> Model:
-    """The model with shapes and dtypes in place of weights."""
+    """The model with shapes and dtypes in place of weights; dtype None is the stored one."""
     config = checkpoint.read_config(folder)
     transformer, tokenizer, text = (abstract_part(config, part, dtype) for part in checkpoint.PARTS)
     return Model(

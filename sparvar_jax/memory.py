@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from sparvar_jax import checkpoint
+from sparvar_jax.class_pipeline import ClassModel
 from sparvar_jax.loading import Model
 from sparvar_jax.plan import Plan
 
@@ -28,8 +29,14 @@ class Estimate:
     def peak(self) -> int:
         return sum(self.weights.values()) + self.cache + max(self.step, self.decode)
 
+    @property
+    def peak_text_freed(self) -> int:
+        """The peak where the text encoder runs first and is freed."""
+        text = self.weights.get("text", 0)
+        return max(text, self.peak - text)
 
-def estimate(model: Model, plan: Plan, batch: int) -> Estimate:
+
+def estimate(model: Model | ClassModel, plan: Plan, batch: int) -> Estimate:
     """What drawing `batch` pictures with a plan holds at once; `model` may be abstract.
 
     step: the widest activations of the largest scale. decode: the tokenizer's maps at full size.
@@ -43,19 +50,16 @@ def estimate(model: Model, plan: Plan, batch: int) -> Estimate:
     tokens = max(step.scale.tokens * (2 if step.rows == "both" else 1) for step in plan.steps)
     # The residual stream and its norm in float32, and the feed-forward layer beside its input.
     widest = 2 * 4 * config.width + (config.mlp_width + config.width) * item
-    stride = picture.stride * (2 if config.patchify else 1)
-    pixels = math.prod(plan.schedule.final) * stride * stride
-    channels = picture.base_width * picture.decoder_multipliers[0]
-    parts = (model.transformer, model.tokenizer, model.text_encoder)
+    pixels = math.prod(plan.schedule.final) * model.stride**2
     weights = {
         part: parameter_bytes(checkpoint.abstract_parameters(module))
-        for part, module in zip(checkpoint.PARTS, parts, strict=True)
+        for part, module in model.parts.items()
     }
     return Estimate(
         weights,
         cache,
         batch * tokens * widest,
-        _DECODER_MAPS * 4 * batch * pixels * channels,
+        _DECODER_MAPS * 4 * batch * pixels * picture.full_width,
     )
 
 

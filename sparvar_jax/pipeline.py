@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, UInt8
 
 from sparvar_jax import generate, loading, sampling
+from sparvar_jax.bound import Bound
 from sparvar_jax.generate import Generator, Progress
 from sparvar_jax.loading import Model
-from sparvar_jax.models import bsq_vae, t5
+from sparvar_jax.models import bsq_vae
 from sparvar_jax.plan import Plan
-from sparvar_jax.policies import parse_plan
-from sparvar_jax.schedule import ScaleSchedule, infinity_schedule
+from sparvar_jax.requests import (
+    Options,
+    PerScale,
+    Prompts,
+    Request,
+    parse_ratio,
+    picture_size,
+    resolve_plan,
+    resolve_schedule,
+)
+from sparvar_jax.text_encoder import TextEncoder, TextFeatures
 
-PerScale = float | Sequence[float]
-RATIO_TOLERANCE = 1.15  # of the asked for to the nearest ratio, beyond which a call warns
+__all__ = [
+    "Options",
+    "PerScale",
+    "Pipeline",
+    "Request",
+    "TextEncoder",
+    "TextFeatures",
+    "parse_ratio",
+    "picture_size",
+    "resolve_plan",
+    "resolve_schedule",
+]
 SEEDS = 1 << 32
-
-# Making a sparse plan takes longer than dispatching its steps.
-_cached_plan = functools.lru_cache(maxsize=64)(parse_plan)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """Everything one generation runs on. condition: of the whole batch. keys: one per image."""
-
-    plan: Plan
-    condition: Any
-    controls: sampling.Controls
-    keys: Array
+Jobs = list[Callable[[], Any]]
 
 
 class Pipeline:
@@ -47,15 +52,18 @@ class Pipeline:
     length bucket of the prompts compiles nothing.
     """
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, *, text_encoder: bool = True):
         self.model = model
         self.generator = Generator(model.transformer)
-        self._encode = _bind(model.text_encoder, t5.encode)
+        longest = model.transformer.config.text_max_length
+        self._text = (
+            TextEncoder(model.text_encoder, model.text_tokenizer, longest) if text_encoder else None
+        )
         self._condition = {
-            learned: _bind(model.transformer, condition)
+            learned: Bound(model.transformer, condition)
             for learned, condition in ((True, _with_learned_guidance), (False, _with_guidance))
         }
-        self._decode = _bind(model.tokenizer, _decode)
+        self._decode = Bound(model.tokenizer, _decode)
 
     @classmethod
     def from_checkpoint(
@@ -63,17 +71,26 @@ class Pipeline:
         directory: str | Path | None = None,
         *,
         dtype: str | None = None,
+        text_encoder: bool = True,
         progress: Progress | None = None,
     ) -> Pipeline:
-        """Load a model directory; None is the demo model. Arguments as in `loading.load_model`."""
-        return cls(loading.load_model(directory, dtype=dtype, progress=progress))
+        """Load a model directory; None is the demo model.
+
+        text_encoder: False loads none, for calls with features of a `TextEncoder` used before.
+        Other arguments as in `loading.load_model`.
+        """
+        model = loading.load_model(
+            directory, dtype=dtype, text_encoder=text_encoder, progress=progress
+        )
+        return cls(model, text_encoder=text_encoder)
 
     def __call__(
-        self, prompts: str | Sequence[str], *, progress: Progress | None = None, **options: Any
+        self, prompts: Prompts, *, progress: Progress | None = None, **options: Any
     ) -> UInt8[np.ndarray, "B height width 3"]:
-        """Draw one RGB picture per prompt. Options are those of `request`.
+        """Draw one RGB picture per prompt, or per row of text features.
 
-        progress: called as (stage, done, total) with the stages "compile" and "draw".
+        Options are those of `requests.Options`. progress: called as (stage, done, total) with the
+        stages "compile" and "draw".
         """
         request = self.request(prompts, **options)
         self._compile(request, progress)
@@ -86,7 +103,7 @@ class Pipeline:
         return np.asarray(self._decode(code_sum))
 
     def stream(
-        self, prompts: str | Sequence[str], *, progress: Progress | None = None, **options: Any
+        self, prompts: Prompts, *, progress: Progress | None = None, **options: Any
     ) -> Iterator[UInt8[np.ndarray, "B height width 3"]]:
         """The decoded pictures after every scale; the last ones equal those of a plain call."""
         request = self.request(prompts, **options)
@@ -94,79 +111,56 @@ class Pipeline:
         for state, _ in self._steps(request):
             yield np.asarray(self._decode(state.code_sum))
 
-    def request(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        plan: Plan | str | None = None,
-        seed: int = 0,
-        guidance: PerScale | None = None,
-        guidance_layer: int | None = None,
-        temperature: PerScale | None = None,
-        top_p: float | None = None,
-        aspect_ratio: float | str | None = None,
-        size: str | None = None,
-        negative: str | Sequence[str] | None = None,
-    ) -> Request:
-        """Resolve a call: defaults, plan, text features and random keys.
+    def request(self, prompts: Prompts, **options: Any) -> Request:
+        """Resolve a call: plan, controls, condition and random keys, as `Options` say.
 
-        plan: a Plan, or text such as "dense" or "sparvar-fast+drop_uncond(3)".
-        seed: image b draws from seed + b, whatever else is in the batch.
-        guidance, temperature: one value, or one a scale; guidance 1 is off.
-        guidance_layer: mix the hidden state after this block instead of the logits.
-        aspect_ratio: "W:H" or width / height, snapped to the nearest supported one.
-        size: "0.06M", "0.25M", "0.60M" or "1M" of the model's largest picture.
-        negative: what the pictures should not show; replaces the learned "no text".
         Raises ValueError for anything that cannot be drawn.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        defaults = self.model.defaults
-        guide = _numbers(defaults.guidance if guidance is None else guidance)
-        temper = _numbers(defaults.temperature if temperature is None else temperature)
-        if isinstance(plan, Plan):
-            if aspect_ratio is not None or size is not None or guidance_layer is not None:
-                raise ValueError("a Plan fixes shape and guidance layer: leave these arguments out")
-            chosen = plan
-        else:
-            schedule = resolve_schedule(self.model, aspect_ratio, size)
-            chosen = resolve_plan(self.model, plan, schedule, guide, guidance_layer)
-        if chosen.depth != self.model.transformer.config.depth:
-            raise ValueError(
-                f"the plan has {chosen.depth} layers, the model "
-                f"{self.model.transformer.config.depth}: make the plan for this model"
-            )
-        controls = generate.controls(
-            len(chosen.schedule),
-            guidance=guide,
-            temperature=temper,
-            top_p=defaults.top_p if top_p is None else top_p,
+        asked, prompts = Options(**options), _listed(prompts)
+        plan, controls = asked.resolve(self.model)
+        batch = _batch(prompts, asked.seed)
+        learned, arguments = _condition_arguments(prompts, asked.negative, plan, self.encode_text)
+        condition = self._condition[learned](*arguments)
+        return Request(plan, condition, controls, sampling.image_keys(asked.seed, batch))
+
+    def warm_up(
+        self, prompts: Prompts, *, progress: Progress | None = None, **options: Any
+    ) -> None:
+        """Compile all that a call with these arguments runs, in parallel, and draw nothing.
+
+        Of the prompts only their number and length bucket matter. Works without weights as well.
+        """
+        asked, prompts, jobs = Options(**options), _listed(prompts), []
+        plan, _ = asked.resolve(self.model)
+        batch = _batch(prompts, asked.seed)
+        learned, arguments = _condition_arguments(
+            prompts, asked.negative, plan, lambda texts: self._text_shape(texts, jobs)
         )
-        if not 0 <= seed <= SEEDS - len(prompts):
-            raise ValueError(f"seed must lie in 0..{SEEDS - len(prompts)}, got {seed}")
-        condition = self.condition(prompts, negative, guided=chosen.steps[0].rows == "both")
-        return Request(chosen, condition, controls, sampling.image_keys(seed, len(prompts)))
+        condition = self._condition[learned]
+        jobs += [lambda: condition.compile(*arguments)]
+        jobs += [lambda: self._decode.compile(code_sum_shape(self.model.transformer, plan, batch))]
+        compile_all(self.generator, plan, condition.shape(*arguments), batch, jobs, progress)
 
-    def encode_text(
-        self, prompts: Sequence[str]
-    ) -> tuple[Float[Array, "B T Ct"], Int[np.ndarray, "B"]]:
-        """Text features, zero behind each prompt's end, and lengths."""
-        longest = self.model.transformer.config.text_max_length
-        ids, lengths = self.model.text_tokenizer.encode(prompts, longest)
-        return self._encode(ids, lengths), lengths
+    def encode_text(self, prompts: Prompts) -> TextFeatures:
+        """Text features of prompts; features are returned as they are."""
+        if isinstance(prompts, TextFeatures):
+            return prompts
+        return self._encoder()(_listed(prompts))
 
-    def condition(
-        self, prompts: Sequence[str], negative: str | Sequence[str] | None, *, guided: bool
-    ) -> Any:
-        """What the transformer is told: conditional rows, then unconditional ones if `guided`."""
-        text, lengths = self.encode_text(prompts)
-        if negative is None:
-            return self._condition[guided](text, lengths, None)
-        if not guided:
-            raise ValueError("a negative prompt works through guidance, which is off: raise it")
-        others = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-        if len(others) != len(prompts):
-            raise ValueError(f"got {len(others)} negative prompts for {len(prompts)} prompts")
-        return self._condition[False](text, lengths, self.encode_text(others))
+    def _text_shape(self, prompts: Prompts, jobs: Jobs) -> TextFeatures:
+        if isinstance(prompts, TextFeatures):
+            return prompts
+        features, job = self._encoder().shape(prompts)
+        jobs.append(job)
+        return features
+
+    def _encoder(self) -> TextEncoder:
+        if self._text is None:
+            raise ValueError(
+                "this pipeline has no text encoder: give it the features of a TextEncoder, or load "
+                "it with text_encoder=True"
+            )
+        return self._text
 
     def _compile(self, request: Request, progress: Progress | None) -> None:
         batch = request.keys.shape[0]
@@ -176,67 +170,60 @@ class Pipeline:
         return self.generator.steps(request.plan, request.condition, request.controls, request.keys)
 
 
-def resolve_schedule(
-    model: Model, aspect_ratio: float | str | None = None, size: str | None = None
-) -> ScaleSchedule:
-    """The scales of a picture; None takes the model's defaults. Warns of a ratio far away."""
-    defaults = model.defaults
-    ratio = parse_ratio(defaults.aspect_ratio if aspect_ratio is None else aspect_ratio)
-    schedule = infinity_schedule(1 / ratio, size or defaults.size)
-    height, width = schedule.final
-    off = ratio * height / width
-    if max(off, 1 / off) > RATIO_TOLERANCE:
-        warnings.warn(
-            f"the supported ratio nearest to {ratio:.3g} is {width / height:.3g}", stacklevel=3
-        )
-    return schedule
+def compile_all(
+    generator: Generator,
+    plan: Plan,
+    condition: Any,
+    batch: int,
+    jobs: Jobs,
+    progress: Progress | None,
+) -> None:
+    """Compile a plan's steps, and beside them whatever else a call needs."""
+    with ThreadPoolExecutor() as pool:
+        running = [pool.submit(job) for job in jobs]
+        generator.compile(plan, condition, batch, progress=progress)
+        for job in running:
+            job.result()
 
 
-def resolve_plan(
-    model: Model,
-    plan: str | None,
-    schedule: ScaleSchedule,
-    guidance: PerScale | None = None,
-    guidance_layer: int | None = None,
-) -> Plan:
-    """The plan that a text (None: the model's default) names, with guidance where it is not 1."""
-    guide = _numbers(model.defaults.guidance if guidance is None else guidance)
-    flags = tuple(g != 1 for g in guide) if isinstance(guide, tuple) else guide != 1
-    name = model.defaults.plan if plan is None else plan
-    depth = model.transformer.config.depth
-    return _cached_plan(name, schedule, depth, guidance=flags, merge_at=guidance_layer)
+def code_sum_shape(transformer: Any, plan: Plan, batch: int) -> Any:
+    """What the tokenizer decodes, as shape and dtype."""
+    start = type(transformer).start_codes
+    return jax.eval_shape(lambda: start(transformer.config, batch, plan.schedule))
 
 
-def picture_size(model: Model, schedule: ScaleSchedule) -> tuple[int, int]:
-    """(height, width) in pixels of the pictures of a schedule."""
-    stride = model.tokenizer.config.stride * (2 if model.transformer.config.patchify else 1)
-    return schedule.final[0] * stride, schedule.final[1] * stride
+def count(prompts: Sequence[str] | TextFeatures) -> int:
+    """How many pictures prompts or their features ask for."""
+    return len(prompts.lengths) if isinstance(prompts, TextFeatures) else len(prompts)
 
 
-def parse_ratio(ratio: float | str) -> float:
-    """Width / height from a number or from "W:H"; ValueError for anything else."""
-    try:
-        if isinstance(ratio, str) and ":" in ratio:
-            width, height = (float(part) for part in ratio.split(":"))
-            value = width / height
-        else:
-            value = float(ratio)
-    except (ValueError, ZeroDivisionError, TypeError):
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"aspect ratio must be W:H such as 16:9, or a positive number: {ratio!r}")
-    return value
+def _batch(prompts: Sequence[str] | TextFeatures, seed: int) -> int:
+    """How many pictures, each of which must have a seed."""
+    batch = count(prompts)
+    if not 0 <= seed <= SEEDS - batch:
+        raise ValueError(f"seed must lie in 0..{SEEDS - batch}, got {seed}")
+    return batch
 
 
-def _numbers(value: PerScale) -> float | tuple[float, ...]:
-    return float(value) if isinstance(value, int | float) else tuple(float(v) for v in value)
+def _listed(prompts: Prompts) -> Any:
+    if isinstance(prompts, str):
+        return [prompts]
+    return prompts if isinstance(prompts, TextFeatures) else list(prompts)
 
 
-def _bind(module: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(module, ...)` compiled; the module is flattened once, not at every call."""
-    leaves, treedef = jax.tree.flatten(module)
-    compiled = jax.jit(lambda leaves, *args: function(jax.tree.unflatten(treedef, leaves), *args))
-    return lambda *args: compiled(leaves, *args)
+def _condition_arguments(
+    prompts: Any, negative: Prompts | None, plan: Plan, encode: Callable[[Any], TextFeatures]
+) -> tuple[bool, tuple[Any, Any, Any]]:
+    """Whether guidance is learned, and what the transformer is told: text, lengths, negative."""
+    text, guided = encode(prompts), plan.steps[0].rows == "both"
+    if negative is None:
+        return guided, (*text, None)
+    if not guided:
+        raise ValueError("a negative prompt works through guidance, which is off: raise it")
+    others = [negative] * count(prompts) if isinstance(negative, str) else _listed(negative)
+    if count(others) != count(prompts):
+        raise ValueError(f"got {count(others)} negative prompts for {count(prompts)} prompts")
+    return False, (*text, encode(others))
 
 
 def _with_learned_guidance(model: Any, text: Array, lengths: Array, _: None) -> Any:

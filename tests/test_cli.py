@@ -1,12 +1,15 @@
 """The command line on a tiny model: what it writes, prints and returns."""
 
+import collections
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 import torch
 import typer
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from sparvar_jax import checkpoint, loading, metadata
@@ -14,6 +17,7 @@ from sparvar_jax.cli import console, main
 from sparvar_jax.pipeline import Pipeline
 from tests.convert import sources
 from tests.tiny_model import write_tiny_model
+from tests.tiny_var import tiny_model, tiny_pipe
 
 SHORT = ["--plan", "skip_last_scales(5)"]
 
@@ -47,8 +51,86 @@ def test_generate_writes_the_pipelines_pictures_with_metadata(model, tmp_path, c
         assert told["negative"] == "an owl"
         assert (told["seed"], told["plan"], told["guidance"]) == (str(3 + index), SHORT[1], "2.0")
         assert "jax" in told["versions"]
-    assert "apple-4.png: 32x32" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "apple-4.png: 32x32" in shown.out
+    assert re.fullmatch(
+        r"loaded in [\d.]+ s, compiled in [\d.]+ s, drawn in [\d.]+ s "
+        r"\(\d+ of \d+ programs from the compile cache\)\n",
+        shown.err,
+    )
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_text_encoder_can_run_first_and_be_freed(model, tmp_path):
+    outs = [tmp_path / "together.png", tmp_path / "freed.png"]
+    arguments = ["a red apple", "--model", str(model), "--negative", "an owl", *SHORT]
+    for out, options in zip(outs, ([], ["--free-text-encoder"]), strict=True):
+        assert main(["generate", *arguments, "--out", str(out), *options]) == 0
+    pictures = [np.asarray(Image.open(out)) for out in outs]
+    np.testing.assert_array_equal(*pictures)
+    assert metadata.read_metadata(outs[1]) == metadata.read_metadata(outs[0])
+
+
+def test_warmup_leaves_nothing_to_compile(model, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "cache" / "sparvar_jax" / "xla"
+    compilation_cache.reset_cache()  # it keeps the folder of its first use
+    # Every program is kept, also those that compile in no time.
+    enough = "jax_persistent_cache_min_compile_time_secs"
+    update = jax.config.update
+    monkeypatch.setattr(jax.config, "update", lambda k, v: update(k, 0.0 if k == enough else v))
+    assert main(["warmup", "--model", str(model), "--num", "2", *SHORT]) == 0
+    assert str(folder) in capsys.readouterr().out
+    kept = named_programs(folder)
+    assert {"decode", "draw_scale", "encode", "with_learned_guidance"} <= kept.keys()
+    jax.clear_caches()
+    out = ["--out", str(tmp_path / "x.png")]
+    arguments = ["a red apple", "--model", str(model), "--num", "2", *SHORT]
+    assert main(["generate", *arguments, *out]) == 0
+    after = named_programs(folder)
+    compilation_cache.reset_cache()
+    assert {name: after[name] for name in kept} == kept
+
+
+def named_programs(folder):
+    """Function -> how many programs of it the cache holds."""
+    names = (file.name.removeprefix("jit_") for file in folder.glob("*-cache"))
+    return collections.Counter(re.sub(r"-[0-9a-f]+-cache$", "", name) for name in names)
+
+
+def test_class_models_draw_classes(tmp_path, capsys):
+    model, _ = tiny_model()
+    out = tmp_path / "class.png"
+    common = ["--model", str(model), "--out", str(out)]
+    assert main(["generate", "--class", "2", "--seed", "4", *common]) == 0
+    with Image.open(out) as picture:
+        drawn = np.asarray(picture).astype(int)
+    assert np.abs(drawn - tiny_pipe()([2], seed=4)[0]).max() <= 1
+    told = metadata.read_metadata(out)
+    assert (told["class"], told["seed"], told["guidance"]) == ("2", "4", "1.5")
+    assert "negative" not in told
+    capsys.readouterr()
+    for arguments, message in (
+        (["a cat"], "give --class N instead of a prompt"),
+        ([], "give --class N"),
+        (["--class", "5"], "classes must lie in 0..4"),
+        (["--class", "2", "--size", "1M"], "leave out size"),
+        (["--class", "2", "--free-text-encoder"], "leave out free_text_encoder"),
+    ):
+        assert main(["generate", *arguments, *common]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_info_and_warmup_of_a_class_model(capsys):
+    model, _ = tiny_model()
+    assert main(["info", "--model", str(model)]) == 0
+    shown = capsys.readouterr().out
+    assert "pictures of 24x24" in shown
+    assert "vqvae" in shown
+    assert "12x12" in shown
+    assert "peak about" in shown
+    assert main(["warmup", "--model", str(model), "--plan", "skip_last_scales(2)"]) == 0
+    assert main(["info", "--model", str(model), "--aspect", "2:1"]) == 2
+    assert "leave out aspect" in capsys.readouterr().err
 
 
 def test_plans_lists_presets_and_shows_one(capsys):

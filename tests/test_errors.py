@@ -151,6 +151,8 @@ def test_folders_without_permission(model, tmp_path, capsys):
         (["x", "--model", "PLACE/none"], "none does not exist"),
         (["x", "--model", "PLACE"], "not a model directory"),
         (["--model", "MODEL"], "Missing argument"),
+        (["--model", "MODEL", "--class", "1"], "this model draws prompts"),
+        (["x", "--model", "MODEL", "--seed", "1", "--class", "1"], "this model draws prompts"),
     ],
 )
 def test_bad_calls_of_generate(model, tmp_path, arguments, message, capsys):
@@ -167,8 +169,9 @@ def test_a_long_prompt_is_cut_with_one_warning(model, tmp_path, capsys):
     out = tmp_path / "x.png"
     arguments = ["--model", str(model), "--out", str(out), "--plan", "skip_last_scales(6)"]
     assert main(["generate", "a red apple " * 200, *arguments]) == 0
-    (line,) = capsys.readouterr().err.splitlines()
+    line, times = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: the prompt has 601 tokens and is cut to 512")
+    assert times.startswith("loaded in ")
     assert out.is_file()
 
 

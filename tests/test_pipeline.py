@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from sparvar_jax import checkpoint, loading
-from sparvar_jax.pipeline import Pipeline, parse_ratio, picture_size, resolve_schedule
+from sparvar_jax.pipeline import (
+    Pipeline,
+    TextEncoder,
+    parse_ratio,
+    picture_size,
+    resolve_schedule,
+)
 from sparvar_jax.policies import parse_plan
 from tests.tiny_model import DEFAULTS, TEXT, write_tiny_model
 
@@ -62,6 +68,29 @@ def test_guidance_negative_prompts_and_temperature_change_the_picture(pipe):
     # Guidance 1 in every scale but the last, which is not drawn: rows stay, the picture does not.
     partly = pipe(PROMPTS[0], guidance=[1.0] * 6 + [2.0], **short)
     np.testing.assert_array_equal(partly, unguided)
+
+
+def test_text_features_computed_before_give_the_same_pictures(folder, pair):
+    encoder = TextEncoder.from_checkpoint(folder)
+    text = encoder(PROMPTS)
+    without = Pipeline.from_checkpoint(folder, text_encoder=False)
+    np.testing.assert_array_equal(without(text, seed=5), pair)
+    for refused in (lambda: without(PROMPTS), lambda: without(text, negative="an owl")):
+        with pytest.raises(ValueError, match="no text encoder"):
+            refused()
+    with pytest.raises(ValueError, match="1 negative prompts for 2 prompts"):
+        without(text, negative=encoder(["an owl"]))
+
+
+def test_warming_up_compiles_all_that_a_call_runs(folder, pipe):
+    abstract = Pipeline(loading.describe_model(folder, "float32"))
+    for one in (abstract, Pipeline(pipe.model)):
+        one.warm_up(["an owl"], plan="skip_last_scales(5)", negative="a circle")
+        assert len(one.generator._compiled) == 2
+        assert len(one._decode._compiled) == len(one._condition[False]._compiled) == 1
+    one(["a red apple"], plan="skip_last_scales(5)", negative="an owl")
+    assert len(one.generator._compiled) == 2
+    assert len(one._decode._compiled) == len(one._condition[False]._compiled) == 1
 
 
 def test_progress_is_reported_by_stage(folder):

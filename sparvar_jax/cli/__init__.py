@@ -14,6 +14,7 @@ from sparvar_jax.cli.generate import generate
 from sparvar_jax.cli.info import info
 from sparvar_jax.cli.plans import plans
 from sparvar_jax.cli.sample import sample
+from sparvar_jax.cli.warmup import warmup
 
 app = typer.Typer(
     name="sparvar",
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, edit, sample, convert, compare, info, plans):
+for command in (generate, edit, sample, convert, compare, info, plans, warmup):
     app.command()(command)
 
 

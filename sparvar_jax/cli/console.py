@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 OUT_OF_MEMORY = (
     "out of device memory; what helps: a smaller --size, --num 1, --dtype bfloat16, "
-    "--guidance 1, or a plan with fewer rows or scales (see `sparvar plans`)"
+    "--free-text-encoder, --guidance 1, or a plan with fewer rows or scales (see `sparvar plans`)"
 )
 STAGES = {"load": "loading", "convert": "converting", "compile": "compiling", "draw": "drawing"}
 # A usage error of the command line library; its module has moved from version to version.
@@ -30,7 +31,7 @@ _USAGE_ERROR = typer.BadParameter.__mro__[1]
 
 output = Console(soft_wrap=True)
 errors = Console(stderr=True)
-_settings = {"traceback": False}
+_settings = {"traceback": False, "counting": False}
 
 
 def show_tracebacks(show: bool) -> None:
@@ -93,6 +94,57 @@ def use_compilation_cache() -> Path:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_enable_xla_caches", "all")
     return folder
+
+
+class Stopwatch:
+    """Seconds of the stages of a command, and how many programs came from the compile cache."""
+
+    def __init__(self) -> None:
+        self._laps: list[tuple[str, float]] = []
+        self._start, self._before = time.perf_counter(), count_programs()
+
+    def lap(self, stage: str) -> None:
+        """A stage ends now."""
+        now = time.perf_counter()
+        self._laps.append((stage, now - self._start))
+        self._start = now
+
+    @property
+    def programs(self) -> tuple[int, int]:
+        """(asked for, found in the cache) since the start."""
+        asked, found = (
+            now - then for now, then in zip(count_programs(), self._before, strict=True)
+        )
+        return asked, found
+
+    def tell(self) -> None:
+        """One line on stderr."""
+        asked, found = self.programs
+        laps = ", ".join(f"{stage} in {seconds:.1f} s" for stage, seconds in self._laps)
+        line = f"{laps} ({found} of {asked} programs from the compile cache)"
+        errors.print(line, highlight=False, soft_wrap=True)
+
+
+_EVENTS = {
+    "/jax/compilation_cache/compile_requests_use_cache": 0,
+    "/jax/compilation_cache/cache_hits": 0,
+}
+
+
+def count_programs() -> tuple[int, int]:
+    """(asked for, found in the cache) of this process since the first call."""
+    import jax
+
+    if not _settings["counting"]:
+        jax.monitoring.register_event_listener(_count)
+        _settings["counting"] = True
+    asked, found = _EVENTS.values()
+    return asked, found
+
+
+def _count(event: str, **_: object) -> None:
+    if event in _EVENTS:
+        _EVENTS[event] += 1
 
 
 @contextlib.contextmanager

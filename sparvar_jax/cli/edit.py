@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +13,7 @@ from sparvar_jax.cli import console, options
 
 def edit(
     picture: Annotated[Path, typer.Argument(help="The picture to edit.")],
-    model: Annotated[Path, typer.Option("--model", help="Class-conditional model directory.")],
+    model: options.ClassModel,
     out: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("edited.png"),
     region: Annotated[
         str | None,
@@ -35,13 +36,44 @@ def edit(
     ] = False,
     smooth: Annotated[bool, typer.Option("--smooth", help="Mix codes instead of drawing.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Random seed.")] = 0,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", help="Strength at the last scale; 0 is off.")
-    ] = None,
+    guidance: options.Guidance = None,
     plan: options.Plan = None,
     dtype: options.Precision = None,
 ) -> None:
     """Redraw a part of a picture: in-painting, out-painting, editing by class."""
+    drawing = {
+        "keep_scales": keep_scales,
+        "paste": paste,
+        "smooth": smooth,
+        "seed": seed,
+        "guidance": guidance,
+        "plan": plan,
+    }
+    asked = Asked(picture, model, region, mask, outside, label, options.name_of(dtype))
+    side = _run(asked, out, drawing)
+    console.output.print(f"{out}: {side}x{side}", highlight=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Which picture, where and with what to draw; see the options of `edit`."""
+
+    picture: Path
+    model: Path
+    box: str | None
+    mask: Path | None
+    outside: bool
+    label: int | None
+    dtype: str | None
+
+    def region(self, side: int) -> Any:
+        """True where to draw."""
+        inside = _region(self.box, self.mask, side)
+        return ~inside if self.outside else inside
+
+
+def _run(asked: Asked, out: Path, drawing: dict[str, Any]) -> int:
+    """Write the edited picture; its side in pixels."""
     from sparvar_jax import edit as editing
     from sparvar_jax import metadata
     from sparvar_jax.class_pipeline import ClassPipeline
@@ -50,38 +82,25 @@ def edit(
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {out}")
     with metadata.whole_file(out) as opened, console.progress() as report:
-        pipe = ClassPipeline.from_checkpoint(
-            model, dtype=dtype.value if dtype else None, progress=report
-        )
+        pipe = ClassPipeline.from_checkpoint(asked.model, dtype=asked.dtype, progress=report)
         side = pipe.picture_side
-        inside = _region(region, mask, side)
-        result = editing.edit(
-            pipe,
-            _load(picture, side, "RGB")[None],
-            ~inside if outside else inside,
-            label,
-            keep_scales=keep_scales,
-            paste=paste,
-            smooth=smooth,
-            seed=seed,
-            guidance=guidance,
-            plan=plan,
-        )
+        pictures = _load(asked.picture, side, "RGB")[None]
+        result = editing.edit(pipe, pictures, asked.region(side), asked.label, **drawing)
         told = {
-            "edited": picture.name,
-            "class": str(label),
-            "region": region or str(mask),
-            "seed": str(seed),
-            "plan": plan or pipe.model.defaults.plan,
+            "edited": asked.picture.name,
+            "class": str(asked.label),
+            "region": asked.box or str(asked.mask),
+            "seed": str(drawing["seed"]),
+            "plan": drawing["plan"] or pipe.model.defaults.plan,
             "model": pipe.model.name,
             "versions": ", ".join(f"{k} {v}" for k, v in metadata.versions().items()),
         }
         metadata.write_png(opened, result[0], told)
-    console.output.print(f"{out}: {side}x{side}", highlight=False)
+    return side
 
 
 def _region(box: str | None, mask: Path | None, side: int):
-    """True where to draw, before `--outside`."""
+    """True inside of the box, or where the mask is light."""
     from sparvar_jax import edit as editing
 
     if (box is None) == (mask is None):

@@ -1,19 +1,86 @@
-"""`sparvar generate`: a prompt to PNG files that say how they were made."""
+"""`sparvar generate`: a prompt, or a class, to PNG files that say how they were made."""
 
 from __future__ import annotations
 
 import contextlib
-import time
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sparvar_jax.cli import console, options
 
 
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What to draw with which model; None takes the model's default."""
+
+    prompt: str | None
+    label: int | None
+    model: Path | None
+    num: int
+    dtype: str | None
+    text_first: bool
+    drawing: dict[str, Any]
+    """Options of the pipeline's call."""
+
+    def load(self, report: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """The pipeline, what it draws (labels, prompts or text features), and with which options.
+
+        The text encoder may be loaded, used and freed before the rest is loaded.
+        """
+        from sparvar_jax.class_pipeline import ClassPipeline, is_class_model
+        from sparvar_jax.pipeline import Pipeline
+
+        if is_class_model(self.model):
+            self._check_class_model()
+            pipe = ClassPipeline.from_checkpoint(self.model, dtype=self.dtype, progress=report)
+            return pipe, [self.label] * self.num, self.drawing
+        if self.label is not None or self.prompt is None:
+            raise ValueError("Missing argument: this model draws prompts, give one and no --class")
+        text, drawing = self._text_features() if self.text_first else ([self.prompt] * self.num, {})
+        pipe = Pipeline.from_checkpoint(
+            self.model, dtype=self.dtype, text_encoder=not self.text_first, progress=report
+        )
+        return pipe, text, self.drawing | drawing
+
+    def _check_class_model(self) -> None:
+        if self.label is None or self.prompt is not None:
+            raise ValueError(
+                f"{self.model} draws classes: give --class N instead of a prompt; many pictures of "
+                "many classes draws `sparvar sample`"
+            )
+        texts = {name: self.drawing.get(name) for name in ("negative", "aspect_ratio", "size")}
+        options.refuse(self.model, **texts, free_text_encoder=self.text_first)
+
+    def _text_features(self) -> tuple[Any, dict[str, Any]]:
+        from sparvar_jax.pipeline import TextEncoder
+
+        encoder = TextEncoder.from_checkpoint(self.model, dtype=self.dtype)
+        texts = {name: self.drawing[name] for name in ("negative",) if name in self.drawing}
+        others = {name: encoder([text] * self.num) for name, text in texts.items()}
+        return encoder([self.prompt] * self.num), others
+
+    def describe(self, pipe: Any) -> dict[str, str]:
+        """How the pictures were made, for their metadata."""
+        from sparvar_jax import metadata
+
+        drawing, defaults = self.drawing, dataclasses.asdict(pipe.model.defaults)
+        subject = {"class": str(self.label)} if self.prompt is None else {"prompt": self.prompt}
+        settings = ("plan", "guidance", "temperature", "negative", "size", "aspect_ratio")
+        told = {name: str(drawing.get(name, defaults.get(name))) for name in settings}
+        return {
+            **subject,
+            **{name: value for name, value in told.items() if value != "None"},
+            "model": pipe.model.name,
+            "dtype": pipe.model.transformer.config.dtype,
+            "versions": ", ".join(f"{k} {v}" for k, v in metadata.versions().items()),
+        }
+
+
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     out: Annotated[
         Path, typer.Option("--out", help="PNG to write; several get their seed appended.")
     ] = Path("sparvar.png"),
@@ -21,63 +88,58 @@ def generate(
     plan: options.Plan = None,
     seed: Annotated[int, typer.Option("--seed", help="Picture b draws from seed + b.")] = 0,
     num: options.Num = 1,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", help="Guidance strength; 1 is off.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", help="Sampling temperature.")
-    ] = None,
+    guidance: options.Guidance = None,
+    temperature: options.Temperature = None,
     negative: Annotated[
         str | None, typer.Option("--negative", help="What the picture should not show.")
     ] = None,
     aspect: options.Aspect = None,
     size: options.Size = None,
+    label: Annotated[
+        int | None, typer.Option("--class", help="Class to draw, with class-conditional models.")
+    ] = None,
+    text_first: Annotated[
+        bool,
+        typer.Option("--free-text-encoder", help="Run the text encoder first and free it."),
+    ] = False,
     dtype: options.Precision = None,
 ) -> None:
-    """Draw a prompt."""
+    """Draw a prompt, or with a class-conditional model a class."""
+    asked = {
+        "plan": plan,
+        "guidance": guidance,
+        "temperature": temperature,
+        "negative": negative,
+        "aspect_ratio": aspect,
+        "size": size,
+    }
+    drawing = {"seed": seed} | {name: value for name, value in asked.items() if value is not None}
+    _run(Order(prompt, label, model, num, options.name_of(dtype), text_first, drawing), out)
+
+
+def _run(order: Order, out: Path) -> None:
     from sparvar_jax import metadata
-    from sparvar_jax.pipeline import Pipeline
 
     console.use_compilation_cache()
-    targets = _targets(out, seed, num)
+    seed, watch = order.drawing["seed"], console.Stopwatch()
+    targets = _targets(out, seed, order.num)
     with contextlib.ExitStack() as files:
         # Opened before the work: a folder that cannot be written to is found now.
         opened = [files.enter_context(metadata.whole_file(path)) for path in targets]
         with console.progress() as report:
-            pipe = Pipeline.from_checkpoint(
-                model, dtype=dtype.value if dtype else None, progress=report
-            )
-            start = time.perf_counter()
-            pictures = pipe(
-                [prompt] * num,
-                plan=plan,
-                seed=seed,
-                guidance=guidance,
-                temperature=temperature,
-                negative=negative,
-                aspect_ratio=aspect,
-                size=size,
-                progress=report,
-            )
-        seconds = time.perf_counter() - start
-        defaults = pipe.model.defaults
-        told = {
-            "prompt": prompt,
-            "negative": negative or "",
-            "plan": plan or defaults.plan,
-            "guidance": str(defaults.guidance if guidance is None else guidance),
-            "temperature": str(defaults.temperature if temperature is None else temperature),
-            "model": pipe.model.name,
-            "size": size or defaults.size,
-            "aspect": aspect or str(defaults.aspect_ratio),
-            "dtype": pipe.model.transformer.config.dtype,
-            "versions": ", ".join(f"{k} {v}" for k, v in metadata.versions().items()),
-        }
+            pipe, subject, drawing = order.load(report)
+            watch.lap("loaded")
+            pipe.warm_up(subject, progress=report, **drawing)
+            watch.lap("compiled")
+            pictures = pipe(subject, progress=report, **drawing)
+            watch.lap("drawn")
+        told = order.describe(pipe)
         for index, (path, picture) in enumerate(zip(opened, pictures, strict=True)):
             metadata.write_png(path, picture, {**told, "seed": str(seed + index)})
+    watch.tell()
     height, width = pictures.shape[1:3]
     for path in targets:
-        console.output.print(f"{path}: {width}x{height}, {seconds:.1f} s", highlight=False)
+        console.output.print(f"{path}: {width}x{height}", highlight=False)
 
 
 def _targets(out: Path, seed: int, num: int) -> list[Path]:

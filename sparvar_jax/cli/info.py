@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -20,31 +22,26 @@ def info(
     dtype: options.Precision = None,
 ) -> None:
     """Show a model's parts, its plan scale by scale, and an estimate of device memory."""
-    from sparvar_jax import checkpoint, loading
+    from sparvar_jax import loading
+    from sparvar_jax.class_pipeline import ClassOptions, describe_class_model, is_class_model
     from sparvar_jax.memory import estimate
-    from sparvar_jax.pipeline import picture_size, resolve_plan, resolve_schedule
+    from sparvar_jax.pipeline import Options
 
     folder = loading.model_folder(model)
-    described = loading.describe_model(
-        folder, loading.compute_dtype(dtype.value if dtype else None)
-    )
-    schedule = resolve_schedule(described, aspect, size)
-    chosen = resolve_plan(described, plan, schedule)
+    precision = loading.compute_dtype(options.name_of(dtype))
+    if is_class_model(folder):
+        options.refuse(folder, aspect=aspect, size=size)
+        described: Any = describe_class_model(folder, precision)
+        chosen, _ = ClassOptions(plan=plan).resolve(described)
+    else:
+        described = loading.describe_model(folder, precision)
+        chosen, _ = Options(plan=plan, aspect_ratio=aspect, size=size).resolve(described)
     needed = estimate(described, chosen, num)
 
-    table = Table("part", "kind", "parameters", "bytes", "from", box=None)
-    config, manifest = checkpoint.read_config(folder), checkpoint.read_manifest(folder)
-    modules = (described.transformer, described.tokenizer, described.text_encoder)
-    for part, module in zip(checkpoint.PARTS, modules, strict=True):
-        shapes = checkpoint.abstract_parameters(module)
-        count = sum(math.prod(leaf.shape) for leaf in shapes.values())
-        source = str(manifest.get(part, {}).get("source", "unknown"))
-        row = (part, config[part]["kind"], f"{count:,}", _gib(needed.weights[part]), source)
-        table.add_row(*row)
-    height, width = picture_size(described, schedule)
+    height, width = (side * described.stride for side in chosen.schedule.final)
     show = console.output.print
     show(f"model {folder}: pictures of {width}x{height}", highlight=False)
-    show(table)
+    show(_parts(folder, described, needed.weights))
     show(f"\ndefaults {described.defaults}", highlight=False)
     show(f"\nplan {chosen.name}", highlight=False)
     show(chosen.describe(), markup=False, highlight=False)
@@ -54,6 +51,23 @@ def info(
         f"decoding {_gib(needed.decode)}; peak about {_gib(needed.peak)}",
         highlight=False,
     )
+    if "text" in needed.weights:
+        freed = _gib(needed.peak_text_freed)
+        show(f"with --free-text-encoder: peak about {freed}", highlight=False)
+
+
+def _parts(folder: Path, described: Any, weights: dict[str, int]) -> Table:
+    """One line a part: kind, size and where it came from."""
+    from sparvar_jax import checkpoint
+
+    table = Table("part", "kind", "parameters", "bytes", "from", box=None)
+    config, manifest = checkpoint.read_config(folder), checkpoint.read_manifest(folder)
+    for part, module in described.parts.items():
+        shapes = checkpoint.abstract_parameters(module)
+        count = sum(math.prod(leaf.shape) for leaf in shapes.values())
+        source = str(manifest.get(part, {}).get("source", "unknown"))
+        table.add_row(part, config[part]["kind"], f"{count:,}", _gib(weights[part]), source)
+    return table
 
 
 def _gib(count: int) -> str:

@@ -32,3 +32,21 @@ Precision = Annotated[
     Dtype | None, typer.Option("--dtype", help="Compute dtype; by default what suits the device.")
 ]
 Num = Annotated[int, typer.Option("--num", min=1, help="How many pictures, drawn as one batch.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", help="Guidance strength; 1 is off (0 for class-conditional)."),
+]
+Temperature = Annotated[float | None, typer.Option("--temperature", help="Sampling temperature.")]
+ClassModel = Annotated[Path, typer.Option("--model", help="Class-conditional model directory.")]
+
+
+def name_of(dtype: Dtype | None) -> str | None:
+    """The dtype as the library names it."""
+    return dtype.value if dtype else None
+
+
+def refuse(model: Path | None, **given: object) -> None:
+    """ValueError for options that mean nothing to a class-conditional model."""
+    odd = [name for name, value in given.items() if value not in (None, False)]
+    if odd:
+        raise ValueError(f"{model} draws classes, in one size: leave out {', '.join(odd)}")

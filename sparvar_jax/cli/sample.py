@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +13,7 @@ from sparvar_jax.cli import console, options
 
 
 def sample(
-    model: Annotated[Path, typer.Option("--model", help="Class-conditional model directory.")],
+    model: options.ClassModel,
     out: Annotated[Path, typer.Option("--out", help="The .npz file to write.")],
     classes: Annotated[
         str, typer.Option("--classes", help="all, or numbers and ranges such as 0-9,207.")
@@ -23,12 +24,8 @@ def sample(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures drawn together.")] = 64,
     seed: Annotated[int, typer.Option("--seed", help="Picture i draws from seed + i.")] = 0,
     plan: options.Plan = None,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", help="Strength at the last scale; 0 is off.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", help="Sampling temperature.")
-    ] = None,
+    guidance: options.Guidance = None,
+    temperature: options.Temperature = None,
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=0, help="Kept candidates; 0 keeps all.")
     ] = None,
@@ -38,37 +35,52 @@ def sample(
     dtype: options.Precision = None,
 ) -> None:
     """Draw pictures of classes for evaluation; run again after a kill, it goes on."""
-    from sparvar_jax import sampling_jobs
-    from sparvar_jax.class_pipeline import ClassPipeline
-
-    console.use_compilation_cache()
-    told = {
+    drawing = {
         "plan": plan,
         "guidance": guidance,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
-        "dtype": dtype.value if dtype else None,
     }
+    asked = Asked(classes, per_class, batch, seed, options.name_of(dtype))
+    total, drew = _run(model, out, asked, drawing)
+    state = "drawn" if drew else "was complete already"
+    console.output.print(f"{out}: {total} pictures, {state}", highlight=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Which pictures, in which batches; see the options of `sample`."""
+
+    classes: str
+    per_class: int
+    batch: int
+    seed: int
+    dtype: str | None
+
+
+def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple[int, bool]:
+    """How many pictures the file holds, and whether any was drawn."""
+    from sparvar_jax import sampling_jobs
+    from sparvar_jax.class_pipeline import ClassPipeline
+
+    console.use_compilation_cache()
     with console.progress() as report:
-        pipe = ClassPipeline.from_checkpoint(model, dtype=told["dtype"], progress=report)
-        settings = {**told, "model": _fingerprint(model)}
+        pipe = ClassPipeline.from_checkpoint(model, dtype=asked.dtype, progress=report)
+        settings = {**drawing, "dtype": asked.dtype, "model": _fingerprint(model)}
         job = sampling_jobs.SampleJob(
-            sampling_jobs.parse_classes(classes, pipe.model.transformer.config.classes),
-            per_class,
-            batch,
-            seed,
+            sampling_jobs.parse_classes(asked.classes, pipe.model.transformer.config.classes),
+            asked.per_class,
+            asked.batch,
+            asked.seed,
             tuple((name, str(value)) for name, value in sorted(settings.items())),
         )
-        drawing = {name: value for name, value in told.items() if name != "dtype"}
-        pipe.request([0], seed=seed + job.total - 1, **drawing)  # complains before the work
+        pipe.request([0], seed=asked.seed + job.total - 1, **drawing)  # complains before the work
 
         def draw(labels, seeds):
             return pipe(labels, seed=seeds, **drawing)
 
-        drew = sampling_jobs.run_job(job, draw, out, report)
-    state = "drawn" if drew else "was complete already"
-    console.output.print(f"{out}: {job.total} pictures, {state}", highlight=False)
+        return job.total, sampling_jobs.run_job(job, draw, out, report)
 
 
 def _fingerprint(model: Path) -> str:

@@ -57,6 +57,11 @@ class BsqVaeConfig:
         """How many times the encoder halves the resolution: log2 of the stride."""
         return self.stride.bit_length() - 1
 
+    @property
+    def full_width(self) -> int:
+        """Channels of the decoder at full resolution."""
+        return self.base_width * self.decoder_multipliers[0]
+
     @classmethod
     def preset(cls, name: str, *, dtype: Dtype = "float32") -> "BsqVaeConfig":
         """A released tokenizer: `f16_d16`, `f16_d24`, `f16_d32`, `f16_d64` or `f8_d14`."""

@@ -2,8 +2,8 @@
 
 Maps are NHWC, kernels HWIO. The network is the convolutional one of `bsq_vae` with attention at its
 lowest resolution. Codes are rows of a codebook; those of a coarse scale are enlarged (bicubic),
-smoothed by a convolution that neighbouring scales share, and summed. The codebook and everything
-that touches the sum are float32 in every mode.
+smoothed by a convolution that neighbouring scales share, and summed. The codebook, everything that
+touches the sum, the encoder and the decoder's last layer are float32 in every mode.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ class VqvaeConfig:
     def stride(self) -> int:
         """Pixels of a side that one latent covers."""
         return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def full_width(self) -> int:
+        """Channels of the decoder at full resolution."""
+        return self.base_width * self.multipliers[0]
 
     def phi(self, scale: int, scales: int) -> int:
         """Which shared convolution smooths a scale's codes: the one whose tick is nearest."""
@@ -158,7 +163,8 @@ class Decoder(nnx.Module):
         self.up = nnx.List(levels[::-1])
         self.norm_out = GroupNorm(width)
         # bfloat16 has a step of 1/256 just below one, the step of the final picture.
-        self.conv_out = Conv(width, 3, dtype="float32", rngs=rngs)
+        exact = config.dtype == "float32"
+        self.conv_out = Conv(width, 3, dtype="float32", exact=exact, rngs=rngs)
 
     def __call__(self, latent: Float[Array, "B h w N"]) -> Float[Array, "B height width 3"]:
         x = self.mid(self.conv_in(latent))
@@ -225,9 +231,11 @@ class Vqvae(nnx.Module):
 
     def __init__(self, config: VqvaeConfig, *, rngs: nnx.Rngs):
         self.config, width = config, config.code_width
-        self.encoder = Encoder(config, rngs=rngs)
+        # The encoder serves editing alone, where a rounded latent would change known tokens.
+        single = dataclasses.replace(config, dtype="float32")
+        self.encoder = Encoder(single, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
-        self.quant_conv = Conv(width, width, dtype=config.dtype, rngs=rngs)
+        self.quant_conv = Conv(width, width, dtype="float32", rngs=rngs)
         self.post_quant_conv = Conv(width, width, dtype=config.dtype, rngs=rngs)
         self.codebook = Codebook(config, rngs=rngs)
 
