@@ -9,6 +9,7 @@ from pallas_kernels.api import (
     select_columns,
     window_attention,
 )
+from pallas_kernels.fused import cross_attention, residual_norm, rotary_to_cache, text_offsets
 from pallas_kernels.sparsity import (
     BlockTable,
     Geometry,
@@ -30,10 +31,14 @@ __all__ = [
     "blocks_from_mask",
     "coarsen",
     "column_sparse_attention",
+    "cross_attention",
     "csla_blocks",
     "dense_blocks",
     "implementation_used",
+    "residual_norm",
+    "rotary_to_cache",
     "select_columns",
+    "text_offsets",
     "token_rule",
     "window_attention",
 ]

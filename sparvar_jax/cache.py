@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparvar_jax.schedule import Layout
+from sparvar_jax.schedule import Layout, Slot
 
 LayerCache = tuple[jax.Array, jax.Array]
 """Keys and values of one layer, each [R, H, S, D] with S allocated rows."""
+
+Write = Callable[[jax.Array, jax.Array, Slot], tuple[jax.Array, jax.Array, jax.Array]]
+"""(key buffer, value buffer, slot) -> this scale's queries [R, H, T, D] and the updated buffers."""
+
+Attend = Callable[[Write], jax.Array]
+"""What self-attention calls: cache and strategy are inside, the output is [R, H, T, D]."""
 
 
 def allocate(
@@ -21,19 +29,17 @@ def allocate(
 
 
 def write(
-    cache: Float[Array, "Rk H S D"], new: Float[Array, "R H T D"], layout: Layout, scale: int
+    cache: Float[Array, "Rk H S D"], new: Float[Array, "R H T D"], slot: Slot
 ) -> Float[Array, "Rk H S D"]:
     """The buffer with one scale written to its first R rows.
 
-    Grid rows are padded with zeros up to the layout's pitch. Callers donate the buffer, so that the
+    Grid rows are padded with zeros up to the slot's pitch. Callers donate the buffer, so that the
     update happens in place.
     """
-    height, width = layout.sizes[scale]
-    pitch = layout.pitches[scale]
-    rows, heads, _, head_dim = new.shape
     new = new.astype(cache.dtype)
-    if pitch != width:
-        grid = new.reshape(rows, heads, height, width, head_dim)
-        grid = jnp.pad(grid, ((0, 0), (0, 0), (0, 0), (0, pitch - width), (0, 0)))
-        new = grid.reshape(rows, heads, height * pitch, head_dim)
-    return jax.lax.dynamic_update_slice(cache, new, (0, 0, layout.starts[scale], 0))
+    if slot.pitch != slot.width:
+        rows, heads, tokens, head_dim = new.shape
+        grid = new.reshape(rows, heads, tokens // slot.width, slot.width, head_dim)
+        grid = jnp.pad(grid, ((0, 0),) * 3 + ((0, slot.pitch - slot.width), (0, 0)))
+        new = grid.reshape(rows, heads, -1, head_dim)
+    return jax.lax.dynamic_update_slice(cache, new, (0, 0, slot.start, 0))

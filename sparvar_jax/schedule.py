@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -146,6 +146,14 @@ def infinity_schedule(height_over_width: float = 1.0, size: str = "1M") -> Scale
     return ScaleSchedule(table[: SIZES[size]], table[-1])
 
 
+class Slot(NamedTuple):
+    """Cache rows of one scale's grid: token (y, x) lives at row `start + y * pitch + x`."""
+
+    start: int
+    width: int
+    pitch: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Physical rows of the key/value cache for every scale of a schedule.
@@ -164,6 +172,10 @@ class Layout:
     def rows(self, scale: int) -> slice:
         """The physical rows that one scale occupies, padding included."""
         return slice(self.starts[scale], self.starts[scale] + self.span(scale))
+
+    def slot(self, scale: int) -> Slot:
+        """Where the grid of one scale lies."""
+        return Slot(self.starts[scale], self.sizes[scale][1], self.pitches[scale])
 
     def span(self, scale: int) -> int:
         """How many physical rows one scale occupies, padding included."""

@@ -89,9 +89,8 @@ def _layer(block, x, inputs, positions, cache, state, *, apply_block, config, pl
     """One block with its cache and strategy; jitted so that equal layers are traced once."""
     left: dict[str, Any] = {}
 
-    def attend(q, k, v):
-        keys = kv_cache.write(cache[0], k, place.layout, place.index)
-        values = kv_cache.write(cache[1], v, place.layout, place.index)
+    def attend(write: kv_cache.Write) -> jax.Array:
+        q, keys, values = write(*cache, place.layout.slot(place.index))
         out, update = attention(q.astype(keys.dtype), keys, values, place, state)
         left.update(cache=(keys, values), state={**state, **update})
         return out

@@ -6,7 +6,7 @@ sees itself and the scales before it. Differentiable; uses no kernel of this pro
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparvar_jax.schedule import Scale, ScaleSchedule
+from sparvar_jax.cache import Write
+from sparvar_jax.schedule import Scale, ScaleSchedule, Slot
 from sparvar_jax.strategy import Place
 
 TOGETHER = 128
@@ -98,7 +99,14 @@ def teacher_forced_logits(
     )
     rotary = zip(*(model.positions(place) for place in places), strict=True)
     positions = tuple(jnp.concatenate(part) for part in rotary)
-    attend = functools.partial(prefix_attention, schedule=schedule)
+    # Kernels have no derivative.
+    config = dataclasses.replace(model.config, fused="xla")
+    buffer = jnp.zeros((x.shape[0], config.heads, x.shape[1], config.head_dim), config.dtype)
+
+    def attend(write: Write) -> Array:
+        q, k, v = write(buffer, buffer, Slot(0, x.shape[1], x.shape[1]))
+        return prefix_attention(q.astype(k.dtype), k, v, schedule)
+
     layers = [
         (block, model.block_inputs(layer, condition, x.shape[0]))
         for layer, block in enumerate(model.blocks)
@@ -106,7 +114,7 @@ def teacher_forced_logits(
 
     def apply(x: Array, layer: tuple[Any, Any]) -> tuple[Array, None]:
         block, inputs = layer
-        return model.apply_block(model.config, block, x, inputs, positions, attend), None
+        return model.apply_block(config, block, x, inputs, positions, attend), None
 
     apply = jax.checkpoint(apply) if remat else apply
     if scan:

@@ -11,15 +11,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Int8, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Int8, PRNGKeyArray
 
 from sparvar_jax import quantizer, sampling
+from sparvar_jax.cache import Attend
 from sparvar_jax.models import layers
 from sparvar_jax.models.infinity_parts import (
-    Attend,
     Block,
     InfinityConfig,
     Rotary,
+    TextMemory,
     TextPool,
     TextProjection,
 )
@@ -29,7 +30,7 @@ from sparvar_jax.strategy import Place
 __all__ = ["Condition", "Infinity", "InfinityConfig"]
 
 Guidance = tuple[jax.Array, jax.Array] | str | None
-BlockInputs = tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]
+BlockInputs = tuple[jax.Array, TextMemory]
 
 
 @jax.tree_util.register_dataclass
@@ -37,16 +38,14 @@ BlockInputs = tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array]
 class Condition:
     """What text means to every step; rows lead every array.
 
-    pooled: pooled text. modulation: shared adaptive-norm values. head: scale and shift of the head.
-    text_mask: real tokens. text_keys, text_values: one per layer, of cross-attention.
+    pooled: pooled text. head: scale and shift of the head. modulation: adaptive-norm values of
+    every layer. text: keys, values and offsets of every layer's cross-attention.
     """
 
     pooled: Float[Array, "R C"]
-    modulation: Float[Array, "R 6 C"]
     head: Float[Array, "R 2 C"]
-    text_mask: Bool[Array, "R M"]
-    text_keys: tuple[Float[Array, "R H M D"], ...]
-    text_values: tuple[Float[Array, "R H M D"], ...]
+    modulation: tuple[Float[Array, "R 6 C"], ...]
+    text: tuple[TextMemory, ...]
 
 
 class Infinity(nnx.Module):
@@ -99,16 +98,13 @@ class Infinity(nnx.Module):
         memory = self.text_proj(text)
         active = jax.nn.silu(pooled)
         rows = pooled.shape[0]
-        modulation = self.shared_ada(active).astype(jnp.float32).reshape(rows, 6, config.width)
+        shared = self.shared_ada(active).astype(jnp.float32).reshape(rows, 6, config.width)
         head = self.head_ada(active).reshape(rows, 2, config.width)
-        pairs = [block.cross.text(memory, config.heads) for block in self.blocks]
         return Condition(
             pooled,
-            modulation,
             head,
-            mask,
-            tuple(key for key, _ in pairs),
-            tuple(value for _, value in pairs),
+            tuple(block.ada_gss[...].astype(jnp.float32) + shared for block in self.blocks),
+            tuple(block.cross.text(memory, mask, config.heads) for block in self.blocks),
         )
 
     def embed_codes(
@@ -139,8 +135,8 @@ class Infinity(nnx.Module):
 
     def block_inputs(self, layer: int, condition: Condition, rows: int) -> BlockInputs:
         """What a block needs of the first `rows` rows of a condition."""
-        text = (condition.text_keys[layer][:rows], condition.text_values[layer][:rows])
-        return condition.modulation[:rows], text, condition.text_mask[:rows]
+        keys, values, offsets = condition.text[layer]
+        return condition.modulation[layer][:rows], (keys[:rows], values[:rows], offsets[:rows])
 
     @staticmethod
     def apply_block(
@@ -152,8 +148,7 @@ class Infinity(nnx.Module):
         attend: Attend,
     ) -> Float[Array, "R T C"]:
         """The residual stream after one block."""
-        modulation, text, mask = inputs
-        return block(x, modulation, text, mask, positions, attend, config.precision)
+        return block(x, *inputs, positions, attend, config)
 
     @staticmethod
     def sample(

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+import pallas_kernels
+from pallas_kernels.api import Implementation
+from sparvar_jax.cache import Attend
 from sparvar_jax.models import layers
 from sparvar_jax.models.layers import DtypeName, Precision
-
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(q, k, v) of this scale, [R, H, T, D] each -> attention output: cache and strategy are inside."""
+from sparvar_jax.schedule import Slot
 
 Rotary = tuple[jax.Array, jax.Array]
 """(cos, sin), each [T, D / 2]."""
+
+TextMemory = tuple[jax.Array, jax.Array, jax.Array]
+"""Keys and values [R, H, M, D] and score offsets [R, H, M] of a prompt's tokens."""
 
 PRESETS = {  # depth, width, heads, chunks
     "infinity_2b": (32, 2048, 16, 8),
@@ -38,6 +42,7 @@ class InfinityConfig:
 
     bits: bits of one token. patchify: a token covers 2x2 latents (bits are 4 times the code width).
     chunks: how the released checkpoints group blocks; it changes names in files, nothing else.
+    fused: which implementation serves the fused element-wise operations, None for the default.
     """
 
     depth: int
@@ -51,6 +56,7 @@ class InfinityConfig:
     text_max_length: int = 512
     levels: int = 15
     dtype: DtypeName = "bfloat16"
+    fused: Implementation | None = None
 
     def __post_init__(self):
         if not self.mlp_width:
@@ -166,19 +172,29 @@ class SelfAttention(nnx.Module):
         self.proj = layers.linear(width, width, config.precision, rngs)
 
     def __call__(
-        self, x: Float[Array, "R T C"], rotary: Rotary, attend: Attend
+        self,
+        x: Float[Array, "R T C"],
+        rotary: Rotary,
+        attend: Attend,
+        fused: Implementation | None,
     ) -> Float[Array, "R T C"]:
-        heads = self.log_temperature[...].shape[0]
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-        q = layers.split_heads(q + self.q_bias[...], heads)
-        k = layers.split_heads(k, heads)
-        v = layers.split_heads(v + self.v_bias[...], heads)
-        log_temperature = self.log_temperature[...].astype(jnp.float32)
-        temperature = jnp.exp(jnp.minimum(log_temperature, layers.MAX_LOG_TEMPERATURE))
-        q = layers.rotate(layers.unit(q) * temperature[:, None, None], *rotary)
-        k = layers.rotate(layers.unit(k), *rotary)
-        out = attend(q.astype(x.dtype), k.astype(x.dtype), v)
-        return self.proj(layers.merge_heads(out.astype(x.dtype)))
+        """The output lacks `proj`'s bias, which the norm after it adds."""
+        qkv = self.qkv(x)
+
+        def write(keys: Array, values: Array, slot: Slot) -> tuple[Array, Array, Array]:
+            return pallas_kernels.rotary_to_cache(
+                qkv,
+                self.q_bias[...],
+                self.v_bias[...],
+                self.log_temperature[...],
+                *rotary,
+                keys,
+                values,
+                **slot._asdict(),
+                implementation=fused,
+            )
+
+        return layers.product(self.proj, layers.merge_heads(attend(write).astype(x.dtype)))
 
 
 class CrossAttention(nnx.Module):
@@ -191,23 +207,24 @@ class CrossAttention(nnx.Module):
         self.v_bias = nnx.Param(jnp.zeros((width,), config.precision.compute))
         self.proj = layers.linear(width, width, config.precision, rngs)
 
-    def text(self, memory: Float[Array, "R M C"], heads: int) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [R, H, M, D] of projected text, the same for every scale."""
+    def text(
+        self, memory: Float[Array, "R M C"], mask: Bool[Array, "R M"], heads: int
+    ) -> TextMemory:
+        """Keys, values and score offsets of projected text, the same for every scale."""
         key, value = jnp.split(self.kv(memory), 2, axis=-1)
-        value = value + self.v_bias[...]
-        return layers.split_heads(key, heads), layers.split_heads(value, heads)
+        key = layers.split_heads(key, heads)
+        value = layers.split_heads(value + self.v_bias[...], heads)
+        assert self.q.bias is not None
+        return key, value, pallas_kernels.text_offsets(mask, key, self.q.bias[...])
 
     def __call__(
-        self,
-        x: Float[Array, "R T C"],
-        text: tuple[jax.Array, jax.Array],
-        mask: Bool[Array, "R M"],
-        precision: Precision,
+        self, x: Float[Array, "R T C"], text: TextMemory, fused: Implementation | None
     ) -> Float[Array, "R T C"]:
-        key, value = text
-        query = layers.split_heads(self.q(x), key.shape[1])
-        out = layers.masked_attention(query, key, value, mask, precision)
-        return self.proj(layers.merge_heads(out))
+        """The output lacks `proj`'s bias, which the norm after it adds."""
+        # The query's bias is in the offsets.
+        query = layers.product(self.q, x)
+        out = pallas_kernels.cross_attention(query, *text, implementation=fused)
+        return layers.product(self.proj, out)
 
 
 class FeedForward(nnx.Module):
@@ -237,22 +254,31 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "R T C"],
-        modulation: Float[Array, "R 6 C"],
-        text: tuple[jax.Array, jax.Array],
-        text_mask: Bool[Array, "R M"],
+        values: Float[Array, "R 6 C"],
+        text: TextMemory,
         rotary: Rotary,
         attend: Attend,
-        precision: Precision,
+        config: InfinityConfig,
     ) -> Float[Array, "R T C"]:
-        """The residual stream after this block (arXiv 2412.04431, figure 2)."""
-        dtype = precision.compute
-        values = self.ada_gss[...].astype(jnp.float32) + modulation
-        gain1, gain2, scale1, scale2, shift1, shift2 = (values[:, i] for i in range(6))
-        y = layers.modulate(x, scale1, shift1).astype(dtype)
-        x = x + gain1[:, None] * self.attn(y, rotary, attend)
-        y = layers.layer_norm(x) * self.cross_norm.scale[...].astype(jnp.float32)
+        """The residual stream after this block (arXiv 2412.04431, figure 2).
+
+        values: gains 1 and 2, scales 1 and 2, shifts 1 and 2 of the adaptive norms.
+        """
+        fused = config.fused
+        norm = functools.partial(
+            pallas_kernels.residual_norm, dtype=config.precision.compute, implementation=fused
+        )
         assert self.cross_norm.bias is not None
-        y = (y + self.cross_norm.bias[...].astype(jnp.float32)).astype(dtype)
-        x = x + self.cross(y, text, text_mask, precision)
-        y = layers.modulate(x, scale2, shift2).astype(dtype)
-        return x + gain2[:, None] * self.ffn(y)
+        _, y = norm(x, None, None, (values, 2), (values, 4))
+        x, y = norm(
+            x,
+            self.attn(y, rotary, attend, fused),
+            (values, 0),
+            self.cross_norm.scale[...],
+            self.cross_norm.bias[...],
+            bias=self.attn.proj.bias[...],
+            one_plus=False,
+        )
+        branch = self.cross(y, text, fused)
+        x, y = norm(x, branch, None, (values, 3), (values, 5), bias=self.cross.proj.bias[...])
+        return x + values[:, 1, None] * self.ffn(y)

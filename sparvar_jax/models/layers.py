@@ -64,6 +64,13 @@ def linear(
     )
 
 
+def product(linear: nnx.Linear, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    """A linear map without its bias, for a fused operation that adds it."""
+    kernel = linear.kernel[...].astype(linear.dtype)
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x.astype(linear.dtype), kernel, contract, precision=linear.precision)
+
+
 class Scale(nnx.Module):
     """The gain (and shift) of a norm."""
 
@@ -100,16 +107,6 @@ def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     x = x.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
     return x / jnp.maximum(norm, 1e-12)
-
-
-def rotate(
-    x: Float[Array, "R H T D"], cos: Float[Array, "T half"], sin: Float[Array, "T half"]
-) -> Float[Array, "R H T D"]:
-    """Rotary embedding: adjacent pairs (2a, 2a + 1) of each head turned by angle a."""
-    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
-    return turned.reshape(x.shape)
 
 
 def split_heads(x: Float[Array, "R T C"], heads: int) -> Float[Array, "R H T D"]:

@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from sparvar_jax import quantizer, vocabulary
+from sparvar_jax.cache import Attend
 from sparvar_jax.models import layers
-from sparvar_jax.models.infinity_parts import Attend
 from sparvar_jax.models.var_parts import Block, VarConfig, guidance_ramp
 from sparvar_jax.models.vqvae import Codebook
 from sparvar_jax.sampling import Controls
@@ -117,7 +117,7 @@ class Var(nnx.Module):
     ) -> Float[Array, "R T C"]:
         """The residual stream after one block."""
         del positions
-        return block(x, inputs, attend, config.precision)
+        return block(x, inputs, attend, config)
 
     @staticmethod
     def sample(

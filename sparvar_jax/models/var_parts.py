@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels import residual_norm
+from pallas_kernels.api import Implementation
+from sparvar_jax import cache
+from sparvar_jax.cache import Attend
 from sparvar_jax.models import layers
-from sparvar_jax.models.infinity_parts import Attend, FeedForward
+from sparvar_jax.models.infinity_parts import FeedForward
 from sparvar_jax.models.layers import DtypeName, Precision
-from sparvar_jax.schedule import ScaleSchedule
+from sparvar_jax.schedule import ScaleSchedule, Slot
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -36,6 +41,7 @@ class VarConfig:
     that number is the unconditional one. vocab, code_width: of the codebook. shared_ada: one
     adaptive-norm projection for all blocks. l2_norm: cosine attention with learned temperatures.
     smooth: sampling mixes codes by a Gumbel softmax instead of drawing one id a token.
+    fused: which implementation serves the fused element-wise operations, None for the default.
     """
 
     depth: int
@@ -50,6 +56,7 @@ class VarConfig:
     l2_norm: bool = True
     smooth: bool = False
     dtype: DtypeName = "bfloat16"
+    fused: Implementation | None = None
 
     def __post_init__(self):
         if not self.mlp_width:
@@ -107,7 +114,10 @@ def guidance_ramp(guidance: float, scales: int) -> tuple[float, ...]:
 
 
 class SelfAttention(nnx.Module):
-    """Self-attention, with l2 norm by cosine under a learned temperature per head."""
+    """Self-attention, with l2 norm by cosine under a learned temperature per head.
+
+    The output lacks `proj`'s bias, which the norm after it adds.
+    """
 
     def __init__(self, config: VarConfig, rngs: nnx.Rngs):
         width, dtype = config.width, config.precision.compute
@@ -132,8 +142,11 @@ class SelfAttention(nnx.Module):
             log_temperature = self.log_temperature[...].astype(jnp.float32)
             temperature = jnp.exp(jnp.minimum(log_temperature, layers.MAX_LOG_TEMPERATURE))
             q, k = layers.unit(q) * temperature[:, None, None], layers.unit(k)
-        out = attend(q.astype(x.dtype), k.astype(x.dtype), v)
-        return self.proj(layers.merge_heads(out.astype(x.dtype)))
+
+        def write(keys: Array, values: Array, slot: Slot) -> tuple[Array, Array, Array]:
+            return q.astype(x.dtype), cache.write(keys, k, slot), cache.write(values, v, slot)
+
+        return layers.product(self.proj, layers.merge_heads(attend(write).astype(x.dtype)))
 
 
 class Block(nnx.Module):
@@ -155,13 +168,15 @@ class Block(nnx.Module):
         x: Float[Array, "R T C"],
         values: Float[Array, "R 6 C"],
         attend: Attend,
-        precision: Precision,
+        config: VarConfig,
     ) -> Float[Array, "R T C"]:
         """The residual stream after this block; `values` modulate it (their own part is added)."""
         if self.shared_ada:
             values = values + self.ada_gss[...].astype(jnp.float32)
-        gain1, gain2, scale1, scale2, shift1, shift2 = (values[:, i] for i in range(6))
-        y = layers.modulate(x, scale1, shift1).astype(precision.compute)
-        x = x + gain1[:, None] * self.attn(y, attend)
-        y = layers.modulate(x, scale2, shift2).astype(precision.compute)
-        return x + gain2[:, None] * self.ffn(y)
+        norm = functools.partial(
+            residual_norm, dtype=config.precision.compute, implementation=config.fused
+        )
+        _, y = norm(x, None, None, (values, 2), (values, 4))
+        branch = self.attn(y, attend)
+        x, y = norm(x, branch, (values, 0), (values, 3), (values, 5), bias=self.attn.proj.bias[...])
+        return x + values[:, 1, None] * self.ffn(y)
