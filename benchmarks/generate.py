@@ -117,13 +117,14 @@ class Bench:
         return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
 
 
-def build(preset: str, batch: int, size: str, ratio: float, dtype: str) -> Bench:
+def build(preset: str, batch: int, arguments: argparse.Namespace) -> Bench:
     """The benchmark of a preset with random weights; VAR presets have one size and ratio."""
     if preset.startswith("var_"):
-        return _build_var(preset, batch, dtype)
-    transformer = models.infinity(preset, dtype=dtype)
+        return _build_var(preset, batch, arguments)
+    dtype = arguments.dtype
+    transformer = models.infinity(preset, dtype=dtype, fused=arguments.fused)
     tokenizer = models.tokenizer(preset, dtype=dtype)
-    schedule = schedule_of(ratio, size)
+    schedule = schedule_of(arguments.ratio, arguments.size)
     embed = jax.jit(lambda model, text, lengths: model.embed_condition(text, lengths, "learned"))
     return Bench(
         generate.Generator(transformer),
@@ -135,8 +136,9 @@ def build(preset: str, batch: int, size: str, ratio: float, dtype: str) -> Bench
     )
 
 
-def _build_var(preset: str, batch: int, dtype: str) -> Bench:
-    transformer, tokenizer = models.var(preset, dtype=dtype), models.vqvae(dtype=dtype)
+def _build_var(preset: str, batch: int, arguments: argparse.Namespace) -> Bench:
+    transformer = models.var(preset, dtype=arguments.dtype, fused=arguments.fused)
+    tokenizer = models.vqvae(dtype=arguments.dtype)
     schedule = transformer.config.schedule
     embed = jax.jit(lambda model, labels: model.embed_condition(labels, True))
     return Bench(
@@ -255,6 +257,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--fused", default=None, help="implementation of the fused operations")
     parser.add_argument("--name", default=None, help="file name, default generate-MODEL")
     parser.add_argument("--out", default=None, help="folder, default benchmarks/results/DEVICE")
     parser.add_argument("--trace", action="store_true", help="also sum GPU time by kernel")
@@ -263,10 +266,11 @@ def main() -> None:
     ceiling = matmul_ceiling()
     rows = []
     for batch in arguments.batch:
-        bench = build(arguments.model, batch, arguments.size, arguments.ratio, arguments.dtype)
+        bench = build(arguments.model, batch, arguments)
         for name in arguments.plans:
             row = {"model": arguments.model, "plan": name, "batch": batch}
             row |= {"size": arguments.size, "ratio": arguments.ratio, "dtype": arguments.dtype}
+            row |= {"fused": arguments.fused or "default"}
             row |= measure_row(bench, name, arguments) | {"matmul_ceiling_tflops": ceiling}
             rows.append(row)
         del bench

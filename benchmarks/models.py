@@ -58,9 +58,9 @@ def tokenizer(preset: str, *, dtype: str = "bfloat16", seed: int = 1) -> BsqVae:
     return randomise(nnx.eval_shape(lambda: BsqVae(config, rngs=nnx.Rngs(0))), seed)  # type: ignore[return-value]
 
 
-def var(preset: str, *, dtype: str = "bfloat16", seed: int = 0) -> Var:
+def var(preset: str, *, dtype: str = "bfloat16", seed: int = 0, **changes: Any) -> Var:
     """A class-conditional VAR transformer of a released shape."""
-    config = VarConfig.preset(preset, dtype=dtype)
+    config = VarConfig.preset(preset, dtype=dtype, **changes)
     return randomise(nnx.eval_shape(lambda: Var(config, rngs=nnx.Rngs(0))), seed)  # type: ignore[return-value]
 
 

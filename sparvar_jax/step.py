@@ -90,7 +90,7 @@ def _layer(block, x, inputs, positions, cache, state, *, apply_block, config, pl
     left: dict[str, Any] = {}
 
     def attend(write: kv_cache.Write) -> jax.Array:
-        q, keys, values = write(*cache, place.layout.slot(place.index))
+        q, keys, values = write(cache[0], cache[1], place.layout.slot(place.index))
         out, update = attention(q.astype(keys.dtype), keys, values, place, state)
         left.update(cache=(keys, values), state={**state, **update})
         return out

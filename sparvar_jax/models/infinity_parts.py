@@ -214,8 +214,7 @@ class CrossAttention(nnx.Module):
         key, value = jnp.split(self.kv(memory), 2, axis=-1)
         key = layers.split_heads(key, heads)
         value = layers.split_heads(value + self.v_bias[...], heads)
-        assert self.q.bias is not None
-        return key, value, pallas_kernels.text_offsets(mask, key, self.q.bias[...])
+        return key, value, pallas_kernels.text_offsets(mask, key, layers.bias_of(self.q))
 
     def __call__(
         self, x: Float[Array, "R T C"], text: TextMemory, fused: Implementation | None
@@ -276,9 +275,9 @@ class Block(nnx.Module):
             (values, 0),
             self.cross_norm.scale[...],
             self.cross_norm.bias[...],
-            bias=self.attn.proj.bias[...],
+            bias=layers.bias_of(self.attn.proj),
             one_plus=False,
         )
         branch = self.cross(y, text, fused)
-        x, y = norm(x, branch, None, (values, 3), (values, 5), bias=self.cross.proj.bias[...])
+        x, y = norm(x, branch, None, (values, 3), (values, 5), bias=layers.bias_of(self.cross.proj))
         return x + values[:, 1, None] * self.ffn(y)

@@ -71,6 +71,12 @@ def product(linear: nnx.Linear, x: Float[Array, "... I"]) -> Float[Array, "... O
     return jax.lax.dot_general(x.astype(linear.dtype), kernel, contract, precision=linear.precision)
 
 
+def bias_of(linear: nnx.Linear) -> Float[Array, "O"]:
+    """The bias that `product` leaves out."""
+    assert linear.bias is not None
+    return linear.bias[...]
+
+
 class Scale(nnx.Module):
     """The gain (and shift) of a norm."""
 

@@ -178,5 +178,7 @@ class Block(nnx.Module):
         )
         _, y = norm(x, None, None, (values, 2), (values, 4))
         branch = self.attn(y, attend)
-        x, y = norm(x, branch, (values, 0), (values, 3), (values, 5), bias=self.attn.proj.bias[...])
+        x, y = norm(
+            x, branch, (values, 0), (values, 3), (values, 5), bias=layers.bias_of(self.attn.proj)
+        )
         return x + values[:, 1, None] * self.ffn(y)
