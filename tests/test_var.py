@@ -13,7 +13,7 @@ from convert.compare import compare_source
 from convert.export import export_part
 from convert.run import convert_source
 from convert.side_by_side import Options
-from sparvar_jax import class_pipeline, generate, vocabulary
+from sparvar_jax import checkpoint, class_pipeline, generate, loading, vocabulary
 from sparvar_jax.class_pipeline import ClassPipeline
 from sparvar_jax.models.var import VarConfig, guidance_ramp
 from sparvar_jax.models.vqvae import VqvaeConfig
@@ -220,6 +220,30 @@ def test_mixtures_sharpen_into_samples():
         filtered = vocabulary.removed(logits, jnp.asarray(10), jnp.float32(0.9))
         assert not np.asarray(weights)[np.asarray(filtered)].any()
     assert late.max(-1).mean() > 0.98 > early.max(-1).mean()
+
+
+def test_bfloat16_decodes_near_float32_and_encodes_exactly():
+    full, half = tiny_pipe(), ClassPipeline.from_checkpoint(tiny_model()[0], dtype="bfloat16")
+    shapes = checkpoint.abstract_parameters(half.model.tokenizer)
+    islands = {path for path, leaf in shapes.items() if leaf.dtype == "float32"}
+    kept = ("encoder.", "quant_conv.", "codebook.", "decoder.conv_out.")
+    assert islands == {p for p in shapes if p.startswith(kept) or "norm" in p}
+    draw = np.random.default_rng(0)
+    pictures = draw.integers(0, 256, (1, 24, 24, 3), np.uint8)
+    ours, theirs = half.tokenise(pictures), full.tokenise(pictures)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    error = half.decode(ours.code_sum).astype(int) - full.decode(theirs.code_sum)
+    # 24 layers round kernel and output to 8 bits: each moves values near one by up to 2^-9, at
+    # random, in units of half of 255.
+    assert np.sqrt(np.mean(error**2.0)) < 127.5 * 48**0.5 * 2**-9
+    assert error.any()
+
+
+def test_the_dtype_suits_the_device(monkeypatch):
+    assert loading.compute_dtype(None) == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert loading.compute_dtype(None) == "bfloat16"
+    assert loading.compute_dtype("float32") == "float32"
 
 
 def test_smooth_pictures_are_drawn_from_mixtures():
