@@ -6,6 +6,7 @@ them. Weights are normal, norms near one, temperatures the initial ones.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from typing import Any
@@ -20,7 +21,7 @@ from sparvar_jax.models.var import Var
 from sparvar_jax.models.var_parts import VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
 
-TOKENIZERS = {"infinity_layer12": "f16_d32", "infinity_2b": "f16_d32", "infinity_8b": "f8_d14"}
+TOKENIZERS = {"infinity_8b": "f8_d14"}
 TEXT_TOKENS = 24  # a prompt of usual length
 
 
@@ -54,7 +55,7 @@ def infinity(preset: str, *, dtype: str = "bfloat16", seed: int = 0, **changes: 
 
 def tokenizer(preset: str, *, dtype: str = "bfloat16", seed: int = 1) -> BsqVae:
     """The image tokenizer that goes with a transformer preset."""
-    config = BsqVaeConfig.preset(TOKENIZERS[preset], dtype=dtype)  # type: ignore[arg-type]
+    config = BsqVaeConfig.preset(TOKENIZERS.get(preset, "f16_d32"), dtype=dtype)  # type: ignore[arg-type]
     return randomise(nnx.eval_shape(lambda: BsqVae(config, rngs=nnx.Rngs(0))), seed)  # type: ignore[return-value]
 
 
@@ -68,6 +69,13 @@ def vqvae(*, dtype: str = "bfloat16", seed: int = 1) -> Vqvae:
     """The VQVAE of all VAR models."""
     config = VqvaeConfig(dtype=dtype)  # type: ignore[arg-type]
     return randomise(nnx.eval_shape(lambda: Vqvae(config, rngs=nnx.Rngs(0))), seed)  # type: ignore[return-value]
+
+
+def without_kernels(model: Any) -> Any:
+    """The same weights with the fused operations left to XLA."""
+    plain = nnx.merge(*nnx.split(model))
+    plain.config = dataclasses.replace(model.config, fused="xla")
+    return plain
 
 
 def text_features(batch: int, width: int, seed: int = 2) -> tuple[jax.Array, jax.Array]:
