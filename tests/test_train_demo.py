@@ -1,12 +1,18 @@
 """The demo's training tools on small arrays: packing, the optimizer, saving, time."""
 
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-jnp = pytest.importorskip("jax.numpy")
 pytest.importorskip("optax")
 
-from examples.train_demo import optim, store, train_transformer  # noqa: E402
+from examples.train_demo import optim, programs, store, train_transformer
+from examples.train_demo.models import TOY, DemoConfig, initial, networks
+from sparvar_jax.models.infinity import Infinity
+from sparvar_jax.models.t5 import T5Encoder
 
 
 def tree(rng):
@@ -75,3 +81,34 @@ def test_every_prefix_length_gets_its_share_of_the_course():
     drawn = [train_transformer.course(0.9, count) for count in range(8)]
     assert {7, 10, 13} == set(drawn)
     assert train_transformer.course(0.0, 3) == 7
+
+
+def test_gradients_reach_every_parameter_and_do_not_depend_on_rematerialisation():
+    config = DemoConfig(
+        TOY.tokenizer,
+        replace(TOY.text, depth=1, vocab=16),
+        replace(TOY.transformer, depth=2, chunks=1),
+    )
+    nets = networks(config)
+    params = {
+        "transformer": initial(Infinity, config.transformer, 1),
+        "text": initial(T5Encoder, config.text, 2),
+    }
+    batch = {
+        "latents": jax.random.normal(jax.random.key(0), (8, 64, 64, 16), jnp.bfloat16),
+        "ids": jnp.tile(jnp.arange(32) % 16, (8, 1)),
+        "lengths": jnp.full((8,), 32),
+    }
+
+    def grads(remat):
+        loss = lambda p: jnp.sum(  # noqa: E731
+            programs.losses_of_batch(nets, p, batch, jax.random.key(3), 3, remat)
+        )
+        return jax.jit(jax.grad(loss))(params)
+
+    kept, again = grads(False), grads(True)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(kept):
+        assert jnp.any(leaf != 0), jax.tree_util.keystr(path)
+    # The same float32 operations, fused differently.
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.max(jnp.abs(a))) + 1e-8)

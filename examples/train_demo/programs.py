@@ -128,7 +128,12 @@ class Programs:
         executor.shutdown(wait=False)
 
     def _compile(self, step: Any, scales: int) -> Any:
-        compiled = step.lower(*self._arguments).compile(COMPILER_OPTIONS)
+        lowered = step.lower(*self._arguments)
+        try:
+            compiled = lowered.compile(COMPILER_OPTIONS)
+        except jax.errors.JaxRuntimeError as error:
+            print(f"{scales} scales: compiling with all defaults after {error}", flush=True)
+            compiled = lowered.compile()
         memory = compiled.memory_analysis()
         used = memory.temp_size_in_bytes / 2**30 if memory else 0
         print(
