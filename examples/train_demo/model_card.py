@@ -1,8 +1,8 @@
 """Write the demo model's card from what was measured: `MODEL_CARD.md` in the model directory.
 
-Run `python -m examples.train_demo.model_card --weights runs/demo --results benchmarks/results/h100
---model sparvar_jax/demo`. Every figure is read from `training.json` (written by the training) and
-from the results of `benchmarks.demo_*`; one that was not measured is said to be so.
+Run `python -m examples.train_demo.model_card --results benchmarks/results/h100 --model
+sparvar_jax/demo`. Every figure is read from `training.json` (written by the training, copied by
+`export`) and from the results of `benchmarks.demo_*`; one that was not measured is said to be so.
 """
 
 import argparse
@@ -149,7 +149,6 @@ def figure_lines(results: Path, setting: str) -> str:
 def main() -> None:
     """Write the card."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, default=Path("runs/demo"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/h100"))
     parser.add_argument("--model", type=Path, default=Path("sparvar_jax/demo"))
     args = parser.parse_args()
@@ -158,7 +157,7 @@ def main() -> None:
     setting = f"{defaults['guidance']:g}:{defaults['temperature']:g}"
     card = TEXT.format(
         parts=parts_lines(config),
-        training=training_lines(read(args.weights / "training.json")),
+        training=training_lines(read(args.model / "training.json")),
         figures=figure_lines(args.results, setting),
         guidance=defaults["guidance"],
         temperature=defaults["temperature"],

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from sparvar_jax import checkpoint
 from sparvar_jax.storage import SCALE_SUFFIX
 
 FILE_BYTES = 15 << 20
@@ -51,14 +52,11 @@ def save(directory: Path, name: str, tree: Any) -> bool:
 def load(directory: Path, name: str, like: Any) -> Any:
     """Read what `save` (or `storage.write_safetensors`) wrote, shaped and typed as `like`.
 
-    Raises ValueError where a parameter is missing or has another shape.
+    `directory` may also be an exported model: its int8 rounding is soon trained away. Raises
+    ValueError where a parameter is missing or has another shape.
     """
-    found: dict[str, np.ndarray] = {}
-    for file in sorted(directory.glob(f"{name}*.safetensors")):
-        found |= load_file(file)
-    for path in [path for path in found if path.endswith(SCALE_SUFFIX)]:
-        kernel = path.removesuffix(SCALE_SUFFIX)
-        found[kernel] = found[kernel] * found.pop(path)
+    exported = (directory / checkpoint.CONFIG).is_file()
+    found = _read_model(directory, name) if exported else _read_files(directory, name)
     wanted: Mapping[str, Any] = {
         ".".join(str(getattr(step, "key", step)) for step in path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]
@@ -71,3 +69,24 @@ def load(directory: Path, name: str, like: Any) -> Any:
         )
     leaves = [found[path].astype(leaf.dtype) for path, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _read_files(directory: Path, name: str) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for file in sorted(directory.glob(f"{name}*.safetensors")):
+        found |= load_file(file)
+    for path in [path for path in found if path.endswith(SCALE_SUFFIX)]:
+        kernel = path.removesuffix(SCALE_SUFFIX)
+        found[kernel] = found[kernel] * found.pop(path)
+    return found
+
+
+def _read_model(directory: Path, name: str) -> dict[str, np.ndarray]:
+    if name == "tokenizer":
+        return checkpoint.part_reader(directory, name).restore()
+    # The text encoder is trained, and so saved, together with the transformer.
+    return {
+        f"{part}.{path}": array
+        for part in ("transformer", "text")
+        for path, array in checkpoint.part_reader(directory, part).restore().items()
+    }

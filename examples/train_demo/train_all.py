@@ -45,8 +45,6 @@ def arguments() -> argparse.Namespace:
 
 def first_tokenizer(folder: Path, config: DemoConfig, network: Network) -> Any:
     """The weights of a folder, or fresh ones where it holds none of this size."""
-    if not any(folder.glob("tokenizer*.safetensors")):
-        return initial(BsqVae, config.tokenizer, 0)
     try:
         return store.load(folder, "tokenizer", network.like)
     except ValueError as error:
@@ -94,7 +92,7 @@ def main() -> None:
         programs = make_programs(args, nets, mesh)
         sprites = parallel.put(render(drawings), mesh)
         print(f"{len(drawings)} pictures after {time.time() - began:.0f} s", flush=True)
-        folder = args.out if args.restart else args.tokenizer_from
+        folder = args.restart or args.tokenizer_from
         tokenizer, trained = train_and_save_tokenizer(
             args, compiling, first_tokenizer(folder, config, nets["tokenizer"]),
             sprites, collection, mesh,
@@ -106,7 +104,7 @@ def main() -> None:
 
     train_transformer.train(
         nets,
-        start_params(config, nets, args.out if args.restart else None),
+        start_params(config, nets, args.restart),
         parallel.put(tokenizer, mesh),
         sprites,
         collection,
@@ -122,8 +120,8 @@ def main() -> None:
 
 def write_record(args: argparse.Namespace, tokenizer: dict[str, Any], record: Record) -> None:
     """`training.json` beside the weights: one entry a run, the runs it went on from before it."""
-    file = args.out / "training.json"
-    runs = json.loads(file.read_text()) if file.exists() and args.restart else []
+    file, earlier = args.out / "training.json", (args.restart or args.out) / "training.json"
+    runs = json.loads(earlier.read_text()) if args.restart and earlier.exists() else []
     started = str(args.span)
     entry = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -198,7 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--things", type=int, help="only so many things (rehearsal)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument(
-        "--restart", action="store_true", help="go on from the transformer in --out"
+        "--restart", type=Path, help="go on from these weights, or from this exported model"
     )
 
 
@@ -219,10 +219,10 @@ def main() -> None:
     nets = networks(config)
     programs = make_programs(args, nets, mesh)
     collection, sprites = load_sprites(args.things)
-    tokenizer = store.load(args.out, "tokenizer", nets["tokenizer"].like)
+    tokenizer = store.load(args.restart or args.out, "tokenizer", nets["tokenizer"].like)
     train(
         nets,
-        start_params(config, nets, args.out if args.restart else None),
+        start_params(config, nets, args.restart),
         parallel.put(tokenizer, mesh),
         parallel.put(sprites, mesh),
         collection,
