@@ -158,6 +158,25 @@ def test_info_shows_parts_plan_and_memory(model, capsys):
     assert "peak about" in shown
 
 
+def test_inspect_writes_numbers_and_pictures(model, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "found"
+    assert (
+        main(["inspect", "a cat", "--model", str(model), "--size", "0.06M", "--out", str(out)]) == 0
+    )
+    content = json.loads((out / "inspect.json").read_text())
+    # The last three scales of every layer; shares of attention mass lie in 0..1.
+    assert {row["scale"] for row in content["rows"]} == {4, 5, 6}
+    shares = [share for row in content["rows"] for share in row["sinks"]]
+    assert min(shares) >= 0
+    assert max(shares) <= 1 + 1e-6
+    assert (out / "sinks.png").stat().st_size > 0
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main(["inspect", "a cat", "--model", str(model), "--out", str(file)]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
 def test_convert_adds_a_part_and_writes_it_back(tmp_path, capsys):
     weights = sources.infinity_weights()
     file = sources.flat(weights, tmp_path)

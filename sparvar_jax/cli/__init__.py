@@ -12,6 +12,7 @@ from sparvar_jax.cli.convert import convert
 from sparvar_jax.cli.edit import edit
 from sparvar_jax.cli.generate import generate
 from sparvar_jax.cli.info import info
+from sparvar_jax.cli.inspect import inspect
 from sparvar_jax.cli.plans import plans
 from sparvar_jax.cli.sample import sample
 from sparvar_jax.cli.warmup import warmup
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, edit, sample, convert, compare, info, plans, warmup):
+for command in (generate, edit, sample, convert, compare, info, inspect, plans, warmup):
     app.command()(command)
 
 
