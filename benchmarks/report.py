@@ -53,6 +53,14 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("density", _number("density")),
         ("TFLOP/s kept", _number("tflops_kept", 0)),
     ),
+    "fused": (
+        ("case", _text("case")),
+        ("implementation", _text("implementation")),
+        ("ms", _number("median_ms", 4)),
+        ("spread", _number("spread_ms", 4)),
+        ("GB/s", _number("gb_per_s", 0)),
+        ("difference", _number("error", 5)),
+    ),
     "generate": (
         ("model", _text("model")),
         ("plan", _text("plan")),
