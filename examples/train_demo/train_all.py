@@ -74,6 +74,7 @@ def train_and_save_tokenizer(
 def main() -> None:
     """Train both stages and save after each."""
     began, args = time.time(), arguments()
+    earlier = earlier_runs(args.restart)
     config, mesh = SIZES[args.size], parallel.make_mesh()
     nets = networks(config)
     collection, drawings = load(limit=args.things)
@@ -100,7 +101,7 @@ def main() -> None:
 
     def save(params: Any, record: Record) -> None:
         if store.save(args.out, "transformer", params):
-            write_record(args, trained, record)
+            write_record(args, earlier, trained, record)
 
     train_transformer.train(
         nets,
@@ -118,22 +119,29 @@ def main() -> None:
     print(f"ended after {time.time() - began:.0f} s", flush=True)
 
 
-def write_record(args: argparse.Namespace, tokenizer: dict[str, Any], record: Record) -> None:
+def earlier_runs(folder: Path | None) -> list[dict[str, Any]]:
+    """What `training.json` says of the weights that this run goes on from."""
+    file = None if folder is None else folder / "training.json"
+    return json.loads(file.read_text()) if file is not None and file.exists() else []
+
+
+def write_record(
+    args: argparse.Namespace,
+    earlier: list[dict[str, Any]],
+    tokenizer: dict[str, Any],
+    record: Record,
+) -> None:
     """`training.json` beside the weights: one entry a run, the runs it went on from before it."""
-    file, earlier = args.out / "training.json", (args.restart or args.out) / "training.json"
-    runs = json.loads(earlier.read_text()) if args.restart and earlier.exists() else []
-    started = str(args.span)
     entry = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "span": started,
+        "span": list(args.span),
         "tokenizer": tokenizer,
         "transformer_seconds": round(record.seconds),
         "batches": dict(zip(("7", "10", "13"), args.batches, strict=True)),
         "steps": {str(k): v for k, v in sorted(record.steps.items())},
         "training_losses": {str(k): v for k, v in sorted(record.losses.items())},
     }
-    runs = [run for run in runs if run["span"] != started] + [entry]
-    file.write_text(json.dumps(runs, indent=1) + "\n")
+    (args.out / "training.json").write_text(json.dumps([*earlier, entry], indent=1) + "\n")
 
 
 if __name__ == "__main__":
