@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -60,8 +61,9 @@ def _replay(
     padded = np.zeros((len(texts), max(map(len, texts)), texts[0].shape[1]), np.float32)
     for place, text in zip(padded, texts, strict=True):
         place[: len(text)] = text
-    condition = generator.model.embed_condition(
-        jnp.asarray(padded), lengths, "learned" if guided else None
+    kind = "learned" if guided else None
+    condition = jax.jit(lambda model, text: model.embed_condition(text, lengths, kind))(
+        generator.model, jnp.asarray(padded)
     )
     controls = generate.controls(
         len(schedule), guidance=options.guidance, temperature=options.temperature

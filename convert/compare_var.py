@@ -5,6 +5,7 @@ The codebook lives in another file; a random one stands in for it on both sides.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def _replay(
     weights = guidance_ramp(options.guidance, len(schedule))
     steps = generator.steps(
         dense_plan(schedule, sides.config.depth),
-        generator.model.embed_condition(jnp.asarray(labels)),
+        jax.jit(lambda model: model.embed_condition(jnp.asarray(labels)))(generator.model),
         generate.controls(len(schedule), guidance=weights, temperature=1.0),
         sampling.image_keys(0, len(labels)),
         forced=tuple(jnp.asarray(part, jnp.int32) for part in ids),

@@ -1,4 +1,4 @@
-"""Which marked tests run: slow ones when asked for, GPU ones where there is a GPU."""
+"""Which marked tests run (slow ones when asked for, GPU ones on a GPU), and how they compile."""
 
 import jax
 import pytest
@@ -6,6 +6,17 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--optimise", action="store_true", help="compile as for users, not quickly")
+
+
+def pytest_configure(config):
+    """On a CPU the tests wait for compilers, not for arithmetic: leave LLVM's optimisation out.
+
+    XLA's own passes run as ever, so the programs do the same operations. Processes that tests
+    start compile as for users, and `--optimise` makes everything do so.
+    """
+    quick = not config.getoption("--optimise") and jax.default_backend() == "cpu"
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 def pytest_collection_modifyitems(config, items):

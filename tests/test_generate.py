@@ -27,9 +27,14 @@ def text():
     return jax.random.normal(jax.random.key(1), (2, 5, 128)), jnp.array([3, 5])
 
 
+def embed(generator, text, guidance):
+    condition = jax.jit(lambda model, *text: model.embed_condition(*text, guidance))
+    return condition(generator.model, *text)
+
+
 def draw(generator, text, keys, guidance="learned", plan=None, **options):
     plan = plan or dense_plan(SCHEDULE, 2)
-    condition = generator.model.embed_condition(*text, guidance)
+    condition = embed(generator, text, guidance)
     controls = generate.controls(len(SCHEDULE), guidance=2.0, temperature=1.0)
     return generator.run(plan, condition, controls, keys, **options)
 
@@ -77,8 +82,7 @@ def test_same_key_same_bits_other_key_other_bits(generator, text):
 
 def test_guidance_one_equals_guidance_off(generator, text):
     """With g = 1 the mix is the conditional half, so both rows or one must draw the same logits."""
-    condition = generator.model.embed_condition(*text, "learned")
-    alone = generator.model.embed_condition(*text, None)
+    condition, alone = embed(generator, text, "learned"), embed(generator, text, None)
     keys = sampling.image_keys(0, 2)
     controls = generate.controls(len(SCHEDULE), guidance=1.0, temperature=1.0)
     both = list(generator.steps(dense_plan(SCHEDULE, 2), condition, controls, keys, capture=True))

@@ -95,7 +95,7 @@ def replay(
     if run["negative_prompt"]:
         kind = text_of(tensors, "negative_", name)
     text, lengths = text_of(tensors, "", name)
-    condition = model.embed_condition(text, lengths, kind)
+    condition = jax.jit(lambda model: model.embed_condition(text, lengths, kind))(model)
     controls = generate.controls(len(scales), guidance=tuple(guidance), temperature=run["tau"])
     batch = len(lengths)
     state = generator.start(plan, batch)

@@ -48,13 +48,16 @@ def configuration(sidecar: dict) -> dict:
     }
 
 
+jitted_quantise = jax.jit(quantizer.quantise, static_argnames=("sizes", "mode", "patchify"))
+
+
 def jax_model(sidecar: dict, weights: dict) -> Model:
     model = load_released(BsqVaeConfig(**configuration(sidecar)), weights)
     encode = jax.jit(lambda model, x: model.encode(x))
     decode = jax.jit(lambda model, x: model.decode(x))
 
     def quantise(latent, sizes, mode):
-        return quantizer.quantise(jnp.asarray(latent), sizes, mode=mode)
+        return jitted_quantise(jnp.asarray(latent), sizes, mode=mode)
 
     return Model(lambda x: encode(model, x), quantise, lambda x: decode(model, x))
 
@@ -158,7 +161,7 @@ def test_quantiser_on_token_grids(stem):
     sizes = tuple((height, width) for _, height, width in sidecar["transformer_scale_schedule"])
     patchify = sizes != latent_sizes(sidecar)
     latent = jnp.asarray(nhwc(tensors["encoder_output_h"]))
-    ours = quantizer.quantise(latent, sizes, patchify=patchify)
+    ours = jitted_quantise(latent, sizes, patchify=patchify)
 
     def tokens(x: np.ndarray) -> np.ndarray:
         return nhwc(F.pixel_unshuffle(nchw(x).float(), 2)) if patchify else x

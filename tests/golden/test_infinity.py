@@ -7,6 +7,7 @@ products in each of 2 to 4 blocks, whose float32 rounding is about 1e-6; guidanc
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -116,6 +117,7 @@ def test_pictures(stem, golden_note):
     tokenizer_sidecar, tokenizer_tensors = load_golden(sidecar["tokenizer"])
     config = BsqVaeConfig(**test_bsq_vae.configuration(tokenizer_sidecar))
     tokenizer = load_released(config, state_dict(tokenizer_tensors))
+    decode = jax.jit(lambda model, latent: model.decode(latent))
     for run in sidecar["runs"]:
         if f"{run}.final_latent" not in tensors:
             continue
@@ -126,7 +128,7 @@ def test_pictures(stem, golden_note):
         if key not in tensors:
             continue
         stored = tensors[key][..., ::-1].astype(int)
-        image = np.asarray(tokenizer.decode(latent[: len(stored)]))
+        image = np.asarray(decode(tokenizer, latent[: len(stored)]))
         ours = np.asarray(to_uint8(image)).astype(int)
         steps = (image + 1) / 2 * 255
         clear = np.abs(steps - np.round(steps)) > TOLERANCE * 255 / 2
