@@ -114,8 +114,8 @@ class ClassModel:
         return self.tokenizer.config.stride
 
 
-def is_class_model(directory: str | Path) -> bool:
-    """Whether a model directory holds a class-conditional transformer."""
+def is_class_model(directory: str | Path | None) -> bool:
+    """Whether a model directory (None: the demo model) holds a class-conditional transformer."""
     config = checkpoint.read_config(loading.model_folder(directory))
     return config.get("transformer", {}).get("kind") == "var"
 

@@ -213,7 +213,7 @@ def _listed(prompts: Prompts) -> Any:
 
 def _condition_arguments(
     prompts: Any, negative: Prompts | None, plan: Plan, encode: Callable[[Any], TextFeatures]
-) -> tuple[bool, tuple[Any, Any, Any]]:
+) -> tuple[bool, tuple[Any, ...]]:
     """Whether guidance is learned, and what the transformer is told: text, lengths, negative."""
     text, guided = encode(prompts), plan.steps[0].rows == "both"
     if negative is None:

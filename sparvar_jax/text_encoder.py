@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -55,7 +54,5 @@ class TextEncoder:
     def shape(self, prompts: Sequence[str]) -> tuple[TextFeatures, Any]:
         """Abstract features of prompts, and a function that compiles what computes them."""
         ids, lengths = self._tokenizer.encode(prompts, self._max_length)
-        features = TextFeatures(
-            self._encode.shape(ids, lengths), jax.ShapeDtypeStruct(lengths.shape, lengths.dtype)
-        )
+        features = TextFeatures(self._encode.shape(ids, lengths), lengths)
         return features, lambda: self._encode.compile(ids, lengths)

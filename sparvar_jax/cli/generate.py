@@ -30,16 +30,19 @@ class Order:
 
         The text encoder may be loaded, used and freed before the rest is loaded.
         """
+        from sparvar_jax import loading
         from sparvar_jax.class_pipeline import ClassPipeline, is_class_model
         from sparvar_jax.pipeline import Pipeline
 
         if is_class_model(self.model):
             self._check_class_model()
-            pipe = ClassPipeline.from_checkpoint(self.model, dtype=self.dtype, progress=report)
+            folder = loading.model_folder(self.model)
+            pipe = ClassPipeline.from_checkpoint(folder, dtype=self.dtype, progress=report)
             return pipe, [self.label] * self.num, self.drawing
         if self.label is not None or self.prompt is None:
             raise ValueError("Missing argument: this model draws prompts, give one and no --class")
-        text, drawing = self._text_features() if self.text_first else ([self.prompt] * self.num, {})
+        prompts = [self.prompt] * self.num
+        text, drawing = self._text_features(prompts) if self.text_first else (prompts, {})
         pipe = Pipeline.from_checkpoint(
             self.model, dtype=self.dtype, text_encoder=not self.text_first, progress=report
         )
@@ -54,13 +57,13 @@ class Order:
         texts = {name: self.drawing.get(name) for name in ("negative", "aspect_ratio", "size")}
         options.refuse(self.model, **texts, free_text_encoder=self.text_first)
 
-    def _text_features(self) -> tuple[Any, dict[str, Any]]:
+    def _text_features(self, prompts: list[str]) -> tuple[Any, dict[str, Any]]:
         from sparvar_jax.pipeline import TextEncoder
 
         encoder = TextEncoder.from_checkpoint(self.model, dtype=self.dtype)
         texts = {name: self.drawing[name] for name in ("negative",) if name in self.drawing}
         others = {name: encoder([text] * self.num) for name, text in texts.items()}
-        return encoder([self.prompt] * self.num), others
+        return encoder(prompts), others
 
     def describe(self, pipe: Any) -> dict[str, str]:
         """How the pictures were made, for their metadata."""
