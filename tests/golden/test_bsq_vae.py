@@ -48,7 +48,7 @@ def configuration(sidecar: dict) -> dict:
     }
 
 
-jitted_quantise = jax.jit(quantizer.quantise, static_argnames=("sizes", "mode", "patchify"))
+jitted_quantise = jax.jit(quantizer.quantise, static_argnames=("sizes", "mode"))
 
 
 def jax_model(sidecar: dict, weights: dict) -> Model:
@@ -161,7 +161,7 @@ def test_quantiser_on_token_grids(stem):
     sizes = tuple((height, width) for _, height, width in sidecar["transformer_scale_schedule"])
     patchify = sizes != latent_sizes(sidecar)
     latent = jnp.asarray(nhwc(tensors["encoder_output_h"]))
-    ours = jitted_quantise(latent, sizes, patchify=patchify)
+    ours = quantizer.quantise(latent, sizes, patchify=patchify)
 
     def tokens(x: np.ndarray) -> np.ndarray:
         return nhwc(F.pixel_unshuffle(nchw(x).float(), 2)) if patchify else x
