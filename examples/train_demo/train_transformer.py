@@ -27,7 +27,7 @@ from examples.train_demo.programs import BATCHES, Programs
 from sparvar_jax.models.infinity import Infinity
 from sparvar_jax.models.t5 import T5Encoder
 
-PEAK_RATE = 3e-3
+PEAK_RATE = 2e-3
 CONSTANT_SHARE = 0.5
 POOL = 16384
 REFILL = 64
