@@ -1,5 +1,7 @@
 """The one-pass forward and the cached, compiled loop must agree: two routes to the same logits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,8 @@ def test_one_pass_equals_cached_loop(layout, scan):
     model = Infinity(config, rngs=nnx.Rngs(0))
     schedule = infinity_schedule(1.25, "0.06M")
     text = jax.random.normal(jax.random.key(1), (2, 5, 128))
-    condition = model.embed_condition(text, jnp.array([3, 5]), "learned")
+    lengths = jnp.array([3, 5])
+    condition = jax.jit(lambda model: model.embed_condition(text, lengths, "learned"))(model)
     plan = dense_plan(schedule, 2, layout=layout)
     controls = generate.controls(len(schedule), guidance=2.0, temperature=1.0, top_p=1.0)
     codes, cached = [], []
@@ -34,6 +37,7 @@ def test_one_pass_equals_cached_loop(layout, scan):
         cached.append(np.asarray(output.captured["raw_logits"]))
         if state.codes is not None:
             codes.append(jnp.array(state.codes))
-    logits = teacher_forced_logits(model, condition, tuple(codes), schedule, scan=scan)
+    one_go = jax.jit(functools.partial(teacher_forced_logits, schedule=schedule, scan=scan))
+    logits = one_go(model, condition, tuple(codes))
     for one_pass, loop in zip(logits, cached, strict=True):
         np.testing.assert_allclose(one_pass, loop, atol=TOLERANCE)
