@@ -13,7 +13,7 @@ mkdir -p "$out/w"
 export PYTHONUNBUFFERED=1
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.93}
 export XLA_FLAGS=${XLA_FLAGS:---xla_gpu_enable_triton_gemm=false}
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-/tmp/jax-train-demo}
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/sparvar_jax/training}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=8
 export TF_CPP_MIN_LOG_LEVEL=2
 # The training stops by itself; the signal is for a step that hangs.
