@@ -1,10 +1,10 @@
 """Peak memory and time of converting a checkpoint the size of Infinity-2B, with random weights.
 
-    python -m benchmarks.convert_memory FOLDER [--preset infinity_2b] [--form sharded|flat]
+    python -m benchmarks.convert_memory FOLDER [--preset infinity_2b] [--forms sharded flat]
 
 writes the checkpoint under FOLDER (4.4 GB in bfloat16; as shards of at most 1 GB or one .pth),
-converts it in a process of its own, and prints the peak of its resident memory beside the bound of
-twice the largest file plus 2 GiB.
+converts it in a process of its own, and writes the peak of its resident memory (mapped pages of the
+source included) beside the bound of twice the largest file plus 2 GiB into a results file.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import _record as record
 from convert.torch_twin.infinity import Infinity
 from sparvar_jax.models.infinity import InfinityConfig
 
@@ -85,22 +88,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", default="infinity_2b")
-    parser.add_argument("--form", choices=("sharded", "flat"), default="sharded")
+    parser.add_argument("--forms", nargs="+", choices=("sharded", "flat"), default=["sharded"])
     options = parser.parse_args()
-    source = options.folder / options.form
+    rows = [measure(options.folder, options.preset, form) for form in options.forms]
+    record.write("convert", rows)
+
+
+def measure(folder: Path, preset: str, form: str) -> dict[str, Any]:
+    """One row: the checkpoint written, converted, measured and removed."""
+    source, target = folder / form, folder / f"model_{form}"
     source.mkdir(parents=True)
-    write = write_shards if options.form == "sharded" else write_flat
-    largest = write(source, options.preset)
-    target = options.folder / f"model_{options.form}"
+    largest = (write_shards if form == "sharded" else write_flat)(source, preset)
     code = "import sys; from benchmarks.convert_memory import convert; convert(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(source), str(target)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(output.stdout.splitlines()[-1])
-    print(
-        f"{options.preset}, {options.form}: {result['parameters'] / 1e9:.2f} B parameters, "
-        f"largest file {largest / GIB:.2f} GiB, peak {result['peak'] / GIB:.2f} GiB "
-        f"(bound {2 * largest / GIB + 2:.2f} GiB), {result['seconds']:.0f} s"
-    )
+    shutil.rmtree(source)
+    shutil.rmtree(target)
+    row = {
+        "preset": preset,
+        "form": form,
+        "parameters_b": result["parameters"] / 1e9,
+        "largest_file_gib": largest / GIB,
+        "peak_gib": result["peak"] / GIB,
+        "bound_gib": 2 * largest / GIB + 2,
+        "seconds": result["seconds"],
+    }
+    print(json.dumps(row))
+    return row
 
 
 if __name__ == "__main__":

@@ -53,6 +53,15 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("density", _number("density")),
         ("TFLOP/s kept", _number("tflops_kept", 0)),
     ),
+    "convert": (
+        ("checkpoint", _text("preset")),
+        ("form", _text("form")),
+        ("parameters, billion", _number("parameters_b", 2)),
+        ("largest file GiB", _number("largest_file_gib", 2)),
+        ("peak memory GiB", _number("peak_gib", 2)),
+        ("bound GiB", _number("bound_gib", 2)),
+        ("seconds", _number("seconds", 0)),
+    ),
     "fused": (
         ("case", _text("case")),
         ("implementation", _text("implementation")),
