@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+from benchmarks import report
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("sparvar_jax", "pallas_kernels", "convert")
 
@@ -48,3 +50,7 @@ def test_files_stay_readable():
         str(path): n for path in files(*PACKAGES) if (n := len(path.read_text().split("\n"))) > 400
     }
     assert long == {}
+
+
+def test_readme_tables_are_what_the_result_files_say():
+    assert report.render(report.README.read_text()) == report.README.read_text()
