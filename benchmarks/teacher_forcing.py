@@ -13,8 +13,6 @@ import numpy as np
 from sparvar_jax.pipeline import Request
 from sparvar_jax.plan import Plan
 
-Scales = list[np.ndarray]
-
 
 def compare_logits(
     drawing: Any, plans: dict[str, Plan], tokens: list[np.ndarray], prompts: int, threads: int = 4

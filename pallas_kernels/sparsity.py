@@ -150,11 +150,7 @@ class KeyGrid:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The query grid and every key grid it may look at, in cache order.
-
-    `aligned_to` is the multiple that every start and pitch is known to have (8 admits the boxed
-    kernel); 1 when rows are packed.
-    """
+    """The query grid and every key grid it may look at, in cache order."""
 
     height: int
     width: int
@@ -184,11 +180,6 @@ class Geometry:
         seen[-1] = True
         edges = np.flatnonzero(np.diff(np.concatenate([[True], seen]).astype(np.int8)))
         return tuple((int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
-
-    @property
-    def aligned_to(self) -> int:
-        """8 when every grid outside the sinks could be read in runs of 8 rows, else 1."""
-        return 8 if all(g.row % 8 == 0 and g.pitch % 8 == 0 for g in self.keys) else 1
 
     @classmethod
     def packed(cls, grids: tuple[tuple[int, int], ...]) -> Geometry:
