@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -45,7 +46,8 @@ class Generator:
     def __init__(self, model: Any, codebook: Any = None):
         self.model = model
         self._leaves, self._treedef = jax.tree.flatten((model, codebook))
-        self._compiled: dict[Any, Any] = {}
+        self._compiled: dict[Any, Future[Any]] = {}
+        self._claiming = threading.Lock()
         self._programs: dict[Any, tuple[Any, ...]] = {}
         self._spare: dict[Any, tuple[kv_cache.LayerCache, ...]] = {}
 
@@ -68,7 +70,10 @@ class Generator:
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> tuple[Any, ...]:
-        """The executables of a plan's steps; new ones are compiled in parallel threads."""
+        """The executables of a plan's steps; new ones are compiled in parallel threads.
+
+        Plans may be compiled at once in several threads: a step they share is compiled once.
+        """
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(condition))
         name = (plan, batch, greedy, shapes)
         if name not in self._programs:
@@ -90,22 +95,24 @@ class Generator:
         controls, keys = _abstract_controls(len(plan.schedule), batch)
         state = jax.eval_shape(lambda: empty_state(self.model, plan, batch))
         condition = jax.tree.map(_abstract, condition)
-        waiting, program = {}, []
-        for index in range(len(plan.steps)):
-            spec = self._spec(plan, index, greedy=greedy)
-            traced = self._trace(spec, condition, state, controls, keys, None)
-            key = _signature(spec, condition, state)
-            program.append(key)
-            if key not in self._compiled:
-                waiting[key] = traced
-            state = jax.tree.map(_abstract, traced.out_info[0])
+        program, new = [], []
         with ThreadPoolExecutor(threads) as pool:
-            jobs = pool.map(lambda item: (item[0], item[1].lower().compile()), waiting.items())
-            for done, (key, compiled) in enumerate(jobs):
-                self._compiled[key] = compiled
+            for index in range(len(plan.steps)):
+                spec = self._spec(plan, index, greedy=greedy)
+                traced = self._trace(spec, condition, state, controls, keys, None)
+                key = _signature(spec, condition, state)
+                program.append(key)
+                with self._claiming:
+                    known = self._compiled.get(key)
+                    if known is None or (known.done() and known.exception()):
+                        self._compiled[key] = pool.submit(_executable, traced)
+                        new.append(key)
+                state = jax.tree.map(_abstract, traced.out_info[0])
+            for done, key in enumerate(new, 1):
+                self._compiled[key].result()
                 if progress:
-                    progress("compile", done + 1, len(waiting))
-        return tuple(self._compiled[key] for key in program)
+                    progress("compile", done, len(new))
+        return tuple(self._compiled[key].result() for key in program)
 
     def decode_scale(
         self,
@@ -129,8 +136,10 @@ class Generator:
         key = _signature(spec, condition, state)
         if key not in self._compiled:
             traced = self._trace(spec, condition, state, controls, keys, forced)
-            self._compiled[key] = traced.lower().compile()
-        return self._call(self._compiled[key], condition, state, controls, keys, forced)
+            job = Future()
+            job.set_result(_executable(traced))
+            self._compiled[key] = job
+        return self._call(self._compiled[key].result(), condition, state, controls, keys, forced)
 
     def steps(
         self,
@@ -238,6 +247,10 @@ def _per_scale(name: str, value: float | tuple[float, ...], scales: int) -> tupl
     if not all(math.isfinite(v) for v in values):
         raise ValueError(f"{name} must be finite, got {values}")
     return values
+
+
+def _executable(traced: Any) -> Any:
+    return traced.lower().compile()
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -1,5 +1,7 @@
 """The generation loop: independence of neighbours, forced bits, guidance cases, reproducibility."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax import nnx
 from sparvar_jax import generate, sampling
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.plan import dense_plan
+from sparvar_jax.policies import skip_last_scales
 from sparvar_jax.schedule import ScaleSchedule
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (2, 2), (3, 4), (6, 8)))
@@ -78,6 +81,17 @@ def test_same_key_same_bits_other_key_other_bits(generator, text):
     other, _ = draw(generator, text, sampling.image_keys(2, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_plans_compiled_at_once_share_their_common_steps(generator, text):
+    condition = embed(generator, text, "learned")
+    whole = dense_plan(SCHEDULE, 2)
+    short = skip_last_scales(1)(whole)
+    fresh = generate.Generator(generator.model)
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(lambda plan: fresh.compile(plan, condition, 2), (whole, short))
+    assert (len(one), len(other)) == (4, 3)
+    assert [a is b for a, b in zip(one, other, strict=False)] == [True, True, False]
 
 
 def test_guidance_one_equals_guidance_off(generator, text):
