@@ -86,6 +86,12 @@ def pad_rows(x: Float[Array, "n T D"], multiple: int = 8) -> Float[Array, "n T3 
     return jnp.pad(x, ((0, 0), (0, extra), (0, 0))) if extra else x
 
 
+def heads_major(x: Float[Array, "R T C"], heads: int) -> Float[Array, "R H T D"]:
+    """Split a token-major output into heads. A caller that merges them again undoes the
+    transpose, and XLA drops the pair."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+
 def row_constant(value: float) -> Float[Array, "64"]:
     """One value per query row of a warpgroup, in the layout of WGMMA row reductions."""
     return plgpu.layout_cast(jnp.full((64,), value, jnp.float32), ROW)

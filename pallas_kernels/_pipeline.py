@@ -3,7 +3,8 @@
 A CTA is persistent: it walks its work items, and every item is a list of key stages. Consumer
 warpgroups own 64 queries each. Scores of one stage are in flight together with the output product
 of the previous stage, so the softmax of one overlaps the arithmetic of the other; warpgroups take
-turns on the tensor cores. The output leaves through the item's own query buffer.
+turns on the tensor cores. The output leaves through the item's own query buffer, token-major
+(`[R, T, H * D]`), so that the matrix product after attention reads it as it lies.
 """
 
 # Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
@@ -57,8 +58,8 @@ class Item:
 class Pipeline:
     """Roles of a CTA. Subclasses bring in the keys (`produce`) and hide some (`hide`)."""
 
-    def __init__(self, gmem: dict[str, Any], scratch: dict[str, Any], config, softmax):
-        self.gmem, self.config, self.softmax = gmem, config, softmax
+    def __init__(self, gmem: dict[str, Any], scratch: dict[str, Any], config, softmax, heads: int):
+        self.gmem, self.config, self.softmax, self.heads = gmem, config, softmax, heads
         for name, ref in scratch.items():
             setattr(self, name, ref)
         self.cta = lax.axis_index("sm")
@@ -96,9 +97,16 @@ class Pipeline:
 
     def store_output(self, item: Item, warpgroup) -> None:
         """Copy the warpgroup's part of the query buffer, now output, to global memory."""
+        row, columns = self.output_place(item)
         rows = pl.ds(item.tile * self.config.block_q + warpgroup * 64, 64)
         part = self.q_smem.at[item.buffer, pl.ds(warpgroup * 64, 64)]
-        plgpu.copy_smem_to_gmem(part, self.gmem["out"].at[item.head, rows])
+        plgpu.copy_smem_to_gmem(part, self.gmem["out"].at[row, rows, columns])
+
+    def output_place(self, item: Item):
+        """Row of the batch and columns of the item's head in the token-major output."""
+        head_dim = self.q_smem.shape[-1]
+        columns = pl.ds(lax.rem(item.head, self.heads) * head_dim, head_dim)
+        return lax.div(item.head, self.heads), columns
 
     def for_items(self, body):
         """Run `body(item)` for this CTA's items; returns the stages walked."""

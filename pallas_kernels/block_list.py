@@ -54,25 +54,25 @@ class BlockListInputs:
 
 
 def block_list_attention(
-    inputs: BlockListInputs, config: BlockListConfig, softmax: mosaic.Softmax
-) -> tuple[Float[Array, "n T D"], Float[Array, "n T2"]]:
-    """Attention output and natural log-sum-exp (padded to whole query blocks)."""
-    heads, queries, head_dim = inputs.q.shape
+    inputs: BlockListInputs, config: BlockListConfig, softmax: mosaic.Softmax, heads: int
+) -> tuple[Float[Array, "R T C"], Float[Array, "n T2"]]:
+    """Token-major output and natural log-sum-exp (padded to whole query blocks); n = R * heads."""
+    n, queries, head_dim = inputs.q.shape
     tiles = pl.cdiv(queries, config.block_q)
     names = [field.name for field in dataclasses.fields(BlockListInputs)]
 
     def body(*refs, **scratch_refs):
         gmem = dict(zip([*names, "out", "lse"], refs, strict=True))
         shared = inputs.counts.shape[0] == tiles
-        _BlockList(gmem, scratch_refs, config, softmax, tiles, shared).run()
+        _BlockList(gmem, scratch_refs, config, softmax, heads, tiles, shared).run()
 
     buffers = scratch(config, head_dim, inputs.q.dtype)
     buffers["lse_smem"] = plgpu.SMEM((config.block_q,), jnp.float32)
     return mosaic.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),
-            jax.ShapeDtypeStruct((heads, tiles * config.block_q), jnp.float32),
+            jax.ShapeDtypeStruct((n // heads, queries, heads * head_dim), inputs.q.dtype),
+            jax.ShapeDtypeStruct((n, tiles * config.block_q), jnp.float32),
         ],
         grid=(inputs.order.shape[0],),
         num_threads=config.consumers + 1,
@@ -84,8 +84,8 @@ def block_list_attention(
 class _BlockList(Pipeline):
     """Items are query blocks, stages are key blocks."""
 
-    def __init__(self, gmem, scratch_refs, config, softmax, tiles: int, shared: bool):
-        super().__init__(gmem, scratch_refs, config, softmax)
+    def __init__(self, gmem, scratch_refs, config, softmax, heads, tiles: int, shared: bool):
+        super().__init__(gmem, scratch_refs, config, softmax, heads)
         self.tiles, self.shared = tiles, shared
 
     def item(self, number, first) -> Item:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import support
-from pallas_kernels._mosaic import Softmax, pad_rows
+from pallas_kernels._mosaic import Softmax, heads_major, pad_rows
 from pallas_kernels.block_list import BlockListInputs, block_list_attention
 from pallas_kernels.schedule import balanced_order, strided_order
 from pallas_kernels.shapes import ceil_div
@@ -53,9 +53,9 @@ def attend_blocks(
         order=jnp.asarray(order),
         lengths=jnp.asarray(lengths),
     )
-    out, lse = block_list_attention(inputs, config, Softmax.bounded(scale, logit_bound, q.dtype))
-    out = out[:, :queries].reshape(q.shape)
-    return out, lse[:, :queries].reshape(rows, heads, queries)
+    softmax = Softmax.bounded(scale, logit_bound, q.dtype)
+    out, lse = block_list_attention(inputs, config, softmax, heads)
+    return heads_major(out[:, :queries], heads), lse[:, :queries].reshape(rows, heads, queries)
 
 
 def _hidden_blocks(

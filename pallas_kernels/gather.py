@@ -67,17 +67,18 @@ def gather_attention(
     config: GatherConfig,
     softmax: mosaic.Softmax,
     *,
+    heads: int,
     tiles: int,
     granularity: int,
     hidden: tuple[tuple[int, int], ...],
     patches: Patches | None,
 ) -> Float[Array, "..."]:
-    """Attention output in q's shape.
+    """Attention output, token-major: q's [n, ...] becomes [n / heads, ...] with heads * D columns.
 
     patches: how tiles lie on the query grid; None for consecutive queries.
     hidden: static row ranges whose keys do not count.
     """
-    head_dim, dtype = inputs.q.shape[-1], inputs.q.dtype
+    (lead, tokens, head_dim), dtype = inputs.q.shape, inputs.q.dtype
     rows = RowGather(config.block_k, head_dim, inputs.k.shape[1], granularity, hidden)
     operands = inputs.named()
     buffers = scratch(config, head_dim, dtype, patches.height if patches else 1)
@@ -86,14 +87,14 @@ def gather_attention(
 
     def body(*refs, **scratch_refs):
         gmem = dict(zip([*operands, "out"], refs, strict=True))
-        call = _Gather(gmem, scratch_refs, config, softmax)
+        call = _Gather(gmem, scratch_refs, config, softmax, heads)
         call.rows, call.tiles, call.patches = rows, tiles, patches
         call.shared = inputs.counts.shape[0] == tiles
         call.run()
 
     return mosaic.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(inputs.q.shape, dtype),
+        out_type=jax.ShapeDtypeStruct((lead // heads, tokens, heads * head_dim), dtype),
         grid=(inputs.order.shape[0],),
         num_threads=config.consumers + 1,
         scratch_types=buffers,
@@ -140,21 +141,20 @@ class _Gather(Pipeline):
         stage = lax.rem(number + self.config.stages, self.config.stages)
         pl.when(number >= 0)(lambda: plgpu.barrier_arrive(barriers.at[stage]))
 
-    def _grid_row(self, ref, item: Item, row):
-        """Row `row` of the item's patch, and whether it lies on the grid."""
+    def _grid_row(self, item: Item, row):
+        """Grid row and columns of row `row` of the item's patch."""
         patches = self.patches
         y = lax.div(item.tile, patches.across) * patches.height + row
-        x = lax.rem(item.tile, patches.across) * patches.width
-        place = ref.at[item.head * patches.grid_height + y, pl.ds(x, patches.width)]
-        return place, y < patches.grid_height
+        return y, pl.ds(lax.rem(item.tile, patches.across) * patches.width, patches.width)
 
     def load_queries(self, item: Item) -> None:
         if self.patches is None:
             super().load_queries(item)
             return
-        width = self.patches.width
+        width, first = self.patches.width, item.head * self.patches.grid_height
         for row in range(self.patches.height):
-            place, _ = self._grid_row(self.gmem["q"], item, row)
+            y, across = self._grid_row(item, row)
+            place = self.gmem["q"].at[first + y, across]
             part = self.q_smem.at[item.buffer, pl.ds(row * width, width)]
             plgpu.copy_gmem_to_smem(place, part, self.q_full.at[item.buffer])
 
@@ -162,12 +162,14 @@ class _Gather(Pipeline):
         if self.patches is None:
             super().store_output(item, warpgroup)
             return
-        width = self.patches.width
+        width, height = self.patches.width, self.patches.grid_height
+        batch_row, columns = self.output_place(item)
         for number in range(64 // width):
             row = warpgroup * (64 // width) + number
-            place, on_grid = self._grid_row(self.gmem["out"], item, row)
+            y, across = self._grid_row(item, row)
+            place = self.gmem["out"].at[batch_row * height + y, across, columns]
             part = self.q_smem.at[item.buffer, pl.ds(row * width, width)]
-            pl.when(on_grid)(lambda part=part, place=place: plgpu.copy_smem_to_gmem(part, place))
+            pl.when(y < height)(lambda part=part, place=place: plgpu.copy_smem_to_gmem(part, place))
 
     def _read(self, item: Item, step):
         first = step * self.config.block_k

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import support
-from pallas_kernels._mosaic import Softmax, pad_rows
+from pallas_kernels._mosaic import Softmax, heads_major, pad_rows
 from pallas_kernels.boxes_table import TILE_HEIGHT, TILE_WIDTH, mask_words, tile_keys
 from pallas_kernels.gather import GatherInputs, Patches, gather_attention
 from pallas_kernels.schedule import balanced_order, strided_order
@@ -50,9 +50,10 @@ def attend_columns(
     softmax = Softmax.bounded(scale, logit_bound, q.dtype)
     hidden = (*gaps, (kv_length, 1 << 30))
     out = gather_attention(
-        inputs, config, softmax, tiles=tiles, granularity=granularity, hidden=hidden, patches=None
-    )
-    return out[:, :queries].reshape(q.shape)
+        inputs, config, softmax, heads=heads, tiles=tiles, granularity=granularity, hidden=hidden,
+        patches=None,
+    )  # fmt: skip
+    return heads_major(out[:, :queries], heads)
 
 
 @functools.lru_cache(maxsize=32)
@@ -100,6 +101,8 @@ def attend_windows(
     softmax = Softmax.bounded(scale, logit_bound, q.dtype)
     patches = Patches(TILE_HEIGHT, TILE_WIDTH, across, geometry.height)
     out = gather_attention(
-        inputs, config, softmax, tiles=len(counts), granularity=1, hidden=(), patches=patches
-    )
-    return out[:, : geometry.width].reshape(q.shape)
+        inputs, config, softmax, heads=heads, tiles=len(counts), granularity=1, hidden=(),
+        patches=patches,
+    )  # fmt: skip
+    out = out[:, : geometry.width].reshape(rows, -1, heads * head_dim)
+    return heads_major(out, heads)
