@@ -52,19 +52,47 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def write(name: str, rows: list[dict[str, Any]], *, folder: str | None = None) -> pathlib.Path:
-    """Write one results file under a temporary name, then rename it; returns its path."""
-    target = pathlib.Path(folder) if folder else RESULTS / device_folder()
-    target.mkdir(parents=True, exist_ok=True)
-    content = {
+def describe() -> dict[str, Any]:
+    """What a figure belongs to: device, versions, date, commit, and XLA flags that were set."""
+    return {
         "device": device_name(),
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
-        "rows": rows,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-    file = target / f"{name}.json"
+
+
+def write(name: str, rows: list[dict[str, Any]], *, folder: str | None = None) -> pathlib.Path:
+    """Write one results file under a temporary name, then rename it; returns its path."""
+    file = _path(name, folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".json.new")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(json.dumps({**describe(), "rows": rows}, indent=1) + "\n")
     os.replace(temporary, file)
     return file
+
+
+def add(
+    name: str, row: dict[str, Any], *, key: tuple[str, ...], folder: str | None = None
+) -> pathlib.Path:
+    """Write one row into a results file, in place of the row with the same values of `key`.
+
+    Other rows stay, unless another device, version, commit or flag made them.
+    """
+    file, header, rows = _path(name, folder), describe(), []
+    if file.is_file():
+        before = json.loads(file.read_text())
+        if all(before.get(entry) == header[entry] for entry in header if entry != "date"):
+            rows = before["rows"]
+    replaced = [tuple(old.get(k) for k in key) for old in rows]
+    wanted = tuple(row.get(k) for k in key)
+    if wanted in replaced:
+        rows[replaced.index(wanted)] = row
+    else:
+        rows.append(row)
+    return write(name, rows, folder=folder)
+
+
+def _path(name: str, folder: str | None) -> pathlib.Path:
+    return (pathlib.Path(folder) if folder else RESULTS / device_folder()) / f"{name}.json"

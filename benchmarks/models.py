@@ -1,74 +1,129 @@
-"""Models with random weights in the released shapes, made on the device they run on.
+"""The models that are timed: released shapes with random weights, or a model directory.
 
 Speed does not depend on the values, but zeros would be dishonest: matrix units draw less power on
-them. Weights are normal, norms near one, temperatures the initial ones.
+them. Weights are normal, norms near one, temperatures the initial ones, made on the device.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zlib
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import PRNGKeyArray
 
+from sparvar_jax import checkpoint, class_pipeline, loading
+from sparvar_jax.memory import parameter_bytes
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
+from sparvar_jax.models.t5 import T5Config, T5Encoder
 from sparvar_jax.models.var import Var
 from sparvar_jax.models.var_parts import VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
+from sparvar_jax.text import Tokenizer, padded_length
+from sparvar_jax.text_encoder import TextEncoder, TextFeatures
 
 TOKENIZERS = {"infinity_8b": "f8_d14"}
-TEXT_TOKENS = 24  # a prompt of usual length
+T5_XL = T5Config(
+    vocab=32128, width=2048, head_dim=64, mlp_width=5120, depth=24, heads=32, dtype="bfloat16"
+)
+"""The encoder of Flan-T5-XL, whose features the released text-to-image models take."""
+TEXT_TOKENS = 24  # a prompt of usual length, with its end token
+LOG_TEMPERATURE = float(np.log(4))  # where training starts
+
+Weights = Literal["random", "checkpoint"]
+Distribution = tuple[tuple[int, ...], Any, float, float]
+"""Shape, dtype, spread and centre of a parameter's random values."""
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "spread", "centre"))
-def _normal(key, *, shape, dtype, spread, centre):
-    return (centre + spread * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What one benchmarked model consists of. size, ratio: what it draws unless told."""
+
+    name: str
+    transformer: Any
+    tokenizer: Any
+    weights: Weights
+    size: str = "1M"
+    ratio: float = 1.0
+
+    @property
+    def is_class_model(self) -> bool:
+        return isinstance(self.transformer, Var)
 
 
-def randomise(module: nnx.Module, seed: int) -> nnx.Module:
-    """An abstract module (`nnx.eval_shape`) with random parameters on the default device."""
-    state = nnx.state(module)
-    leaves = []
-    for path, leaf in nnx.to_flat_state(state):
-        name = str(path[-1])
-        spread = leaf.shape[0] ** -0.5 if name == "kernel" and len(leaf.shape) == 2 else 0.02
-        if name == "kernel" and len(leaf.shape) == 4:
-            spread = (leaf.shape[0] * leaf.shape[1] * leaf.shape[2]) ** -0.5
-        centre = {"scale": 1.0, "log_temperature": 2.0}.get(name, 0.0)
-        key = jax.random.key(seed ^ zlib.crc32("/".join(map(str, path)).encode()))
-        value = _normal(key, shape=leaf.shape, dtype=leaf.dtype, spread=spread, centre=centre)
-        leaves.append((path, leaf.replace(value)))
-    nnx.update(module, nnx.from_flat_state(leaves))
-    return module
+def build(name: str, *, dtype: str | None = None, fused: Any = None) -> Parts:
+    """A released shape by name with random weights, or a model directory without text encoder.
+
+    dtype: None is what suits the device. fused: implementation of the fused operations, None for
+    the default. Raises ValueError for an unknown name.
+    """
+    folder, dtype = Path(name), loading.compute_dtype(dtype)
+    parts = _from_directory(folder, dtype) if folder.is_dir() else _from_preset(name, dtype)
+    if fused is not None:
+        model = parts.transformer
+        model.config = dataclasses.replace(model.config, fused=fused)
+    jax.block_until_ready((nnx.state(parts.transformer), nnx.state(parts.tokenizer)))
+    return parts
 
 
-def infinity(preset: str, *, dtype: str = "bfloat16", seed: int = 0, **changes: Any) -> Infinity:
-    """An Infinity transformer of a released shape."""
-    config = InfinityConfig.preset(preset, dtype=dtype, **changes)
-    return randomise(nnx.eval_shape(lambda: Infinity(config, rngs=nnx.Rngs(0))), seed)  # type: ignore[return-value]
+def _from_preset(name: str, dtype: str) -> Parts:
+    if name.startswith("var_"):
+        kinds: Any = ((Var, VarConfig.preset(name)), (Vqvae, VqvaeConfig()))
+    else:
+        codes = BsqVaeConfig.preset(TOKENIZERS.get(name, "f16_d32"))
+        kinds = ((Infinity, InfinityConfig.preset(name)), (BsqVae, codes))
+    modules = [
+        randomise(abstract(kind, dataclasses.replace(config, dtype=dtype)), seed)
+        for seed, (kind, config) in enumerate(kinds)
+    ]
+    return Parts(name, *modules, weights="random")
 
 
-def tokenizer(preset: str, *, dtype: str = "bfloat16", seed: int = 1) -> BsqVae:
-    """The image tokenizer that goes with a transformer preset."""
-    config = BsqVaeConfig.preset(TOKENIZERS.get(preset, "f16_d32"), dtype=dtype)  # type: ignore[arg-type]
-    return randomise(nnx.eval_shape(lambda: BsqVae(config, rngs=nnx.Rngs(0))), seed)  # type: ignore[return-value]
+def _from_directory(folder: Path, dtype: str) -> Parts:
+    if class_pipeline.is_class_model(folder):
+        classes = class_pipeline.load_class_model(folder, dtype=dtype)
+        return Parts(folder.name, classes.transformer, classes.tokenizer, "checkpoint")
+    model = loading.load_model(folder, dtype=dtype, text_encoder=False)
+    size, ratio = model.defaults.size, 1 / model.defaults.aspect_ratio
+    return Parts(folder.name, model.transformer, model.tokenizer, "checkpoint", size, ratio)
 
 
-def var(preset: str, *, dtype: str = "bfloat16", seed: int = 0, **changes: Any) -> Var:
-    """A class-conditional VAR transformer of a released shape."""
-    config = VarConfig.preset(preset, dtype=dtype, **changes)
-    return randomise(nnx.eval_shape(lambda: Var(config, rngs=nnx.Rngs(0))), seed)  # type: ignore[return-value]
+def text_encoder(name: str, *, dtype: str | None = None) -> TextEncoder:
+    """The text encoder of a model directory; for a released shape T5-XL with random weights.
+
+    The random one takes every prompt for `TEXT_TOKENS` tokens. dtype: as in `build`.
+    """
+    if Path(name).is_dir():
+        return TextEncoder.from_checkpoint(name, dtype=dtype)
+    config = dataclasses.replace(T5_XL, dtype=loading.compute_dtype(dtype))
+    pieces = list(range(2, TEXT_TOKENS + 1))
+    tokenizer = Tokenizer("made up", config.vocab, lambda prompt: pieces)
+    encoder = randomise(abstract(T5Encoder, config), 2)
+    return TextEncoder(encoder, tokenizer, InfinityConfig.preset(name).text_max_length)  # type: ignore[arg-type]
 
 
-def vqvae(*, dtype: str = "bfloat16", seed: int = 1) -> Vqvae:
-    """The VQVAE of all VAR models."""
-    config = VqvaeConfig(dtype=dtype)  # type: ignore[arg-type]
-    return randomise(nnx.eval_shape(lambda: Vqvae(config, rngs=nnx.Rngs(0))), seed)  # type: ignore[return-value]
+def text_features(batch: int, width: int) -> TextFeatures:
+    """Random text-encoder states, padded as those of a prompt of `TEXT_TOKENS` tokens."""
+    shape = (batch, padded_length(TEXT_TOKENS), width)
+    text = jax.random.normal(jax.random.key(3), shape, jnp.float32).at[:, TEXT_TOKENS:].set(0)
+    return TextFeatures(text, np.full((batch,), TEXT_TOKENS, np.int32))
+
+
+def abstract(kind: Any, config: Any) -> Any:
+    """A module with shapes in place of parameters."""
+    return nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
+
+
+def bytes_of(module: Any) -> int:
+    """Bytes of a module's parameters; it may hold shapes alone."""
+    return parameter_bytes(checkpoint.abstract_parameters(module))
 
 
 def without_kernels(model: Any) -> Any:
@@ -78,8 +133,32 @@ def without_kernels(model: Any) -> Any:
     return plain
 
 
-def text_features(batch: int, width: int, seed: int = 2) -> tuple[jax.Array, jax.Array]:
-    """Random text-encoder states [B, M, Ct] and their lengths."""
-    key = jax.random.key(seed)
-    text = jax.random.normal(key, (batch, TEXT_TOKENS, width), jnp.float32)
-    return text, jnp.full((batch,), TEXT_TOKENS, jnp.int32)
+def randomise(module: nnx.Module, seed: int) -> nnx.Module:
+    """An abstract module (`abstract`) with random parameters on the default device."""
+    leaves = nnx.to_flat_state(nnx.state(module))
+    wanted = {path: _distribution(str(path[-1]), leaf) for path, leaf in leaves}
+    programs = sorted(set(wanted.values()), key=str)
+    # A model has some forty different shapes: compiled one by one they take longer than they run.
+    with ThreadPoolExecutor() as pool:
+        compiled = dict(zip(programs, pool.map(_compile_normal, programs), strict=True))
+    values = []
+    for path, leaf in leaves:
+        key = jax.random.key(seed ^ zlib.crc32("/".join(map(str, path)).encode()))
+        values.append((path, leaf.replace(compiled[wanted[path]](key))))
+    nnx.update(module, nnx.from_flat_state(values))
+    return module
+
+
+def _distribution(name: str, leaf: Any) -> Distribution:
+    centre = {"scale": 1.0, "log_temperature": LOG_TEMPERATURE}.get(name, 0.0)
+    inputs = np.prod(leaf.shape[:-1]) if name == "kernel" else 2500
+    return leaf.shape, leaf.dtype, float(inputs) ** -0.5, centre
+
+
+def _compile_normal(distribution: Distribution) -> Any:
+    shape, dtype, spread, centre = distribution
+
+    def draw(key: PRNGKeyArray) -> jax.Array:
+        return (centre + spread * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    return jax.jit(draw).lower(jax.eval_shape(lambda: jax.random.key(0))).compile()

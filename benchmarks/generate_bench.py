@@ -1,0 +1,237 @@
+"""One model at one batch and picture size: compiling, drawing and timing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from benchmarks import models
+from benchmarks.models import Parts
+from sparvar_jax import generate, sampling
+from sparvar_jax.bound import Bound
+from sparvar_jax.class_pipeline import ClassDefaults
+from sparvar_jax.generate import Generator, ScaleOutput, State
+from sparvar_jax.models import bsq_vae
+from sparvar_jax.models.var_parts import guidance_ramp
+from sparvar_jax.pipeline import code_sum_shape
+from sparvar_jax.plan import Plan
+from sparvar_jax.policies import parse_plan
+from sparvar_jax.schedule import ScaleSchedule, infinity_schedule
+from sparvar_jax.step import StepSpec, step_spec
+from sparvar_jax.text_encoder import TextEncoder, TextFeatures
+
+BEYOND = {"2.25M": ((80, 80), (96, 96))}
+"""Square schedules longer than any released one (1536 px), to show how cost grows."""
+PROMPT = "a red apple to the left of a blue cup on a wooden table"
+GUIDANCE = 3.0
+PATIENCE_SECONDS = 15.0  # a slow row is not repeated for longer
+
+Clock = list[tuple[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How the pictures of one model are drawn. guidance: conditional weight of every scale."""
+
+    schedule: ScaleSchedule
+    guidance: tuple[float, ...]
+    controls: sampling.Controls
+
+
+def schedule_of(ratio: float, size: str) -> ScaleSchedule:
+    """A released schedule, or the square 1M one with more scales. ratio: height over width.
+
+    Raises ValueError for a size that does not exist at this ratio.
+    """
+    if size not in BEYOND:
+        return infinity_schedule(ratio, size)
+    if ratio != 1:
+        raise ValueError(f"size {size} is square only, got a ratio of {ratio}: use 1")
+    return ScaleSchedule.of(infinity_schedule(1.0, "1M").sizes + BEYOND[size])
+
+
+def setting_of(parts: Parts, size: str | None) -> Setting:
+    """The schedule, guidance and sampling of a model; a class-conditional one has one size."""
+    if parts.is_class_model:
+        schedule, defaults = parts.transformer.config.schedule, ClassDefaults()
+        guidance = guidance_ramp(1.5, len(schedule))
+        kept = {"top_k": defaults.top_k, "top_p": defaults.top_p}
+        options = {"temperature": defaults.temperature, **kept}
+    else:
+        schedule = schedule_of(parts.ratio, size or parts.size)
+        guidance, options = (GUIDANCE,) * len(schedule), {}
+    controls = generate.controls(len(schedule), guidance=guidance, **options)
+    return Setting(schedule, guidance, controls)
+
+
+class Bench:
+    """One model at one batch and picture size; plans share their compiled steps.
+
+    text: what the pictures are drawn from: features, an encoder that is part of every draw, or
+    None for random features. Class-conditional models draw class after class.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        batch: int,
+        size: str | None = None,
+        text: TextFeatures | TextEncoder | None = None,
+    ):
+        self.parts, self.batch, self.setting = parts, batch, setting_of(parts, size)
+        self.keys = sampling.image_keys(0, batch)
+        self.generator = Generator(parts.transformer, getattr(parts.tokenizer, "codebook", None))
+        self._text = text
+        embed = _embed_classes if parts.is_class_model else _embed_text
+        self._embed = Bound(parts.transformer, embed)
+        self._decode = Bound(parts.tokenizer, _decode)
+        self._specs: set[StepSpec] = set()
+
+    def plan(self, name: str) -> Plan:
+        """A plan of this model's depth, with guidance wherever its weight is not one."""
+        flags = tuple(weight != 1 for weight in self.setting.guidance)
+        depth = self.parts.transformer.config.depth
+        return parse_plan(name, self.setting.schedule, depth, guidance=flags)
+
+    def new_programs(self, plans: Sequence[Plan]) -> int:
+        """How many steps of these plans are not compiled yet."""
+        return len(_specs(plans) - self._specs)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing was compiled yet."""
+        return not self._specs
+
+    def compile(self, plans: Sequence[Plan]) -> None:
+        """Compile all that drawing with these plans runs, in parallel threads."""
+        inputs, jobs = self._input_shapes()
+        jobs = [*jobs, lambda: self._embed.compile(*inputs)]
+        jobs += [lambda: self._decode.compile(self.code_shape(plans[0]))]
+        condition = self.condition_shape()
+        jobs += [
+            functools.partial(self.generator.compile, plan, condition, self.batch) for plan in plans
+        ]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            for running in [pool.submit(job) for job in jobs]:
+                running.result()
+        self._specs |= _specs(plans)
+
+    def programs(self, plan: Plan) -> tuple[Any, ...]:
+        """The executables of a compiled plan's steps, and of the decoder."""
+        steps = self.generator.compile(plan, self.condition_shape(), self.batch)
+        return (*steps, self._decode.compile(self.code_shape(plan)))
+
+    def draw(self, plan: Plan, clock: Clock | None = None) -> UInt8[np.ndarray, "B h w 3"]:
+        """The pictures of one generation; with a clock every part is waited for and timed."""
+
+        def tick(name: str, value: Any) -> None:
+            if clock is not None:
+                jax.block_until_ready(value)
+                clock.append((name, time.perf_counter()))
+
+        tick("start", None)
+        condition = self.condition()
+        tick("text", condition)
+        code_sum = None
+        for index, (state, _) in enumerate(self.steps(plan, condition)):
+            code_sum = state.code_sum
+            tick(f"scale {index}", state)
+        image = np.asarray(self._decode(code_sum))
+        tick("decode", None)
+        return image
+
+    def steps(self, plan: Plan, condition: Any) -> Iterator[tuple[State, ScaleOutput]]:
+        """State and output after every scale, from the programs that `draw` runs."""
+        return self.generator.steps(plan, condition, self.setting.controls, self.keys)
+
+    def release(self, plan: Plan) -> None:
+        """Free the cache buffers kept from the last generation with this plan."""
+        self.generator.start(plan, self.batch)
+
+    def condition(self) -> Any:
+        """What the steps take of class labels, of a prompt, or of text features."""
+        if isinstance(self._text, TextEncoder):
+            return self._embed(*self._text([PROMPT] * self.batch))
+        return self._embed(*self._inputs)
+
+    def condition_shape(self) -> Any:
+        return self._embed.shape(*self._input_shapes()[0])
+
+    def code_shape(self, plan: Plan) -> Any:
+        """What the tokenizer decodes, as shape and dtype."""
+        return code_sum_shape(self.parts.transformer, plan, self.batch)
+
+    @functools.cached_property
+    def _inputs(self) -> tuple[Any, ...]:
+        config = self.parts.transformer.config
+        if self.parts.is_class_model:
+            return (jnp.arange(self.batch) % config.classes,)
+        if isinstance(self._text, TextFeatures):
+            return tuple(self._text)
+        return tuple(models.text_features(self.batch, config.text_width))
+
+    def _input_shapes(self) -> tuple[tuple[Any, ...], list[Any]]:
+        """Shapes of what `condition` embeds, and what compiles the text encoder."""
+        if isinstance(self._text, TextEncoder):
+            features, job = self._text.shape([PROMPT] * self.batch)
+            return tuple(features), [job]
+        return self._inputs, []
+
+
+def _specs(plans: Sequence[Plan]) -> set[StepSpec]:
+    return {step_spec(plan, index) for plan in plans for index in range(len(plan.steps))}
+
+
+def _embed_text(model: Any, text: Float[Array, "B M Ct"], lengths: Int[Array, "B"]) -> Any:
+    return model.embed_condition(text, lengths, "learned")
+
+
+def _embed_classes(model: Any, labels: Int[Array, "B"]) -> Any:
+    return model.embed_condition(labels, True)
+
+
+def _decode(tokenizer: Any, codes: Float[Array, "B h w Cd"]) -> UInt8[Array, "B height width 3"]:
+    return bsq_vae.to_uint8(tokenizer.decode(codes))
+
+
+def measure(bench: Bench, plan: Plan, repeats: int) -> dict[str, Any]:
+    """Timings of a compiled plan: first picture, warm median and spread, by part and by scale.
+
+    Raises RuntimeError where the pictures are flat or anything drawn is not finite.
+    """
+    start = time.perf_counter()
+    picture = bench.draw(plan)
+    first = time.perf_counter() - start
+    if picture.std() < 1:
+        raise RuntimeError(f"{plan.name}: the pictures are flat: the generation did not run")
+    clock: Clock = []
+    bench.draw(plan, clock)
+    totals: list[float] = []
+    while len(totals) < repeats and (len(totals) < 2 or sum(totals) < PATIENCE_SECONDS):
+        before = time.perf_counter()
+        bench.draw(plan)
+        totals.append(time.perf_counter() - before)
+    spent = {name: after - before for (_, before), (name, after) in itertools.pairwise(clock)}
+    scales = [seconds for name, seconds in spent.items() if name.startswith("scale")]
+    parts = {"text": spent["text"], "transformer": sum(scales), "decode": spent["decode"]}
+    median = float(np.median(totals))
+    return {
+        "pixels": list(picture.shape[1:3]),
+        "seconds_median": median,
+        "seconds_spread": float(np.ptp(totals)),
+        "seconds_all": totals,
+        "images_per_second": bench.batch / median,
+        "seconds_by_part": parts,
+        "seconds_by_scale": scales,
+        "first_draw_seconds": first,
+    }

@@ -1,0 +1,201 @@
+"""Is what was timed right? The last scale again, layer by layer, without any kernel of ours.
+
+The timed programs draw all scales. Before the last one, their state (the real cache, codes and
+strategy state) is read for one image, and a second statement of the step, one plain XLA program a
+kind of layer, computes what the timed program must then leave behind: the keys and values that
+every layer writes, which depend on the attention of all layers before, and the tokens, which depend
+on all of it. Pictures of a batch do not depend on each other, so the last image stands for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from benchmarks.generate_bench import Bench
+from benchmarks.models import without_kernels
+from sparvar_jax import sampling
+from sparvar_jax.plan import Plan, with_implementation
+
+# Kernels and XLA round to bfloat16 (2^-9 relative) in every layer; forty layers of independent
+# roundings add up to about 40**0.5 * 2**-9 = 1.2e-2, and a layer has several of them.
+CACHE_TOLERANCE = 4e-2
+# A probability moves by at most a quarter of its logit; guided (3) and tempered (2), such an error
+# of logits near one moves it by 6 * 4e-2 / 4, and as many tokens change.
+TOKEN_TOLERANCE = 6e-2
+
+LayerRows = tuple[jax.Array, jax.Array]
+"""Keys and values [R, H, rows, D] that one layer writes at one scale."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """How far the timed programs are from the reference.
+
+    cache_error: largest relative error (Frobenius) of a layer's new keys or values. control_error:
+    the same where the reference saw negated cached values: what the check would say of a step that
+    misreads its cache. token_agreement: share of equal tokens.
+    """
+
+    cache_error: float
+    control_error: float
+    token_agreement: float
+
+    @property
+    def problem(self) -> str | None:
+        """Why a row must not be believed, None where it may."""
+        if not self.cache_error <= CACHE_TOLERANCE:
+            return f"keys and values differ from XLA by {self.cache_error:.3g}"
+        if not self.token_agreement >= 1 - TOKEN_TOLERANCE:
+            return f"only {self.token_agreement:.3f} of the tokens equal those of XLA"
+        if not self.control_error > CACHE_TOLERANCE:
+            return f"a misread cache would go unnoticed (error {self.control_error:.3g})"
+        return None
+
+
+def check(bench: Bench, plan: Plan) -> Check:
+    """Compare the last scale of the programs that `bench.draw` runs with the reference.
+
+    Raises ValueError for a plan of one scale, which reads no cache.
+    """
+    last, image = len(plan.steps) - 1, bench.batch - 1
+    if not last:
+        raise ValueError(f"the check needs a plan of at least two scales, got {plan.name}")
+    reference = Reference(bench, plan, image)
+    condition, before = bench.condition(), None
+    for index, (state, output) in enumerate(bench.steps(plan, condition)):
+        if index == last - 1:
+            # The next step takes the state's buffers, so everything is computed before it.
+            before = reference.both(*image_of((condition, state), image, bench.batch))
+        if index == last and before is not None:
+            (expected, tokens), control = before
+            rows = reference.written(image_of(state.cache, image, bench.batch))
+            return Check(
+                _difference(rows, expected),
+                _difference(control, expected),
+                float(jnp.mean(output.tokens[image] == tokens[0])),
+            )
+    raise AssertionError("the last step was not drawn")
+
+
+def image_of(tree: Any, image: int, batch: int) -> Any:
+    """The rows of one image in arrays that are led by images or by pairs of rows."""
+
+    def rows(leaf: jax.Array) -> jax.Array:
+        if leaf.shape[0] == batch:
+            return leaf[image : image + 1]
+        if leaf.shape[0] == 2 * batch:
+            return leaf if batch == 1 else leaf[np.asarray([image, batch + image])]
+        raise ValueError(f"an array of shape {leaf.shape} is not led by {batch} images")
+
+    return jax.tree.map(rows, tree)
+
+
+class Reference:
+    """The last scale of a plan in plain XLA, for one image of a batch."""
+
+    def __init__(self, bench: Bench, plan: Plan, image: int):
+        self._index = index = len(plan.steps) - 1
+        plan = with_implementation(plan, "xla")
+        self._model = model = without_kernels(bench.parts.transformer)
+        self._step = plan.steps[index]
+        bound = model.config.logit_bound
+        self._place = dataclasses.replace(plan.place(index), logit_bound=bound)
+        self._rows = 2 if self._step.rows == "both" else 1
+        self._controls, self._keys = bench.setting.controls, bench.keys[image : image + 1]
+        self._layers: dict[Any, Any] = {}
+
+    def both(self, condition: Any, state: Any) -> tuple[tuple[Any, jax.Array], list[LayerRows]]:
+        """(new keys and values, tokens); and new keys and values with cached values negated."""
+        x = _enter(self._model, state.codes, condition, place=self._place, rows=self._rows)
+        self._compile(x, condition, state)
+        written, x_out = self._run(x, condition, state, 1)
+        control, _ = self._run(x, condition, state, -1)
+        guided = self._step.merge_at == self._step.depth
+        tokens = _leave(
+            self._model, x_out, condition, self._controls, self._keys, index=self._index,
+            guided=guided,
+        )  # fmt: skip
+        return (written, tokens), control
+
+    def written(self, cache: Any) -> list[LayerRows]:
+        """What a program wrote into the cache at this scale, in the reference's shape."""
+        return [tuple(_rows(array, self._place, self._rows) for array in pair) for pair in cache]  # type: ignore[misc]
+
+    def _arguments(self, layer: int, x: Any, condition: Any, state: Any, sign: int) -> tuple:
+        keys, values = state.cache[layer]
+        inputs = self._model.block_inputs(layer, condition, self._rows)
+        cache = keys, (-values if sign < 0 else values)
+        positions = self._model.positions(self._place)
+        return self._model.blocks[layer], x, inputs, positions, cache, state.strategies[layer]
+
+    def _compile(self, x: Any, condition: Any, state: Any) -> None:
+        """One program a segment, in parallel: on a GPU each takes seconds."""
+        with ThreadPoolExecutor() as pool:
+            for segment in self._step.segments:
+                arguments = self._arguments(segment.layers[0], x, condition, state, 1)
+                lowered = _layer.lower(
+                    *arguments, apply_block=type(self._model).apply_block,
+                    config=self._model.config, place=self._place, attention=segment.attention,
+                )  # fmt: skip
+                self._layers[segment.layers] = pool.submit(lowered.compile)
+
+    def _run(self, x: Any, condition: Any, state: Any, sign: int) -> tuple[list[LayerRows], Any]:
+        written = []
+        for layer in range(self._step.depth):
+            program = self._layers[self._step.segment(layer).layers].result()
+            x, new = program(*self._arguments(layer, x, condition, state, sign))
+            written.append(new)
+            if layer == self._step.merge_at and layer + 1 < self._step.depth:
+                guidance = self._controls.guidance[self._index]
+                x = jnp.concatenate([sampling.mix(x, guidance)] * 2)
+        return written, x
+
+
+@functools.partial(jax.jit, static_argnames=("place", "rows"))
+def _enter(model, codes, condition, *, place, rows) -> Float[Array, "R T C"]:
+    return model.add_level(model.embed_codes(codes, condition)[:rows], place)
+
+
+@functools.partial(jax.jit, static_argnames=("apply_block", "config", "place", "attention"))
+def _layer(block, x, inputs, positions, cache, state, *, apply_block, config, place, attention):
+    """The residual stream after one block, and the rows it writes into the cache."""
+    written = []
+
+    def attend(write):
+        q, keys, values = write(*cache, place.layout.slot(place.index))
+        written.extend((keys, values))
+        return attention(q.astype(keys.dtype), keys, values, place, state)[0]
+
+    x = apply_block(config, block, x, inputs, positions, attend)
+    return x, tuple(_rows(array, place, x.shape[0]) for array in written)
+
+
+@functools.partial(jax.jit, static_argnames=("index", "guided"))
+def _leave(model, x, condition, controls, keys, *, index, guided) -> Int[Array, "B T ..."]:
+    logits = model.head_logits(x if guided else x[:1], condition) / controls.temperature[index]
+    logits = sampling.mix(logits, controls.guidance[index]) if guided else logits
+    drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+    return type(model).sample(model.config, logits, controls, drawn)
+
+
+def _rows(array: Float[Array, "Rk H S D"], place: Any, rows: int) -> Float[Array, "R H T D"]:
+    return array[:rows, :, place.layout.rows(place.index)]
+
+
+@jax.jit
+def _relative(ours: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array, ""]:
+    ours, reference = ours.astype(jnp.float32), reference.astype(jnp.float32)
+    return jnp.linalg.norm((ours - reference).ravel()) / jnp.linalg.norm(reference.ravel())
+
+
+def _difference(ours: list[LayerRows], reference: list[LayerRows]) -> float:
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True)
+    return float(np.max(np.asarray([_relative(a, b) for a, b in pairs])))
