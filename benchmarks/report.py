@@ -2,6 +2,7 @@
 
     python -m benchmarks.report            # rewrite the tables
     python -m benchmarks.report --check    # exit 1 if the README is not what the files say
+    python -m benchmarks.report NAME ...   # print tables, in the README or not
 
 A table lives between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a file's path below
 `benchmarks/results/` without its ending, and the columns follow from the kind of file.
@@ -43,6 +44,34 @@ def _parts(row: Row) -> str:
     return ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in parts.items())
 
 
+def _seconds(row: Row) -> str:
+    return row["failed"] if "failed" in row else _number("seconds_median")(row)
+
+
+def _planned(share: str) -> Callable[[Row], str]:
+    return lambda row: f"{row['planned_gib'][share]:.1f}" if "planned_gib" in row else ""
+
+
+def _pixels(row: Row) -> str:
+    return "x".join(str(side) for side in row.get("pixels", ()))
+
+
+def _check(row: Row) -> str:
+    check = row.get("check")
+    return "" if check is None else f"{check['cache_error']:.4f}"
+
+
+_THROUGHPUT: tuple[Column, ...] = (
+    ("model", _text("model")),
+    ("plan", _text("plan")),
+    ("images", _text("batch")),
+    ("pixels", _pixels),
+    ("seconds", _seconds),
+    ("spread", _number("seconds_spread")),
+    ("images/s", _number("images_per_second", 2)),
+    ("peak GiB", _number("peak_gib", 1)),
+    ("planned GiB", _planned("peak")),
+)
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "kernels": (
         ("case", _text("case")),
@@ -74,13 +103,46 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("model", _text("model")),
         ("plan", _text("plan")),
         ("images", _text("batch")),
-        ("size", _text("size")),
-        ("seconds", _number("seconds_median")),
+        ("seconds", _seconds),
         ("spread", _number("seconds_spread")),
         ("parts (each waited for)", _parts),
         ("density", _number("density")),
+        ("TFLOP/s", _number("tflops", 0)),
+        ("of", _number("matmul_ceiling_tflops", 0)),
         ("cold s", _number("cold_seconds", 1)),
         ("peak GiB", _number("peak_gib", 1)),
+        ("difference from XLA", _check),
+    ),
+    "generate-throughput": (*_THROUGHPUT, ("cache GiB", _planned("cache"))),
+    "generate-classes": (*_THROUGHPUT, ("density", _number("density"))),
+    "generate-sizes": (
+        ("model", _text("model")),
+        ("plan", _text("plan")),
+        ("pixels", _pixels),
+        ("seconds", _seconds),
+        ("spread", _number("seconds_spread")),
+        ("density", _number("density")),
+        ("peak GiB", _number("peak_gib", 1)),
+        ("planned GiB", _planned("peak")),
+    ),
+    "generate-memory": (
+        ("model", _text("model")),
+        ("plan", _text("plan")),
+        ("images", _text("batch")),
+        ("from", _text("text")),
+        ("peak GiB", _number("peak_gib", 1)),
+        ("weights GiB, text encoder apart", _planned("weights")),
+        ("cache GiB", _planned("cache")),
+        ("seconds", _seconds),
+    ),
+    "generate-cold": (
+        ("model", _text("model")),
+        ("plan", _text("plan")),
+        ("compile cache", _text("cache")),
+        ("import s", _number("import_seconds", 1)),
+        ("weights s", _number("weights_seconds", 1)),
+        ("compile s", _number("compile_seconds", 1)),
+        ("first picture after weights, s", _number("first_picture_seconds", 1)),
     ),
     "quality": (
         ("plan", _text("plan")),
@@ -102,9 +164,12 @@ def table(name: str) -> str:
     if not file.is_file():
         raise ValueError(f"the README names {file}, which does not exist: run its benchmark first")
     content = json.loads(file.read_text())
-    kind = re.split(r"[-_.]", file.stem)[0]
+    kind = file.stem if file.stem in COLUMNS else re.split(r"[-_.]", file.stem)[0]
     if kind not in COLUMNS:
         raise ValueError(f"{file}: no table for {kind!r}, expected one of {', '.join(COLUMNS)}")
+    for row in content["rows"]:
+        if problem := row.get("check", {}).get("problem"):
+            raise ValueError(f"{file}: {row['model']} {row['plan']} is wrong ({problem}): mend it")
     columns = COLUMNS[kind]
     lines = [
         "| " + " | ".join(title for title, _ in columns) + " |",
@@ -113,6 +178,8 @@ def table(name: str) -> str:
     lines += ["| " + " | ".join(show(row) for _, show in columns) + " |" for row in content["rows"]]
     versions = ", ".join(f"{k} {v}" for k, v in content["versions"].items())
     source = f"`benchmarks/results/{name}.json`: {content['device']}; {versions}"
+    if flags := content.get("xla_flags"):
+        source += f"; {flags}"
     return "\n".join([*lines, "", f"{source}; {content['date']}; commit {content['commit'][:12]}."])
 
 
@@ -122,10 +189,16 @@ def render(readme: str) -> str:
 
 
 def main() -> None:
-    """Rewrite or check the README's tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Rewrite or check the README's tables, or print tables by name."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="tables to print, such as h200/generate-latency")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
+    if arguments.names:
+        print("\n\n".join(table(name) for name in arguments.names))
+        return
     before = README.read_text()
     after = render(before)
     if arguments.check and after != before:
