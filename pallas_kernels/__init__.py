@@ -9,7 +9,13 @@ from pallas_kernels.api import (
     select_columns,
     window_attention,
 )
-from pallas_kernels.fused import cross_attention, residual_norm, rotary_to_cache, text_offsets
+from pallas_kernels.fused import (
+    cross_attention,
+    residual_norm,
+    rotary_to_cache,
+    text_memory,
+    text_offsets,
+)
 from pallas_kernels.sparsity import (
     BlockTable,
     Geometry,
@@ -38,6 +44,7 @@ __all__ = [
     "residual_norm",
     "rotary_to_cache",
     "select_columns",
+    "text_memory",
     "text_offsets",
     "token_rule",
     "window_attention",

@@ -14,7 +14,7 @@ from pallas_kernels import fused_xla, support
 from pallas_kernels.api import Implementation, choose
 from pallas_kernels.fused_shapes import MAX_LOG_TEMPERATURE, Rows, VectorLike, as_vector
 
-__all__ = ["cross_attention", "residual_norm", "rotary_to_cache", "text_offsets"]
+__all__ = ["cross_attention", "residual_norm", "rotary_to_cache", "text_memory", "text_offsets"]
 
 _HALVES = (jnp.bfloat16, jnp.float16)
 
@@ -149,6 +149,39 @@ def text_offsets(
     return jnp.where(mask[:, None], offsets, jnp.finfo(jnp.float32).min)
 
 
+def text_memory(
+    mask: Bool[Array, "R M"],
+    k: Float[Array, "R H M D"],
+    v: Float[Array, "R H M D"],
+    q_bias: Float[Array, " C"] | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "R H M2 D"], Float[Array, "R H M2 D"], Float[Array, "R H M2"]]:
+    """Keys, values and offsets for `cross_attention`, once for all scales.
+
+    For the kernel they are padded here to the length it takes, so that no call has to.
+    """
+    offsets = text_offsets(mask, k, q_bias)
+    if _chosen(implementation, _cross_reason(k.dtype, k, v)) == "xla":
+        return k, v, offsets
+    from pallas_kernels import fused_cross
+
+    return fused_cross.pad_text(k, v, offsets)
+
+
+def _cross_reason(dtype: jnp.dtype, k: Array, v: Array) -> str:
+    """Why the kernel cannot attend to a text of these keys and values."""
+    keys, head_dim = k.shape[2:]
+    if dtype not in _HALVES or not dtype == k.dtype == v.dtype:
+        return f"fused cross attention takes one 16-bit dtype; got {dtype} and {k.dtype}"
+    if head_dim not in (64, 128) or keys > 128:
+        return (
+            "fused cross attention takes up to 128 keys and head dims 64 and 128; got "
+            f"{keys} keys of {head_dim}"
+        )
+    return ""
+
+
 def cross_attention(
     q: Float[Array, "R T C"],
     k: Float[Array, "R H M D"],
@@ -161,10 +194,10 @@ def cross_attention(
     """Attention of every token to a prompt's M tokens, token-major in and out.
 
     Softmax over M of `scale * q k + offsets` (see `text_offsets`; scale defaults to 1 / sqrt(D)),
-    accumulated in float32. The kernel pads M to a multiple of 64: pad it once beforehand, with
-    the lowest offset, to save that copy.
+    accumulated in float32. The kernel pads M to a multiple of 64; what `text_memory` made for it
+    is padded already.
     """
-    rows, heads, keys, head_dim = k.shape
+    rows, heads, _, head_dim = k.shape
     if q.shape[0] != rows or q.shape[2] != heads * head_dim or v.shape != k.shape:
         raise ValueError(
             f"q must be [{rows}, T, {heads * head_dim}] and v {k.shape}, as k asks. "
@@ -172,16 +205,8 @@ def cross_attention(
         )
     if offsets.shape != k.shape[:3]:
         raise ValueError(f"offsets must be {k.shape[:3]}. Got {offsets.shape}.")
-    reason = ""
-    if q.dtype not in _HALVES or not q.dtype == k.dtype == v.dtype:
-        reason = f"fused cross attention takes one 16-bit dtype; got {q.dtype} and {k.dtype}"
-    elif head_dim not in (64, 128) or keys > 128:
-        reason = (
-            "fused cross attention takes up to 128 keys and head dims 64 and 128; got "
-            f"{keys} keys of {head_dim}"
-        )
     factor = float(head_dim) ** -0.5 if scale is None else scale
-    if _chosen(implementation, reason) == "xla":
+    if _chosen(implementation, _cross_reason(q.dtype, k, v)) == "xla":
         return fused_xla.cross_attention(q, k, v, offsets, factor)
     from pallas_kernels import fused_cross
 

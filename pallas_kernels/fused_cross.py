@@ -49,11 +49,8 @@ def cross_attention(
 ) -> Float[Array, "R T C"]:
     """Softmax over the text of `scale * q k + offsets`, times the values; token-major."""
     rows, tokens, _ = q.shape
+    k, v, offsets = pad_text(k, v, offsets)
     _, heads, keys, head_dim = k.shape
-    extra = -keys % KEY_MULTIPLE
-    if extra:
-        k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (k, v))
-        offsets = jnp.pad(offsets, ((0, 0), (0, 0), (0, extra)), constant_values=mosaic.LOWEST)
     tiles = ceil_div(tokens, TILE)
     wanted = ceil_div(config.ctas * support.multiprocessors(), rows * heads)
     chunk = ceil_div(tiles, wanted)
@@ -65,8 +62,8 @@ def cross_attention(
     padded = mosaic.pad_rows(q)
     shared = dict(
         q_smem=mosaic.tiled_smem((_BUFFERS, TILE, head_dim), q.dtype),
-        k_smem=mosaic.tiled_smem((keys + extra, head_dim), q.dtype),
-        v_smem=mosaic.tiled_smem((keys + extra, head_dim), q.dtype),
+        k_smem=mosaic.tiled_smem((keys, head_dim), q.dtype),
+        v_smem=mosaic.tiled_smem((keys, head_dim), q.dtype),
         text_full=plgpu.Barrier(num_arrivals=2),
         q_full=plgpu.Barrier(num_barriers=_BUFFERS),
     )
@@ -79,6 +76,17 @@ def cross_attention(
         compiler_params=mosaic.compiler_params(),
     )(padded, k, v, offsets)
     return out[:, :tokens]
+
+
+def pad_text(
+    k: Float[Array, "R H M D"], v: Float[Array, "R H M D"], offsets: Float[Array, "R H M"]
+) -> tuple[Float[Array, "R H M2 D"], Float[Array, "R H M2 D"], Float[Array, "R H M2"]]:
+    """A text padded with hidden tokens to the multiple of keys the kernel multiplies."""
+    extra = -k.shape[2] % KEY_MULTIPLE
+    if not extra:
+        return k, v, offsets
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (k, v))
+    return k, v, jnp.pad(offsets, ((0, 0), (0, 0), (0, extra)), constant_values=mosaic.LOWEST)
 
 
 class _CrossAttention:

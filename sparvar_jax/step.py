@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from sparvar_jax import cache as kv_cache
 from sparvar_jax import sampling
+from sparvar_jax.models.layers import Stream
 from sparvar_jax.plan import Plan, Step
 from sparvar_jax.strategy import Attention, Place
 
@@ -85,7 +86,9 @@ def empty_state(
 
 
 @functools.partial(jax.jit, static_argnames=("apply_block", "config", "place", "attention"))
-def _layer(block, x, inputs, positions, cache, state, *, apply_block, config, place, attention):
+def _layer(
+    block, stream, inputs, positions, cache, state, *, apply_block, config, place, attention
+):
     """One block with its cache and strategy; jitted so that equal layers are traced once."""
     left: dict[str, Any] = {}
 
@@ -95,8 +98,8 @@ def _layer(block, x, inputs, positions, cache, state, *, apply_block, config, pl
         left.update(cache=(keys, values), state={**state, **update})
         return out
 
-    x = apply_block(config, block, x, inputs, positions, attend)
-    return x, left["cache"], left["state"]
+    stream = apply_block(config, block, stream, inputs, positions, attend)
+    return stream, left["cache"], left["state"]
 
 
 def split_state(state: State) -> tuple[Any, Any]:
@@ -115,15 +118,15 @@ def draw_scale(leaves, condition, donated, read, controls, keys, forced, *, tree
     captured: dict[str, jax.Array] = {}
     x = model.embed_codes(state.codes, condition)[:rows]
     captured["input"] = x
-    x = model.add_level(x, place)
+    stream = Stream(model.add_level(x, place))
     positions = model.positions(place)
     guidance = controls.guidance[place.index]
     caches, kept = [], []
     for layer in range(step.depth):
         attention: Attention = step.segment(layer).attention
-        x, cache, left = _layer(
+        stream, cache, left = _layer(
             model.blocks[layer],
-            x,
+            stream,
             model.block_inputs(layer, condition, rows),
             positions,
             state.cache[layer],
@@ -136,9 +139,11 @@ def draw_scale(leaves, condition, donated, read, controls, keys, forced, *, tree
         caches.append(cache)
         kept.append({name: left[name] for name in sorted(spec.live[layer])})
         if layer == step.merge_at:
-            mixed = sampling.mix(x, guidance)
-            x = jnp.concatenate([mixed, mixed])
-        captured[f"hidden.{layer}"] = x
+            mixed = sampling.mix(stream.settled(), guidance)
+            stream = Stream(jnp.concatenate([mixed, mixed]))
+        if spec.capture:
+            captured[f"hidden.{layer}"] = stream.settled()
+    x = stream.settled()
     on_logits = step.merge_at == step.depth
     raw = model.head_logits(x if on_logits or spec.capture else x[:batch], condition)
     tempered = raw / controls.temperature[place.index]

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparvar_jax.cache import Write
+from sparvar_jax.models.layers import Stream
 from sparvar_jax.schedule import Scale, ScaleSchedule, Slot
 from sparvar_jax.strategy import Place
 
@@ -114,7 +115,8 @@ def teacher_forced_logits(
 
     def apply(x: Array, layer: tuple[Any, Any]) -> tuple[Array, None]:
         block, inputs = layer
-        return model.apply_block(config, block, x, inputs, positions, attend), None
+        stream = model.apply_block(config, block, Stream(x), inputs, positions, attend)
+        return stream.settled(), None
 
     apply = jax.checkpoint(apply) if remat else apply
     if scan:

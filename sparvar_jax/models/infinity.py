@@ -104,7 +104,7 @@ class Infinity(nnx.Module):
             pooled,
             head,
             tuple(block.ada_gss[...].astype(jnp.float32) + shared for block in self.blocks),
-            tuple(block.cross.text(memory, mask, config.heads) for block in self.blocks),
+            tuple(block.cross.text(memory, mask, config) for block in self.blocks),
         )
 
     def embed_codes(
@@ -142,13 +142,13 @@ class Infinity(nnx.Module):
     def apply_block(
         config: InfinityConfig,
         block: Block,
-        x: Float[Array, "R T C"],
+        stream: layers.Stream,
         inputs: BlockInputs,
         positions: Rotary,
         attend: Attend,
-    ) -> Float[Array, "R T C"]:
+    ) -> layers.Stream:
         """The residual stream after one block."""
-        return block(x, *inputs, positions, attend, config)
+        return block(stream, *inputs, positions, attend, config)
 
     @staticmethod
     def sample(

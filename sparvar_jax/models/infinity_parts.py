@@ -14,7 +14,7 @@ import pallas_kernels
 from pallas_kernels.api import Implementation
 from sparvar_jax.cache import Attend
 from sparvar_jax.models import layers
-from sparvar_jax.models.layers import DtypeName, Precision
+from sparvar_jax.models.layers import DtypeName, Precision, Stream
 from sparvar_jax.schedule import Slot
 
 Rotary = tuple[jax.Array, jax.Array]
@@ -208,13 +208,14 @@ class CrossAttention(nnx.Module):
         self.proj = layers.linear(width, width, config.precision, rngs)
 
     def text(
-        self, memory: Float[Array, "R M C"], mask: Bool[Array, "R M"], heads: int
+        self, memory: Float[Array, "R M C"], mask: Bool[Array, "R M"], config: InfinityConfig
     ) -> TextMemory:
         """Keys, values and score offsets of projected text, the same for every scale."""
         key, value = jnp.split(self.kv(memory), 2, axis=-1)
-        key = layers.split_heads(key, heads)
-        value = layers.split_heads(value + self.v_bias[...], heads)
-        return key, value, pallas_kernels.text_offsets(mask, key, layers.bias_of(self.q))
+        key = layers.split_heads(key, config.heads)
+        value = layers.split_heads(value + self.v_bias[...], config.heads)
+        bias = layers.bias_of(self.q)
+        return pallas_kernels.text_memory(mask, key, value, bias, implementation=config.fused)
 
     def __call__(
         self, x: Float[Array, "R T C"], text: TextMemory, fused: Implementation | None
@@ -227,14 +228,14 @@ class CrossAttention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two linear maps with tanh-approximated GELU between them."""
+    """Two linear maps with tanh-approximated GELU between them; the second lacks its bias."""
 
     def __init__(self, width: int, hidden: int, precision: Precision, rngs: nnx.Rngs):
         self.fc1 = layers.linear(width, hidden, precision, rngs)
         self.fc2 = layers.linear(hidden, width, precision, rngs)
 
     def __call__(self, x: Float[Array, "R T C"]) -> Float[Array, "R T C"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+        return layers.product(self.fc2, jax.nn.gelu(self.fc1(x), approximate=True))
 
 
 class Block(nnx.Module):
@@ -252,13 +253,13 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "R T C"],
+        stream: Stream,
         values: Float[Array, "R 6 C"],
         text: TextMemory,
         rotary: Rotary,
         attend: Attend,
         config: InfinityConfig,
-    ) -> Float[Array, "R T C"]:
+    ) -> Stream:
         """The residual stream after this block (arXiv 2412.04431, figure 2).
 
         values: gains 1 and 2, scales 1 and 2, shifts 1 and 2 of the adaptive norms.
@@ -268,7 +269,7 @@ class Block(nnx.Module):
             pallas_kernels.residual_norm, dtype=config.precision.compute, implementation=fused
         )
         assert self.cross_norm.bias is not None
-        _, y = norm(x, None, None, (values, 2), (values, 4))
+        x, y = stream.normed(values, 2, 4, config.precision, fused)
         x, y = norm(
             x,
             self.attn(y, rotary, attend, fused),
@@ -280,4 +281,4 @@ class Block(nnx.Module):
         )
         branch = self.cross(y, text, fused)
         x, y = norm(x, branch, None, (values, 3), (values, 5), bias=layers.bias_of(self.cross.proj))
-        return x + values[:, 1, None] * self.ffn(y)
+        return Stream(x, self.ffn(y), values, layers.bias_of(self.ffn.fc2), index=1)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
+
+import pallas_kernels
+from pallas_kernels.api import Implementation
 
 DtypeName = Literal["bfloat16", "float32"]
 MAX_LOG_TEMPERATURE = 4.605170185988092  # ln 100, the clamp of cosine attention's temperature
@@ -83,6 +87,55 @@ class Scale(nnx.Module):
     def __init__(self, width: int, *, bias: bool, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
         self.bias = nnx.Param(jnp.zeros((width,), dtype)) if bias else None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("x", "branch", "table", "bias"),
+    meta_fields=("index",),
+)
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The float32 residual stream between blocks: `x + gain * (branch + bias)`.
+
+    A block leaves its last update undone, so that the norm that opens the next block makes both in
+    one pass over memory. The gain is row `index` of `table`; without a branch the stream is x.
+    """
+
+    x: Float[Array, "R T C"]
+    branch: Float[Array, "R T C"] | None = None
+    table: Float[Array, "R K C"] | None = None
+    bias: Float[Array, "C"] | None = None
+    index: int = 0
+
+    def settled(self) -> Float[Array, "R T C"]:
+        """The stream as one array."""
+        if self.branch is None:
+            return self.x
+        assert self.table is not None
+        assert self.bias is not None
+        branch = self.branch + self.bias.astype(self.branch.dtype)
+        return self.x + self.table[:, self.index, None] * branch
+
+    def normed(
+        self,
+        values: Float[Array, "R K C"],
+        scale: int,
+        shift: int,
+        precision: Precision,
+        implementation: Implementation | None,
+    ) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"]]:
+        """The settled stream, and its adaptive norm by rows `scale` and `shift` of `values`."""
+        return pallas_kernels.residual_norm(
+            self.x,
+            self.branch,
+            None if self.table is None else (self.table, self.index),
+            (values, scale),
+            (values, shift),
+            bias=self.bias,
+            dtype=precision.compute,
+            implementation=implementation,
+        )
 
 
 def layer_norm(x: Float[Array, "... C"]) -> Float[Array, "... C"]:

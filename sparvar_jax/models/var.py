@@ -110,14 +110,14 @@ class Var(nnx.Module):
     def apply_block(
         config: VarConfig,
         block: Block,
-        x: Float[Array, "R T C"],
+        stream: layers.Stream,
         inputs: Float[Array, "R 6 C"],
         positions: tuple[()],
         attend: Attend,
-    ) -> Float[Array, "R T C"]:
+    ) -> layers.Stream:
         """The residual stream after one block."""
         del positions
-        return block(x, inputs, attend, config)
+        return block(stream, inputs, attend, config)
 
     @staticmethod
     def sample(

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels import residual_norm
 from pallas_kernels.api import Implementation
 from sparvar_jax import cache
 from sparvar_jax.cache import Attend
 from sparvar_jax.models import layers
 from sparvar_jax.models.infinity_parts import FeedForward
-from sparvar_jax.models.layers import DtypeName, Precision
+from sparvar_jax.models.layers import DtypeName, Precision, Stream
 from sparvar_jax.schedule import ScaleSchedule, Slot
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -165,20 +163,17 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "R T C"],
+        stream: Stream,
         values: Float[Array, "R 6 C"],
         attend: Attend,
         config: VarConfig,
-    ) -> Float[Array, "R T C"]:
+    ) -> Stream:
         """The residual stream after this block; `values` modulate it (their own part is added)."""
         if self.shared_ada:
             values = values + self.ada_gss[...].astype(jnp.float32)
-        norm = functools.partial(
-            residual_norm, dtype=config.precision.compute, implementation=config.fused
-        )
-        _, y = norm(x, None, None, (values, 2), (values, 4))
-        branch = self.attn(y, attend)
-        x, y = norm(
-            x, branch, (values, 0), (values, 3), (values, 5), bias=layers.bias_of(self.attn.proj)
-        )
-        return x + values[:, 1, None] * self.ffn(y)
+        precision, fused = config.precision, config.fused
+        x, y = stream.normed(values, 2, 4, precision, fused)
+        bias = layers.bias_of(self.attn.proj)
+        attended = Stream(x, self.attn(y, attend), values, bias, index=0)
+        x, y = attended.normed(values, 3, 5, precision, fused)
+        return Stream(x, self.ffn(y), values, layers.bias_of(self.ffn.fc2), index=1)

@@ -44,6 +44,19 @@ def test_residual_norm_reference_gives_the_bits_of_the_model():
     np.testing.assert_array_equal(y, want)
 
 
+def test_an_update_left_to_the_next_norm_gives_the_bits_of_one_made_at_once():
+    inputs = norm_inputs()
+    x, branch, table, bias = (inputs[name] for name in ("x", "branch", "table", "bias"))
+    stream = layers.Stream(x, branch, table, bias, index=1)
+    made = x + table[:, 1, None] * (branch + bias)
+    want = layers.modulate(made, table[:, 2], table[:, 4]).astype(jnp.bfloat16)
+    for stands in (stream, layers.Stream(made)):
+        settled, y = stands.normed(table, 2, 4, layers.Precision(), None)
+        np.testing.assert_array_equal(settled, made)
+        np.testing.assert_array_equal(stands.settled(), made)
+        np.testing.assert_array_equal(y, want)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -116,6 +129,14 @@ def test_cross_attention_reference_agrees_with_the_model():
     want = layers.masked_attention(query, k, v, mask, layers.Precision("bfloat16"))
     got = fused.cross_attention(q, k, v, fused.text_offsets(mask, k))
     assert_near(got, *float64(layers.merge_heads(want)), 2)
+
+
+def test_text_for_the_reference_is_left_as_it_is():
+    _, k, v, mask, bias = cross_inputs()
+    keys, values, offsets = fused.text_memory(mask, k, v, bias)
+    assert keys is k
+    assert values is v
+    np.testing.assert_array_equal(offsets, fused.text_offsets(mask, k, bias))
 
 
 def test_cross_attention_refuses_what_does_not_fit():

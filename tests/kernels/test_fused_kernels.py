@@ -65,6 +65,15 @@ def test_cross_attention_kernel_interpreted(interpreted):
     assert_near(out, cross_truth(*inputs), 2)
 
 
+@needs_mosaic
+def test_text_made_for_the_kernel_is_padded_once(interpreted):
+    q, k, v, mask, bias = inputs = cross_inputs()
+    k, v, offsets = fused.text_memory(mask, k, v, bias, implementation="mosaic")
+    assert k.shape[2] == v.shape[2] == offsets.shape[2] == 64
+    out = fused.cross_attention(q, k, v, offsets, implementation="mosaic")
+    assert_near(out, cross_truth(*inputs), 2)
+
+
 # --- lowering ---
 
 GRID_SIDES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
