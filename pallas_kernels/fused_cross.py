@@ -13,6 +13,7 @@ its query buffer while the next tile is already in flight.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +49,17 @@ def cross_attention(
     config: CrossConfig,
 ) -> Float[Array, "R T C"]:
     """Softmax over the text of `scale * q k + offsets`, times the values; token-major."""
+    text = pad_text(k, v, offsets)
+    return _call(q, *text, scale=scale, ctas=config.ctas * support.multiprocessors())
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "ctas"))
+def _call(q, k, v, offsets, *, scale: float, ctas: int) -> Float[Array, "R T C"]:
+    """Jitted to be lowered once a program."""
     rows, tokens, _ = q.shape
-    k, v, offsets = pad_text(k, v, offsets)
     _, heads, keys, head_dim = k.shape
     tiles = ceil_div(tokens, TILE)
-    wanted = ceil_div(config.ctas * support.multiprocessors(), rows * heads)
-    chunk = ceil_div(tiles, wanted)
+    chunk = ceil_div(tiles, ceil_div(ctas, rows * heads))
 
     def cross_attention_kernel(*refs, **buffers):
         gmem = dict(zip(("q", "k", "v", "offsets", "out"), refs, strict=True))

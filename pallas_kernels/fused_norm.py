@@ -12,6 +12,7 @@ consecutive tokens of one row; several of them share a multiprocessor and hide e
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,30 +52,41 @@ def residual_norm(
     config: NormConfig,
 ) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"]]:
     """(x + gain * (branch + bias), its modulated norm); `vectors` may lack "gain" and "bias"."""
-    rows, tokens, _ = x.shape
-    wanted = config.ctas * support.multiprocessors()
-    chunk = ceil_div(rows * tokens, wanted)
-    outputs = [jax.ShapeDtypeStruct(x.shape, dtype)]
-    operands: dict[str, Any] = {"x": x}
-    if branch is not None:
-        outputs.append(jax.ShapeDtypeStruct(x.shape, jnp.float32))
-        operands["branch"] = branch
+    operands = {"x": x} if branch is None else {"x": x, "branch": branch}
     operands |= {name: table for name, (table, _) in vectors.items()}
-    indices = {name: index for name, (_, index) in vectors.items()}
+    out = _call(
+        operands,
+        indices=tuple((name, index) for name, (_, index) in vectors.items()),
+        one_plus=one_plus,
+        dtype=jnp.dtype(dtype),
+        resident=config.resident,
+        ctas=config.ctas * support.multiprocessors(),
+    )
+    return (x if branch is None else out[1]), out[0]
+
+
+@functools.partial(jax.jit, static_argnames=("indices", "one_plus", "dtype", "resident", "ctas"))
+def _call(operands: dict[str, Array], *, indices, one_plus, dtype, resident, ctas) -> list[Array]:
+    """The normed stream and, with a branch, the new one; jitted to be lowered once a program."""
+    x = operands["x"]
+    rows, tokens, _ = x.shape
+    chunk = ceil_div(rows * tokens, ctas)
+    outputs = [jax.ShapeDtypeStruct(x.shape, dtype)]
+    if "branch" in operands:
+        outputs.append(jax.ShapeDtypeStruct(x.shape, jnp.float32))
     names = [*operands, "y", "x_new"][: len(operands) + len(outputs)]
 
     def residual_norm_kernel(*refs):
         gmem = dict(zip(names, refs, strict=True))
-        _ResidualNorm(gmem, indices, one_plus, config.resident).run(chunk)
+        _ResidualNorm(gmem, dict(indices), one_plus, resident).run(chunk)
 
-    out = plgpu.kernel(
+    return plgpu.kernel(
         residual_norm_kernel,
         out_type=outputs,
         grid=(ceil_div(tokens, chunk), rows),
         grid_names=("chunk", "row"),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(*operands.values())
-    return (x if branch is None else out[1]), out[0]
 
 
 def width_layout(width: int) -> Any:

@@ -13,6 +13,7 @@ of the cache in place, and rows that only pad a grid row are zeroed.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +77,19 @@ def rotary_to_cache(
     config: RotaryConfig,
 ) -> tuple[Float[Array, "R H T D"], Float[Array, "Rk H S D"], Float[Array, "Rk H S D"]]:
     """Queries and the two caches with the scale's rows written."""
+    ctas = config.ctas * support.multiprocessors()
+    operands = (qkv, q_bias, v_bias, log_temperature, cos, sin, k_cache, v_cache)
+    return _call(*operands, place=place, max_log_temperature=max_log_temperature, ctas=ctas)
+
+
+@functools.partial(jax.jit, static_argnames=("place", "max_log_temperature", "ctas"))
+def _call(
+    qkv, q_bias, v_bias, log_temperature, cos, sin, k_cache, v_cache, *,
+    place: Rows, max_log_temperature: float, ctas: int,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Jitted to be lowered once a program."""
     rows, tokens, _, heads, head_dim = qkv.shape
-    chunk = ceil_div(rows * place.span, config.ctas * support.multiprocessors())
+    chunk = ceil_div(rows * place.span, ctas)
     layout = heads_layout(heads, head_dim)
     both = jnp.repeat(cos, 2, axis=1), jnp.stack([-sin, sin], axis=-1).reshape(tokens, head_dim)
     names = ("qkv", "q_bias", "v_bias", "log_temperature", "cos", "sin", "k", "v", "q")

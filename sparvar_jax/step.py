@@ -94,12 +94,18 @@ def _layer(
 
     def attend(write: kv_cache.Write) -> jax.Array:
         q, keys, values = write(cache[0], cache[1], place.layout.slot(place.index))
-        out, update = attention(q.astype(keys.dtype), keys, values, place, state)
+        out, update = _attend(q, keys, values, state, attention=attention, place=place)
         left.update(cache=(keys, values), state={**state, **update})
         return out
 
     stream = apply_block(config, block, stream, inputs, positions, attend)
     return stream, left["cache"], left["state"]
+
+
+@functools.partial(jax.jit, static_argnames=("attention", "place"))
+def _attend(q, keys, values, state, *, attention, place):
+    """A strategy's attention; jitted so that layers of different structure lower it once."""
+    return attention(q.astype(keys.dtype), keys, values, place, state)
 
 
 def split_state(state: State) -> tuple[Any, Any]:
