@@ -34,19 +34,27 @@ def inputs(rows, cache_rows, heads, queries, keys, head_dim, *, valid=None, dtyp
 
 
 def truth(q, k, v, mask):
-    """Float64 attention under a mask [#R', #H, T, S], and its lse; empty rows give 0 and -inf."""
+    """Float64 attention under a mask [#R', #H, T, S], and its lse; empty rows give 0 and -inf.
+
+    Head by head and in place: whole float64 scores of the longest lengths would take gigabytes.
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     k, v = k[: q.shape[0]], v[: q.shape[0]]
     mask = np.broadcast_to(mask, (*q.shape[:3], k.shape[2]))
     seen = mask.any((0, 1, 2))
     k, v = np.where(seen[:, None], k, 0), np.where(seen[:, None], v, 0)
-    scores = np.where(mask, np.einsum("rhtd,rhsd->rhts", q, k), -np.inf)
-    top = scores.max(-1, keepdims=True)
-    weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
-    total = weights.sum(-1, keepdims=True)
-    out = np.einsum("rhts,rhsd->rhtd", weights / np.maximum(total, 1e-300), v)
-    with np.errstate(divide="ignore"):
-        return out, (np.log(total) + top)[..., 0]
+    out, lse = np.zeros(q.shape), np.zeros(q.shape[:3])
+    for place in np.ndindex(q.shape[:2]):
+        scores = q[place] @ k[place].T
+        np.copyto(scores, -np.inf, where=~mask[place])
+        top = scores.max(-1, keepdims=True)
+        scores -= np.where(np.isfinite(top), top, 0)
+        weights = np.exp(scores, out=scores)
+        total = weights.sum(-1, keepdims=True)
+        out[place] = weights @ v[place] / np.maximum(total, 1e-300)
+        with np.errstate(divide="ignore"):
+            lse[place] = (np.log(total) + top)[:, 0]
+    return out, lse
 
 
 def relative_error(got, want):

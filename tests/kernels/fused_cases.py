@@ -15,7 +15,7 @@ HALF_STEP = 2.0**-8
 
 def normal(seed, shape, dtype=jnp.float32):
     values = np.random.default_rng(seed).normal(size=shape)
-    return jnp.asarray(values, jnp.float32).astype(dtype)
+    return jnp.asarray(values.astype(np.float32).astype(dtype))
 
 
 def float64(*arrays):
@@ -154,8 +154,8 @@ def cross_truth(q, k, v, mask, bias):
     mask = np.asarray(mask)
     q, k, v, bias = float64(q, k, v, bias)
     heads = (q + bias).reshape(*q.shape[:2], k.shape[1], k.shape[3])
-    scores = np.einsum("rthd,rhmd->rhtm", heads, k) * k.shape[3] ** -0.5
+    scores = heads.swapaxes(1, 2) @ k.swapaxes(2, 3) * k.shape[3] ** -0.5
     scores = np.where(mask[:, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("rhtm,rhmd->rthd", weights, v).reshape(q.shape)
+    return (weights @ v).swapaxes(1, 2).reshape(q.shape)

@@ -178,6 +178,6 @@ def test_rotary_on_a_gpu(layout_name, heads, head_dim):
 @pytest.mark.parametrize(("heads", "head_dim"), [(28, 128), (6, 64)])
 def test_cross_attention_on_a_gpu(tokens, keys, heads, head_dim):
     q, k, v, mask, bias = inputs = cross_inputs(2, tokens, heads, keys, head_dim)
-    offsets = fused.text_offsets(mask, k, bias)
+    offsets = jax.jit(fused.text_offsets)(mask, k, bias)
     out = jax.jit(lambda *a: fused.cross_attention(*a, implementation="mosaic"))(q, k, v, offsets)
     assert_near(out, cross_truth(*inputs), 2)
