@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from benchmarks.generate_bench import Bench
 from benchmarks.models import without_kernels
 from sparvar_jax import sampling
+from sparvar_jax.models.layers import Stream
 from sparvar_jax.plan import Plan, with_implementation
 
 # Kernels and XLA round to bfloat16 (2^-9 relative) in every layer; forty layers of independent
@@ -174,7 +175,7 @@ def _layer(block, x, inputs, positions, cache, state, *, apply_block, config, pl
         written.extend((keys, values))
         return attention(q.astype(keys.dtype), keys, values, place, state)[0]
 
-    x = apply_block(config, block, x, inputs, positions, attend)
+    x = apply_block(config, block, Stream(x), inputs, positions, attend).settled()
     return x, tuple(_rows(array, place, x.shape[0]) for array in written)
 
 
