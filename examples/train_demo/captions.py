@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 LAYERS = 3
+# Sizes and places vary little: every drawing has to be learnt anew at each of them.
 
 STYLE_PREFIX = {
     "fluent-3d": ("a glossy 3d render of ", "a 3d icon of "),
@@ -71,12 +72,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawing of the archive: its style, code point, name and tags."""
+    """One drawing of the archive: its style, code point, name, tags and group of things."""
 
     style: str
     code_point: str
     name: str
     tags: tuple[str, ...] = field(default=())
+    group: str = ""
 
 
 def article(name: str) -> str:
@@ -122,8 +124,8 @@ def single(index: int, picture: Picture, rng: np.random.Generator) -> tuple[str,
     """One large thing, on white (unsaid or said) or on a coloured background (always said)."""
     recipe = empty_recipe(rng)
     recipe.sprite[0] = index
-    recipe.size[0] = rng.uniform(0.75, 1.0)
-    recipe.centre[0] = 0.5 + rng.uniform(-0.5, 0.5, 2) * (1 - recipe.size[0])
+    recipe.size[0] = rng.uniform(0.84, 0.92)
+    recipe.centre[0] = 0.5 + rng.uniform(-0.25, 0.25, 2) * (1 - recipe.size[0])
     words = picture.name if rng.random() < 0.15 else article(picture.name)
     told = rng.random()
     if told < 0.5:
@@ -158,16 +160,16 @@ def arrange(words: list[str], recipe: Recipe, rng: np.random.Generator) -> str:
     if len(words) == 1:
         vertical, horizontal = rng.integers(3, size=2)
         _place(
-            recipe, [(0.3 + 0.2 * vertical, 0.3 + 0.2 * horizontal)], (0.38, 0.55), (0.03,) * 2, rng
+            recipe, [(0.3 + 0.2 * vertical, 0.3 + 0.2 * horizontal)], (0.44, 0.52), (0.02,) * 2, rng
         )
         place = f"{('top', '', 'bottom')[vertical]} {('left', '', 'right')[horizontal]}".strip()
         return f"{words[0]} at the {place}" if place else f"{words[0]} in the middle"
     if len(words) == 2:
         first, second = words
         if rng.random() < 0.5:
-            _place(recipe, [(0.27, 0.5), (0.73, 0.5)], (0.4, 0.52), (0.02, 0.14), rng)
+            _place(recipe, [(0.27, 0.5), (0.73, 0.5)], (0.43, 0.49), (0.015, 0.05), rng)
             return f"{first} above {second}" if rng.random() < 0.7 else f"{second} below {first}"
-        _place(recipe, [(0.5, 0.27), (0.5, 0.73)], (0.4, 0.52), (0.14, 0.02), rng)
+        _place(recipe, [(0.5, 0.27), (0.5, 0.73)], (0.43, 0.49), (0.05, 0.015), rng)
         chance = rng.random()
         if chance < 0.4:
             return f"{first} to the left of {second}"
@@ -176,9 +178,9 @@ def arrange(words: list[str], recipe: Recipe, rng: np.random.Generator) -> str:
         return f"{first} next to {second}" if chance < 0.8 else f"{first} and {second}"
     first, second, third = words
     if rng.random() < 0.5:
-        _place(recipe, [(0.5, 0.2), (0.5, 0.5), (0.5, 0.8)], (0.3, 0.38), (0.2, 0.015), rng)
+        _place(recipe, [(0.5, 0.2), (0.5, 0.5), (0.5, 0.8)], (0.3, 0.34), (0.05, 0.015), rng)
         return f"{first}, {second} and {third} in a row"
-    _place(recipe, [(0.27, 0.5), (0.73, 0.27), (0.73, 0.73)], (0.38, 0.48), (0.02, 0.02), rng)
+    _place(recipe, [(0.27, 0.5), (0.73, 0.27), (0.73, 0.73)], (0.41, 0.45), (0.015, 0.015), rng)
     return f"{first} above {second} and {third}"
 
 

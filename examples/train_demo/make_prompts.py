@@ -88,7 +88,10 @@ def scenes(points: dict[str, str], rng: np.random.Generator) -> list[dict]:
 
 def main() -> None:
     """Write `prompts.json`."""
-    pictures = load()[0].pictures
+    collection, _ = load()
+    pictures = [
+        collection.pictures[i] for i in collection.distinct(np.arange(len(collection.pictures)))
+    ]
     rng = np.random.default_rng(7)
     points = {p.name: p.code_point for p in pictures}
     styles = list(STYLE_PREFIX)

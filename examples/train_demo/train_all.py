@@ -18,7 +18,13 @@ import jax
 from examples.train_demo import parallel, store, train_tokenizer, train_transformer
 from examples.train_demo.models import SIZES, DemoConfig, Network, initial, networks
 from examples.train_demo.pictures import load, render
-from examples.train_demo.train_transformer import Budget, Record, make_programs, start_params
+from examples.train_demo.train_transformer import (
+    Budget,
+    Record,
+    chosen,
+    make_programs,
+    start_params,
+)
 from sparvar_jax.models.bsq_vae import BsqVae
 
 START = Path(__file__).with_name("start")
@@ -99,9 +105,11 @@ def main() -> None:
             sprites, collection, mesh,
         )  # fmt: skip
 
+    things = chosen(args, collection)
+
     def save(params: Any, record: Record) -> None:
         if store.save(args.out, "transformer", params):
-            write_record(args, earlier, trained, record)
+            write_record(args, len(things), earlier, trained, record)
 
     train_transformer.train(
         nets,
@@ -111,6 +119,7 @@ def main() -> None:
         collection,
         mesh,
         programs,
+        things=things,
         budget=Budget(began + args.seconds, tuple(args.span), args.max_steps),
         pool_size=args.pool,
         peak=args.rate,
@@ -127,6 +136,7 @@ def earlier_runs(folder: Path | None) -> list[dict[str, Any]]:
 
 def write_record(
     args: argparse.Namespace,
+    pictures: int,
     earlier: list[dict[str, Any]],
     tokenizer: dict[str, Any],
     record: Record,
@@ -135,6 +145,7 @@ def write_record(
     entry = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "span": list(args.span),
+        "pictures": pictures,
         "tokenizer": tokenizer,
         "transformer_seconds": round(record.seconds),
         "batches": dict(zip(("7", "10", "13"), args.batches, strict=True)),

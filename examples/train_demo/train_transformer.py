@@ -46,7 +46,7 @@ class Course:
 
 # The whole sequence enters well before the rate begins to fall: the last scales start last, and
 # a falling rate would leave them noisy.
-COURSES = (Course(0.28, (7,)), Course(0.42, (10, 7)), Course(1.0, (13, 7, 13, 10)))
+COURSES = (Course(0.28, (7,)), Course(0.42, (10, 7)), Course(1.0, (13, 7, 10, 7)))
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,19 @@ def train(
     mesh: Any,
     programs: Programs,
     *,
+    things: np.ndarray,
     budget: Budget,
     pool_size: int,
     save: Callable[[Any, Record], Any],
     peak: float = PEAK_RATE,
 ) -> None:
-    """Train until the budget is used up; `save(averaged params, record)` now and then and last."""
+    """Train on the pictures of indices `things` until the budget is used up.
+
+    `save(averaged params, record)` is called now and then, and last.
+    """
     state = parallel.put(optim.start(programs.packing.pack(params), programs.optimizer), mesh)
     refill = pool.make_refill(nets["tokenizer"], mesh)
-    feeder = Feeder(lambda seed: make_chunk(collection, collection.train, REFILL, seed), 256)
+    feeder = Feeder(lambda seed: make_chunk(collection, things, REFILL, seed), 256)
     chunks = iter(feeder)
     data = fill(pool_size, nets, mesh, refill, tokenizer, sprites, chunks)
     programs.wait()
@@ -190,6 +194,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rate", type=float, default=PEAK_RATE)
     parser.add_argument(
+        "--distinct", action="store_true", help="leave out people, faces, hands and hearts"
+    )
+    parser.add_argument(
         "--span", type=float, nargs=2, default=(0.0, 1.0), help="part of the course (0 1: all)"
     )
     parser.add_argument("--remat", action="store_true", help="less memory, more time")
@@ -200,6 +207,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart", type=Path, help="go on from these weights, or from this exported model"
     )
+
+
+def chosen(args: argparse.Namespace, collection: Collection) -> np.ndarray:
+    """Indices of the training pictures that this run draws from."""
+    return collection.distinct(collection.train) if args.distinct else collection.train
 
 
 def make_programs(args: argparse.Namespace, nets: dict[str, Network], mesh: Any) -> Programs:
@@ -228,6 +240,7 @@ def main() -> None:
         collection,
         mesh,
         programs,
+        things=chosen(args, collection),
         budget=Budget(until, tuple(args.span), args.max_steps),
         pool_size=args.pool,
         peak=args.rate,
