@@ -132,7 +132,7 @@ class Reference:
 
     def _arguments(self, layer: int, x: Any, condition: Any, state: Any, sign: int) -> tuple:
         keys, values = state.cache[layer]
-        inputs = self._model.block_inputs(layer, condition, self._rows)
+        inputs = self._model.block_inputs(layer, condition)
         cache = keys, (-values if sign < 0 else values)
         positions = self._model.positions(self._place)
         return self._model.blocks[layer], x, inputs, positions, cache, state.strategies[layer]

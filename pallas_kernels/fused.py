@@ -39,7 +39,8 @@ def residual_norm(
 
     LN has no affine part, epsilon 1e-6 and a biased variance. `one_plus=False` multiplies by
     `scale` alone: an affine norm. Without `branch` the first result is x itself. Vectors are [C],
-    [R, C], or (table [R, K, C], k), which reads row k of a table without slicing it.
+    [R, C], or (table [R, K, C], k), which reads row k of a table without slicing it; of more than
+    R rows the first are meant.
     """
     rows, _, width = x.shape
     if branch is None and (gain is not None or bias is not None):
@@ -184,9 +185,9 @@ def _cross_reason(dtype: jnp.dtype, k: Array, v: Array) -> str:
 
 def cross_attention(
     q: Float[Array, "R T C"],
-    k: Float[Array, "R H M D"],
-    v: Float[Array, "R H M D"],
-    offsets: Float[Array, "R H M"],
+    k: Float[Array, "Rk H M D"],
+    v: Float[Array, "Rk H M D"],
+    offsets: Float[Array, "Rk H M"],
     *,
     scale: float | None = None,
     implementation: Implementation | None = None,
@@ -195,12 +196,12 @@ def cross_attention(
 
     Softmax over M of `scale * q k + offsets` (see `text_offsets`; scale defaults to 1 / sqrt(D)),
     accumulated in float32. The kernel pads M to a multiple of 64; what `text_memory` made for it
-    is padded already.
+    is padded already. The text may have more rows than q: the first are meant.
     """
     rows, heads, _, head_dim = k.shape
-    if q.shape[0] != rows or q.shape[2] != heads * head_dim or v.shape != k.shape:
+    if q.shape[0] > rows or q.shape[2] != heads * head_dim or v.shape != k.shape:
         raise ValueError(
-            f"q must be [{rows}, T, {heads * head_dim}] and v {k.shape}, as k asks. "
+            f"q must be [R, T, {heads * head_dim}], R at most {rows}, and v {k.shape}, as k asks. "
             f"Got {q.shape} and {v.shape}."
         )
     if offsets.shape != k.shape[:3]:

@@ -42,9 +42,9 @@ class CrossConfig:
 
 def cross_attention(
     q: Float[Array, "R T C"],
-    k: Float[Array, "R H M D"],
-    v: Float[Array, "R H M D"],
-    offsets: Float[Array, "R H M"],
+    k: Float[Array, "Rk H M D"],
+    v: Float[Array, "Rk H M D"],
+    offsets: Float[Array, "Rk H M"],
     scale: float,
     config: CrossConfig,
 ) -> Float[Array, "R T C"]:

@@ -12,7 +12,7 @@ EPSILON = 1e-6
 MAX_LOG_TEMPERATURE = math.log(100.0)
 
 Vector = tuple[Float[Array, "R2 K C"], int]
-"""A table whose leading size is 1 or R, and which of its K vectors is meant."""
+"""A table whose leading size is 1 or at least R, and which of its K vectors is meant."""
 
 VectorLike = jax.Array | tuple[jax.Array, int]
 """A vector [C], one per row [R, C], or (table [R, K, C], k): row k of the table, read in place."""
@@ -38,10 +38,10 @@ def as_vector(name: str, value: VectorLike, rows: int, width: int) -> Vector:
     table, index = value if isinstance(value, tuple) else (value, 0)
     if not isinstance(value, tuple):
         table = table[None, None] if table.ndim == 1 else table[:, None]
-    fits = table.ndim == 3 and table.shape[0] in (1, rows) and table.shape[2] == width
+    fits = table.ndim == 3 and table.shape[2] == width and (len(table) == 1 or len(table) >= rows)
     if not fits or not 0 <= index < table.shape[1]:
         raise ValueError(
-            f"{name} must be [C], [R, C] or (table [R, K, C], index) with R {rows}, C {width}. "
+            f"{name} must be [C], [R, C] or (table [R, K, C], index), R >= {rows}, C {width}. "
             f"Got shape {table.shape} and index {index}."
         )
     return table, index

@@ -18,7 +18,7 @@ def residual_norm(
     dtype: jnp.dtype,
 ) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"]]:
     """Residual update in float32, two-pass layer norm without affine, modulation."""
-    values = {name: table[:, index, None] for name, (table, index) in vectors.items()}
+    values = {name: table[: len(x), index, None] for name, (table, index) in vectors.items()}
     if branch is not None:
         if "bias" in values:
             branch = branch + values["bias"].astype(branch.dtype)
@@ -54,14 +54,15 @@ def rotary_to_cache(
 
 def cross_attention(
     q: Float[Array, "R T C"],
-    k: Float[Array, "R H M D"],
-    v: Float[Array, "R H M D"],
-    offsets: Float[Array, "R H M"],
+    k: Float[Array, "Rk H M D"],
+    v: Float[Array, "Rk H M D"],
+    offsets: Float[Array, "Rk H M"],
     scale: float,
 ) -> Float[Array, "R T C"]:
     """Softmax attention with scores in float32; weights are rounded to the values' dtype."""
     exact = q.dtype == jnp.float32
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    k, v, offsets = k[: len(q)], v[: len(q)], offsets[: len(q)]
     heads = q.reshape(*q.shape[:2], k.shape[1], k.shape[3])
     scores = jnp.einsum(
         "rthd,rhmd->rhtm", heads, k, precision=precision, preferred_element_type=jnp.float32

@@ -133,7 +133,7 @@ def draw_scale(leaves, condition, donated, read, controls, keys, forced, *, tree
         stream, cache, left = _layer(
             model.blocks[layer],
             stream,
-            model.block_inputs(layer, condition, rows),
+            model.block_inputs(layer, condition),
             positions,
             state.cache[layer],
             state.strategies[layer],

@@ -109,8 +109,7 @@ def teacher_forced_logits(
         return prefix_attention(q.astype(k.dtype), k, v, schedule)
 
     layers = [
-        (block, model.block_inputs(layer, condition, x.shape[0]))
-        for layer, block in enumerate(model.blocks)
+        (block, model.block_inputs(layer, condition)) for layer, block in enumerate(model.blocks)
     ]
 
     def apply(x: Array, layer: tuple[Any, Any]) -> tuple[Array, None]:

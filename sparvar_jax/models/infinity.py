@@ -133,10 +133,9 @@ class Infinity(nnx.Module):
         scale, shift = condition.head[: x.shape[0], 0], condition.head[: x.shape[0], 1]
         return self.head(layers.modulate(x, scale, shift))
 
-    def block_inputs(self, layer: int, condition: Condition, rows: int) -> BlockInputs:
-        """What a block needs of the first `rows` rows of a condition."""
-        keys, values, offsets = condition.text[layer]
-        return condition.modulation[layer][:rows], (keys[:rows], values[:rows], offsets[:rows])
+    def block_inputs(self, layer: int, condition: Condition) -> BlockInputs:
+        """What a block needs of a condition; a stream of fewer rows meets the first of them."""
+        return condition.modulation[layer], condition.text[layer]
 
     @staticmethod
     def apply_block(

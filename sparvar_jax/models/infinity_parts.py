@@ -254,7 +254,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         stream: Stream,
-        values: Float[Array, "R 6 C"],
+        values: Float[Array, "R2 6 C"],
         text: TextMemory,
         rotary: Rotary,
         attend: Attend,

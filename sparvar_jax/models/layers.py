@@ -99,12 +99,13 @@ class Stream:
     """The float32 residual stream between blocks: `x + gain * (branch + bias)`.
 
     A block leaves its last update undone, so that the norm that opens the next block makes both in
-    one pass over memory. The gain is row `index` of `table`; without a branch the stream is x.
+    one pass over memory. The gain is row `index` of `table`, of which the first R rows are meant;
+    without a branch the stream is x.
     """
 
     x: Float[Array, "R T C"]
     branch: Float[Array, "R T C"] | None = None
-    table: Float[Array, "R K C"] | None = None
+    table: Float[Array, "R2 K C"] | None = None
     bias: Float[Array, "C"] | None = None
     index: int = 0
 
@@ -115,11 +116,11 @@ class Stream:
         assert self.table is not None
         assert self.bias is not None
         branch = self.branch + self.bias.astype(self.branch.dtype)
-        return self.x + self.table[:, self.index, None] * branch
+        return self.x + self.table[: len(self.x), self.index, None] * branch
 
     def normed(
         self,
-        values: Float[Array, "R K C"],
+        values: Float[Array, "R2 K C"],
         scale: int,
         shift: int,
         precision: Precision,

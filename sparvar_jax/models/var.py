@@ -102,9 +102,9 @@ class Var(nnx.Module):
         scale, shift = condition.head[: x.shape[0], 0], condition.head[: x.shape[0], 1]
         return self.head(layers.modulate(x, scale, shift))
 
-    def block_inputs(self, layer: int, condition: Condition, rows: int) -> Float[Array, "rows 6 C"]:
-        """A block's adaptive-norm values for the first `rows` rows of a condition."""
-        return condition.modulation[0 if self.config.shared_ada else layer][:rows]
+    def block_inputs(self, layer: int, condition: Condition) -> Float[Array, "R 6 C"]:
+        """A block's adaptive-norm values; a stream of fewer rows meets the first of them."""
+        return condition.modulation[0 if self.config.shared_ada else layer]
 
     @staticmethod
     def apply_block(

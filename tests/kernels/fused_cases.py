@@ -56,6 +56,15 @@ def norm_calls(inputs, **options):
     return modulated, affine, plain
 
 
+def check_first_row_alone(**options):
+    """A stream of one row meets the first row of every table."""
+    inputs = norm_inputs()
+    few = inputs | dict(x=inputs["x"][:1], branch=inputs["branch"][:1])
+    for got, want in zip(norm_calls(few, **options), norm_calls(inputs, **options), strict=True):
+        for alone, both in zip(got, want, strict=True):
+            np.testing.assert_array_equal(alone, both[:1])
+
+
 def norm_truth(inputs):
     """Per call: update, residual stream, its norm's gain, the modulated norm; float64."""
     x, branch, table, bias, affine = float64(*inputs.values())

@@ -9,6 +9,7 @@ from sparvar_jax import cache as kv_cache
 from sparvar_jax.models import layers
 from tests.kernels.fused_cases import (
     assert_near,
+    check_first_row_alone,
     check_norm,
     check_rotary,
     cross_inputs,
@@ -60,7 +61,7 @@ def test_an_update_left_to_the_next_norm_gives_the_bits_of_one_made_at_once():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(scale=jnp.ones((3, 256))), "scale must be"),
+        (dict(scale=jnp.ones((2, 128))), "scale must be"),
         (dict(scale=(jnp.ones((2, 6, 256)), 6)), "index 6"),
         (dict(branch=None, gain=jnp.ones(256)), "without a branch"),
         (dict(branch=jnp.ones((2, 4, 256))), "branch must have"),
@@ -137,6 +138,14 @@ def test_text_for_the_reference_is_left_as_it_is():
     assert keys is k
     assert values is v
     np.testing.assert_array_equal(offsets, fused.text_offsets(mask, k, bias))
+
+
+def test_rows_of_tables_and_texts_beyond_those_of_the_stream_do_not_count():
+    check_first_row_alone()
+    q, k, v, mask, bias = cross_inputs()
+    offsets = fused.text_offsets(mask, k, bias)
+    got = fused.cross_attention(q[:1], k, v, offsets)
+    np.testing.assert_array_equal(got, fused.cross_attention(q, k, v, offsets)[:1])
 
 
 def test_cross_attention_refuses_what_does_not_fit():

@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import fused, support
 from tests.kernels.fused_cases import (
     assert_near,
+    check_first_row_alone,
     check_norm,
     check_rotary,
     cross_inputs,
@@ -47,6 +49,7 @@ def interpreted(monkeypatch, request):
 def test_residual_norm_kernel_interpreted(interpreted):
     inputs = norm_inputs()
     check_norm(norm_calls(inputs, implementation="mosaic"), inputs)
+    check_first_row_alone(implementation="mosaic")
 
 
 @needs_mosaic
@@ -63,6 +66,8 @@ def test_cross_attention_kernel_interpreted(interpreted):
     offsets = fused.text_offsets(mask, k, bias)
     out = fused.cross_attention(q, k, v, offsets, implementation="mosaic")
     assert_near(out, cross_truth(*inputs), 2)
+    alone = fused.cross_attention(q[:1], k, v, offsets, implementation="mosaic")
+    np.testing.assert_array_equal(alone, out[:1])
 
 
 @needs_mosaic
