@@ -25,12 +25,13 @@ from sparvar_jax import sampling
 from sparvar_jax.models.layers import Stream
 from sparvar_jax.plan import Plan, with_implementation
 
-# Kernels and XLA round to bfloat16 (2^-9 relative) in every layer; forty layers of independent
-# roundings add up to about 40**0.5 * 2**-9 = 1.2e-2, and a layer has several of them.
-CACHE_TOLERANCE = 4e-2
-# A probability moves by at most a quarter of its logit; guided (3) and tempered (2), such an error
-# of logits near one moves it by 6 * 4e-2 / 4, and as many tokens change.
-TOKEN_TOLERANCE = 6e-2
+# A bfloat16 program differs from float32 by 0.0044 in these rows after 24 layers of random weights,
+# and hardly more after more layers; two that round differently are 2**0.5 times as far apart.
+# Twice that is allowed. Keys read 8 rows off make a difference of 0.03 and more.
+CACHE_TOLERANCE = 1.25e-2
+# 0.15 percent of the tokens differ between bfloat16 and float32: those whose draw was a close call.
+TOKEN_TOLERANCE = 1e-2
+MISREAD_ROWS = 8
 
 LayerRows = tuple[jax.Array, jax.Array]
 """Keys and values [R, H, rows, D] that one layer writes at one scale."""
@@ -41,8 +42,8 @@ class Check:
     """How far the timed programs are from the reference.
 
     cache_error: largest relative error (Frobenius) of a layer's new keys or values. control_error:
-    the same where the reference saw negated cached values: what the check would say of a step that
-    misreads its cache. token_agreement: share of equal tokens.
+    the same where the reference read cached keys 8 rows off: what the check would say of a step
+    that misreads its cache. token_agreement: share of equal tokens.
     """
 
     cache_error: float
@@ -114,11 +115,11 @@ class Reference:
         self._layers: dict[Any, Any] = {}
 
     def both(self, condition: Any, state: Any) -> tuple[tuple[Any, jax.Array], list[LayerRows]]:
-        """(new keys and values, tokens); and new keys and values with cached values negated."""
+        """(new keys and values, tokens); and new keys and values where keys are misread."""
         x = _enter(self._model, state.codes, condition, place=self._place, rows=self._rows)
         self._compile(x, condition, state)
-        written, x_out = self._run(x, condition, state, 1)
-        control, _ = self._run(x, condition, state, -1)
+        written, x_out = self._run(x, condition, state, 0)
+        control, _ = self._run(x, condition, state, MISREAD_ROWS)
         guided = self._step.merge_at == self._step.depth
         tokens = _leave(
             self._model, x_out, condition, self._controls, self._keys, index=self._index,
@@ -130,10 +131,10 @@ class Reference:
         """What a program wrote into the cache at this scale, in the reference's shape."""
         return [tuple(_rows(array, self._place, self._rows) for array in pair) for pair in cache]  # type: ignore[misc]
 
-    def _arguments(self, layer: int, x: Any, condition: Any, state: Any, sign: int) -> tuple:
+    def _arguments(self, layer: int, x: Any, condition: Any, state: Any, shift: int) -> tuple:
         keys, values = state.cache[layer]
         inputs = self._model.block_inputs(layer, condition)
-        cache = keys, (-values if sign < 0 else values)
+        cache = (jnp.roll(keys, shift, 2) if shift else keys), values
         positions = self._model.positions(self._place)
         return self._model.blocks[layer], x, inputs, positions, cache, state.strategies[layer]
 
@@ -141,18 +142,18 @@ class Reference:
         """One program a segment, in parallel: on a GPU each takes seconds."""
         with ThreadPoolExecutor() as pool:
             for segment in self._step.segments:
-                arguments = self._arguments(segment.layers[0], x, condition, state, 1)
+                arguments = self._arguments(segment.layers[0], x, condition, state, 0)
                 lowered = _layer.lower(
                     *arguments, apply_block=type(self._model).apply_block,
                     config=self._model.config, place=self._place, attention=segment.attention,
                 )  # fmt: skip
                 self._layers[segment.layers] = pool.submit(lowered.compile)
 
-    def _run(self, x: Any, condition: Any, state: Any, sign: int) -> tuple[list[LayerRows], Any]:
+    def _run(self, x: Any, condition: Any, state: Any, shift: int) -> tuple[list[LayerRows], Any]:
         written = []
         for layer in range(self._step.depth):
             program = self._layers[self._step.segment(layer).layers].result()
-            x, new = program(*self._arguments(layer, x, condition, state, sign))
+            x, new = program(*self._arguments(layer, x, condition, state, shift))
             written.append(new)
             if layer == self._step.merge_at and layer + 1 < self._step.depth:
                 guidance = self._controls.guidance[self._index]

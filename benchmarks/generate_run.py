@@ -215,4 +215,6 @@ def measure_row(bench: Bench, plan: Plan, base: Row, options: Options) -> Row:
 
 
 def _first_line(error: Exception) -> str:
+    if "RESOURCE_EXHAUSTED" in str(error):  # jax has one error class for all of XLA
+        return "out of memory"
     return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -44,8 +44,8 @@ class Suite:
 
     rounds: batches in the order of their importance; every round goes through all models.
     waves: plans compiled together; the first rows are there before the second wave compiles.
-    check: compare every row with XLA. memory: text encoders resident raise a process's peak, so
-    texts come in the order given.
+    texts: in this order, because a resident text encoder raises the process's peak for good.
+    check: compare every row with XLA.
     """
 
     models: tuple[str, ...]

@@ -1,7 +1,7 @@
 """The models that are timed: released shapes with random weights, or a model directory.
 
 Speed does not depend on the values, but zeros would be dishonest: matrix units draw less power on
-them. Weights are normal, norms near one, temperatures the initial ones, made on the device.
+them. Weights are normal, norms near one, made on the device.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ T5_XL = T5Config(
 )
 """The encoder of Flan-T5-XL, whose features the released text-to-image models take."""
 TEXT_TOKENS = 24  # a prompt of usual length, with its end token
-LOG_TEMPERATURE = float(np.log(4))  # where training starts
+LOG_TEMPERATURE = float(np.log(100))
+"""The clamp: only attention as peaked as the models allow shows when a wrong key is read."""
 
 Weights = Literal["random", "checkpoint"]
 Distribution = tuple[tuple[int, ...], Any, float, float]
