@@ -10,7 +10,7 @@ from flax import nnx
 
 from convert.torch_twin import bsq_vae as twins
 from sparvar_jax import checkpoint
-from sparvar_jax.models import bsq_vae
+from sparvar_jax.models import bsq_vae, conv_parts
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
 from tests.released_bsq import load_released
 
@@ -70,7 +70,7 @@ def test_equals_twin(name):
 def test_group_norm_equals_torch_far_from_zero(width):
     """A mean of a hundred deviations would cancel in one-pass statistics."""
     x = 100 + np.random.default_rng(0).standard_normal((2, 5, 7, width)).astype(np.float32)
-    ours = bsq_vae.GroupNorm(width)(jnp.asarray(x))
+    ours = conv_parts.GroupNorm(width)(jnp.asarray(x))
     theirs = F.group_norm(nchw(x).double(), 24 if width == 48 else 32, eps=1e-6)
     # The mean is off by a few float32 steps at 100, 2^-17 each; one pass would be off by 1e-3.
     np.testing.assert_allclose(ours, nhwc(theirs), atol=4 * 2**-17, rtol=0)

@@ -7,15 +7,21 @@ layer, are float32 in every mode; the other layers compute in `BsqVaeConfig.dtyp
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-Dtype = Literal["float32", "bfloat16"]
-NORM_EPS = 1e-6
+from sparvar_jax.models.conv_parts import (
+    Conv,
+    Dtype,
+    GroupNorm,
+    Level,
+    ResBlock,
+    norm_groups,
+)
 
 
 @dataclass(frozen=True)
@@ -78,128 +84,6 @@ PRESETS = {
     "f16_d64": (16, 64, (1, 2, 4, 4, 4)),
     "f8_d14": (8, 14, (1, 2, 4, 4)),
 }
-
-
-def norm_groups(width: int) -> int:
-    """Groups of a group norm over `width` channels: 32, or 24 where only 24 divides."""
-    for groups in (32, 24):
-        if width % groups == 0:
-            return groups
-    raise ValueError(f"a group norm needs a width divisible by 32 or 24, got {width}")
-
-
-class GroupNorm(nnx.Module):
-    """Group norm with gain and bias; computes and returns float32."""
-
-    def __init__(self, width: int) -> None:
-        self.groups = norm_groups(width)
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
-
-    def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B height width C"]:
-        x = x.astype(jnp.float32)
-        centred = x - self._group_mean(x)
-        # Two passes: the mean of squares minus the squared mean would cancel.
-        variance = self._group_mean(jnp.square(centred))
-        return centred * (jax.lax.rsqrt(variance + NORM_EPS) * self.scale[...]) + self.bias[...]
-
-    def _group_mean(self, x: Float[Array, "B height width C"]) -> Float[Array, "B 1 1 C"]:
-        # Over pixels first: a plain column reduction, fast in channels-last layout.
-        channels = jnp.mean(x, axis=(1, 2)).reshape(x.shape[0], self.groups, -1)
-        means = jnp.broadcast_to(jnp.mean(channels, axis=-1, keepdims=True), channels.shape)
-        return means.reshape(x.shape[0], 1, 1, -1)
-
-
-class Conv(nnx.Module):
-    """Convolution with bias in the dtype of its kernel; zero padding keeps the size at stride 1.
-
-    exact: no tf32 in float32 products.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        size: int = 3,
-        *,
-        dtype: Dtype,
-        exact: bool = True,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.exact = exact and dtype == "float32"
-        init = nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, inputs, outputs), dtype))
-        self.bias = nnx.Param(jnp.zeros((outputs,), dtype))
-
-    def __call__(
-        self,
-        x: Float[Array, "B height width C"],
-        stride: int = 1,
-        padding: tuple[int, int] | None = None,
-    ) -> Float[Array, "B out_height out_width outputs"]:
-        kernel = self.kernel[...]
-        margin = kernel.shape[0] // 2
-        # Where exact, float32 means float32 on every device: no tf32.
-        out = jax.lax.conv_general_dilated(
-            x.astype(kernel.dtype),
-            kernel,
-            window_strides=(stride, stride),
-            padding=(padding or (margin, margin),) * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=jax.lax.Precision.HIGHEST if self.exact else None,
-        )
-        return out + self.bias[...]
-
-
-def double(x: Float[Array, "B height width C"]) -> Float[Array, "B height2 width2 C"]:
-    """Nearest-neighbour enlargement by two."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
-
-
-class ResBlock(nnx.Module):
-    """Norm, swish, 3x3 convolution, twice; plus the input, through 1x1 if the width changes."""
-
-    def __init__(self, inputs: int, outputs: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
-        self.norm1 = GroupNorm(inputs)
-        self.conv1 = Conv(inputs, outputs, dtype=dtype, rngs=rngs)
-        self.norm2 = GroupNorm(outputs)
-        self.conv2 = Conv(outputs, outputs, dtype=dtype, rngs=rngs)
-        changes = inputs != outputs
-        self.shortcut = Conv(inputs, outputs, 1, dtype=dtype, rngs=rngs) if changes else None
-
-    def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B height width Co"]:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x if self.shortcut is None else self.shortcut(x))
-
-
-class Level(nnx.Module):
-    """The blocks of one resolution, and the convolution that leaves it, if any."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        blocks: int,
-        change: Literal["downsample", "upsample"] | None,
-        *,
-        dtype: Dtype,
-        rngs: nnx.Rngs,
-    ) -> None:
-        widths = [inputs] + [outputs] * (blocks - 1)
-        self.block = nnx.List([ResBlock(w, outputs, dtype=dtype, rngs=rngs) for w in widths])
-        conv = None if change is None else Conv(outputs, outputs, dtype=dtype, rngs=rngs)
-        self.downsample = conv if change == "downsample" else None
-        self.upsample = conv if change == "upsample" else None
-
-    def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B h w Co"]:
-        for block in self.block:
-            x = block(x)
-        if self.downsample is not None:
-            x = self.downsample(x, stride=2, padding=(0, 1))
-        return x if self.upsample is None else self.upsample(double(x))
 
 
 class Encoder(nnx.Module):

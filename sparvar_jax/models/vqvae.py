@@ -18,7 +18,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from sparvar_jax import quantizer
-from sparvar_jax.models.bsq_vae import Conv, Dtype, GroupNorm, Level, ResBlock, double, norm_groups
+from sparvar_jax.models.conv_parts import (
+    Conv,
+    Dtype,
+    GroupNorm,
+    Level,
+    ResBlock,
+    double,
+    norm_groups,
+)
 
 _EXACT = jax.lax.Precision.HIGHEST
 
