@@ -99,6 +99,17 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("GB/s", _number("gb_per_s", 0)),
         ("difference", _number("error", 5)),
     ),
+    "decoder": (
+        ("decoder", _text("case")),
+        ("images", _text("batch")),
+        ("pixels", _pixels),
+        ("ms", _number("median_ms")),
+        ("spread", _number("spread_ms")),
+        ("images/s", _number("images_per_second", 1)),
+        ("TFLOP/s", _number("tflops", 0)),
+        ("peak GiB", _number("peak_gib", 2)),
+        ("error", _number("error", 4)),
+    ),
     "generate": (
         ("model", _text("model")),
         ("plan", _text("plan")),
