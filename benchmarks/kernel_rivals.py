@@ -77,14 +77,36 @@ def fa2(case: Case, rows: int) -> Callable[[], Any] | None:
 
 
 def flex(case: Case, rows: int) -> Callable[[], Any] | None:
-    """FlexAttention with the same block mask, compiled."""
-    if importlib.util.find_spec("torch") is None or case.kind != "csla-blocks":
+    """FlexAttention as SparVAR's authors call it: autotuned, blocks by a mask function."""
+    if not _has_flex(case):
+        return None
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k, v = _torch_operands(case, rows)
+    queries, keys = case.shape.queries, case.shape.keys
+    kept = torch.zeros((-(-queries // 128), -(-keys // 128)), dtype=torch.bool, device="cuda")
+    table = kernel_cases.blocks(case)
+    for tile, (row, count) in enumerate(zip(table.indices, table.counts, strict=True)):
+        kept[tile, torch.from_numpy(np.array(row[:count], np.int64)).cuda()] = True
+
+    def mask(batch, head, query, key):
+        return kept[query // 128, key // 128]
+
+    blocks = create_block_mask(
+        mask, B=1, H=case.shape.heads, Q_LEN=queries, KV_LEN=keys, device="cuda", BLOCK_SIZE=128
+    )
+    compiled = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return lambda: compiled(q, k, v, block_mask=blocks, scale=1.0)
+
+
+def flex_full(case: Case, rows: int) -> Callable[[], Any] | None:
+    """FlexAttention told that all blocks are full: no mask function, no masked tail."""
+    if not _has_flex(case):
         return None
     import torch
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    if not torch.cuda.is_available():
-        return None
     q, k, v = _torch_operands(case, rows)
     table = kernel_cases.blocks(case)
     tiles, wide = len(table.counts), -(-case.shape.keys // 128)
@@ -98,6 +120,18 @@ def flex(case: Case, rows: int) -> Callable[[], Any] | None:
     )  # fmt: skip
     compiled = torch.compile(flex_attention)
     return lambda: compiled(q, k, v, block_mask=mask, scale=1.0)
+
+
+def _has_flex(case: Case) -> bool:
+    if importlib.util.find_spec("torch") is None or case.kind != "csla-blocks":
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+TORCH = {"fa2": fa2, "flex": flex, "flex-full": flex_full}
+"""Rivals that are timed by torch's events, by their name in the results."""
 
 
 def time_torch(call: Callable[[], Any], calls: int, batches: int) -> tuple[float, float, Any]:

@@ -119,8 +119,8 @@ def run_rivals(case: Case, rows: int, calls: int, batches: int, names: list[str]
         out = out.swapaxes(1, 2)
         error = errors(case, rows, lambda place, out=out: np.asarray(out[place]))
         found.append(make_row(case, name, name, rows, (median, spread), error))
-    for name in (name for name in ("fa2", "flex") if name in names):
-        call = getattr(kernel_rivals, name)(case, rows)
+    for name in (name for name in kernel_rivals.TORCH if name in names):
+        call = kernel_rivals.TORCH[name](case, rows)
         if call is None:
             continue
         median, spread, out = kernel_rivals.time_torch(call, calls, batches)
@@ -133,7 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", default=["*"], help="shell patterns of case names")
     parser.add_argument("--rows", nargs="+", type=int, default=[REFERENCE_ROWS])
-    parser.add_argument("--rivals", nargs="*", default=["fa3", "cudnn", "fa2", "flex"])
+    parser.add_argument("--rivals", nargs="*", default=["fa3", "cudnn", *kernel_rivals.TORCH])
     parser.add_argument(
         "--flex", default="8b/scale12/*", help="cases FlexAttention runs (it compiles slowly)"
     )
@@ -146,7 +146,7 @@ def main() -> int:
     for case in chosen_cases(arguments.cases):
         rivals = list(arguments.rivals)
         if not fnmatch.fnmatch(case.name, arguments.flex):
-            rivals = [name for name in rivals if name != "flex"]
+            rivals = [name for name in rivals if not name.startswith("flex")]
         for batch_rows in arguments.rows:
             many = arguments.calls, arguments.batches
             new = [run_ours(case, batch_rows, *many)]
