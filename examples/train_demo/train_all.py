@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=560, help="of everything")
     parser.add_argument(
-        "--tokenizer-seconds", type=float, default=70, help="0 leaves the tokenizer as it is"
+        "--tokenizer-seconds", type=float, default=95, help="0 leaves the tokenizer as it is"
     )
     parser.add_argument("--tokenizer-batch", type=int, default=64)
     parser.add_argument("--tokenizer-rate", type=float, default=8e-4)

@@ -30,7 +30,7 @@ from sparvar_jax.models.t5 import T5Encoder
 PEAK_RATE = 2e-3
 CONSTANT_SHARE = 0.5
 POOL = 16384
-REFILL = 64
+REFILL = 32
 IN_FLIGHT = 2
 SAVE_SECONDS = 45
 REPORT_SECONDS = 10
