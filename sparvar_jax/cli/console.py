@@ -84,6 +84,8 @@ def use_compilation_cache() -> Path:
     """Keep compiled programs and tuning results across processes; returns the folder.
 
     A cache that is configured already (for instance by JAX_COMPILATION_CACHE_DIR) is left alone.
+    jax's default for XLA's own caches stays: with XLA's kernel cache, programs that several threads
+    had compiled stopped a second process on an H100 with illegal instructions.
     """
     import jax
 
@@ -92,7 +94,6 @@ def use_compilation_cache() -> Path:
     folder = Path(configured or Path(base) / "sparvar_jax" / "xla")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "all")
     return folder
 
 
