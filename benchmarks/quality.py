@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -28,13 +29,14 @@ from benchmarks import _record as record
 from benchmarks import features, quality_report
 from benchmarks.picture_metrics import ms_ssim, object_box, psnr, ssim
 from benchmarks.quality_plans import DEFAULT_PLANS
-from benchmarks.teacher_forcing import compare_logits
+from benchmarks.teacher_forcing import LogitComparison
 from sparvar_jax.models import bsq_vae
-from sparvar_jax.pipeline import Pipeline, Request, resolve_plan, resolve_schedule
+from sparvar_jax.pipeline import Pipeline, resolve_plan, resolve_schedule
 from sparvar_jax.plan import LAST_SCALES, Plan, with_implementation
 
 DEMO_PROMPTS = pathlib.Path(__file__).resolve().parents[1] / "examples/train_demo/prompts.json"
 SUBSETS = ("single", "scenes")
+COMPILING_PLANS = 6
 SMALLEST_SIDE = 176  # five scales of MS-SSIM need so many pixels
 
 Measured = dict[str, np.ndarray]
@@ -42,7 +44,7 @@ Measured = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What one plan drew. work: density, density_all and seconds of every scale, as row entries."""
+    """What one plan drew. work: density and density_all, as row entries."""
 
     pictures: np.ndarray
     tokens: list[list[np.ndarray]]
@@ -89,49 +91,42 @@ class Drawing:
         plan = resolve_plan(self.pipe.model, name, self.schedule)
         return with_implementation(plan, implementation) if implementation else plan
 
-    def compile(self, plans: list[Plan], threads: int = 4) -> None:
-        """Compile all steps of all plans; the first plan's first, as the others share some."""
-        sizes = {request.keys.shape[0]: request for request in self.requests}
-        jobs = [(plan, request) for request in sizes.values() for plan in plans]
-
-        def build(job: tuple[Plan, Request]) -> None:
-            plan, request = job
+    def compile(self, plan: Plan) -> None:
+        """Compile all steps of a plan; plans share those that are equal."""
+        for request in {request.keys.shape[0]: request for request in self.requests}.values():
             self.pipe.generator.compile(plan, request.condition, request.keys.shape[0])
 
-        build(jobs[0])
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(build, jobs[1:]))
-
     def draw(self, plan: Plan) -> Drawn:
-        """Pictures of all prompts, tokens of every scale by batch, and the work they took.
-
-        Seconds are those of the last batch, the device waited for after every scale.
-        """
-        pictures, tokens, pairs, seconds = [], [], [], []
+        """Pictures of all prompts, tokens of every scale by batch, and the work they took."""
+        pictures, tokens, pairs = [], [], []
         for request in self.requests:
             kept = Kept(plan)
             outputs, code_sum = [], None
             steps = self.pipe.generator.steps(
                 plan, request.condition, request.controls, request.keys
             )
-            seconds, before = [], time.perf_counter()
             for index, (state, output) in enumerate(steps):
-                jax.block_until_ready(state)
-                seconds.append(time.perf_counter() - before)
                 kept.after(index, state.strategies)
                 outputs.append(np.asarray(output.tokens))
-                code_sum, before = state.code_sum, time.perf_counter()
+                code_sum = state.code_sum
             pictures.append(np.asarray(self._decode(code_sum)))
             tokens.append(outputs)
             pairs.append(kept.density())
         density, density_all = np.mean(pairs, 0).tolist()
-        work = {
-            "density": density,
-            "density_all": density_all,
-            "seconds": sum(seconds),
-            "seconds_by_scale": seconds,
-        }
+        work = {"density": density, "density_all": density_all}
         return Drawn(np.concatenate(pictures), tokens, work)
+
+    def seconds(self, plan: Plan) -> dict[str, Any]:
+        """Warm seconds of the last batch by scale, the device waited for after every one."""
+        request, spent = self.requests[-1], []
+        before = time.perf_counter()
+        for state, _ in self.pipe.generator.steps(
+            plan, request.condition, request.controls, request.keys
+        ):
+            jax.block_until_ready(state)
+            spent.append(time.perf_counter() - before)
+            before = time.perf_counter()
+        return {"seconds": sum(spent), "seconds_by_scale": spent}
 
 
 class Kept:
@@ -250,36 +245,65 @@ def dense_row(subset: str, prompts: int, work: dict[str, Any]) -> dict[str, Any]
 
 
 def measure_plans(
-    drawing: Drawing, kinds: list[str], names: list[str], teacher: int, sheets: list[str]
+    drawing: Drawing,
+    kinds: list[str],
+    names: list[str],
+    *,
+    teacher: int,
+    sheets: list[str],
+    budget: float,
+    write: Callable[[list[dict[str, Any]]], None],
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """(rows of all plans, pictures of the plans that get a sheet)."""
-    plans = {name: drawing.plan(name) for name in dict.fromkeys(["dense", *names])}
+    """(rows of all plans, pictures of the plans that get a sheet).
+
+    `write` gets all rows so far, after every plan. Later plans compile while earlier ones draw, so
+    seconds are measured at the end, when nothing else runs. Plans that are not compiled within
+    `budget` seconds are left out, and said to be.
+    """
     start = time.perf_counter()
-    drawing.compile(list(plans.values()))
-    print(f"compiled {len(plans)} plans in {time.perf_counter() - start:.0f} s", flush=True)
+    dense_plan = drawing.plan("dense")
+    plans = {name: drawing.plan(name) for name in dict.fromkeys(names) if name != "dense"}
+    drawing.compile(dense_plan)
     measure = picture_measures(features.load())
-    reference = drawing.draw(plans.pop("dense"))
+    reference = drawing.draw(dense_plan)
     dense, work = reference.pictures, reference.work
     whole, boxes = np.ones(dense.shape[:3], np.float32), box_weights(dense, kinds)
     rows = [dense_row(kind, kinds.count(kind), work) for kind in dict.fromkeys(kinds)]
     if boxes.any():
         rows.append(dense_row("boxes", int(boxes.any((1, 2)).sum()), work))
-    kept = {"dense": dense}
-    logits = compare_logits(drawing, plans, reference.tokens[0], teacher)
+    kept, drawn_plans = {"dense": dense}, {"dense": dense_plan}
+    compared = LogitComparison(drawing, reference.tokens[0], teacher)
+
+    def prepare(plan: Plan) -> dict[str, Any]:
+        drawing.compile(plan)
+        return compared.figures(plan)
+
+    pool = ThreadPoolExecutor(COMPILING_PLANS)
+    prepared = {name: pool.submit(prepare, plan) for name, plan in plans.items()}
     for name, plan in plans.items():
+        left = max(budget - (time.perf_counter() - start), 0)
+        try:
+            logits = prepared[name].result(None if math.isinf(left) else left)
+        except TimeoutError:
+            print(f"left out for time: {name}", flush=True)
+            continue
         drawn = drawing.draw(plan)
-        pictures = drawn.pictures
+        drawn_plans[name] = plan
         if name in sheets:
-            kept[name] = pictures
-        full = measure(dense, pictures, whole)
+            kept[name] = drawn.pictures
+        full = measure(dense, drawn.pictures, whole)
         values = {
             kind: (np.array([k == kind for k in kinds]), full) for kind in dict.fromkeys(kinds)
         }
         if boxes.any():
-            values["boxes"] = (boxes.any((1, 2)), measure(dense, pictures, boxes))
-        rows += rows_of(name, drawn.work, values, logits.get(name, {}))
-        print(quality_report.line(rows[-len(values) :]), flush=True)
-    return rows, kept
+            values["boxes"] = (boxes.any((1, 2)), measure(dense, drawn.pictures, boxes))
+        new = rows_of(name, drawn.work, values, logits)
+        rows += new
+        write(rows)
+        print(f"{time.perf_counter() - start:.0f} s {quality_report.line(new)}", flush=True)
+    pool.shutdown(cancel_futures=True)
+    times = {name: drawing.seconds(plan) for name, plan in drawn_plans.items()}
+    return [{**row, **times[row["plan"]]} for row in rows], kept
 
 
 def main() -> None:
@@ -294,6 +318,7 @@ def main() -> None:
     parser.add_argument(
         "--teacher", type=int, default=8, help="prompts with bits fed back; 0: none"
     )
+    parser.add_argument("--budget-seconds", type=float, default=math.inf)
     parser.add_argument("--size", default=None)
     parser.add_argument("--aspect", default=None, help="W:H")
     parser.add_argument("--dtype", default=None)
@@ -306,15 +331,26 @@ def main() -> None:
     kinds, prompts = [kind for kind, _ in pairs], [prompt for _, prompt in pairs]
     shape = {"size": arguments.size, "aspect_ratio": arguments.aspect}
     drawing = Drawing(pipe, prompts, min(arguments.batch, len(prompts)), arguments.seed, **shape)
-    rows, pictures = measure_plans(
-        drawing, kinds, arguments.plans, arguments.teacher, arguments.sheets
-    )
     common = {
         "model": pipe.model.name,
         "distance_name": features.NAME,
         "dtype": pipe.model.transformer.config.dtype,
     }
-    file = record.write(arguments.name, [{**row, **common} for row in rows], folder=arguments.out)
+
+    def write(rows: list[dict[str, Any]]) -> pathlib.Path:
+        named = [{**row, **common} for row in rows]
+        return record.write(arguments.name, named, folder=arguments.out)
+
+    rows, pictures = measure_plans(
+        drawing,
+        kinds,
+        arguments.plans,
+        teacher=arguments.teacher,
+        sheets=arguments.sheets,
+        budget=arguments.budget_seconds,
+        write=write,
+    )
+    file = write(rows)
     quality_report.write(file, rows, pictures, kinds)
     print(f"wrote {file}")
 

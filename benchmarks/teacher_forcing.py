@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,42 +13,47 @@ from sparvar_jax.pipeline import Request
 from sparvar_jax.plan import Plan
 
 
-def compare_logits(
-    drawing: Any, plans: dict[str, Plan], tokens: list[np.ndarray], prompts: int, threads: int = 4
-) -> dict[str, dict[str, Any]]:
-    """Per plan: relative logit error and share of equal bits of every scale it runs.
+class LogitComparison:
+    """Guided logits of plans beside the dense ones, on some prompts of a drawing's first batch.
 
-    `bit_agreement` is the mean of the last three scales, None for a plan that skips some.
-
-    tokens: the dense tokens of the drawing's first batch, of which every n-th is used, so that
-    `prompts` prompts from all of the list take part. Bits are drawn with the same keys.
+    tokens: the dense tokens of that batch, which all plans are fed. Every n-th prompt is used, so
+    that `prompts` prompts from all of the list take part. Bits are drawn with the same keys.
     """
-    if prompts < 1:
-        return {}
-    request: Request = drawing.requests[0]
-    batch = request.keys.shape[0]
-    chosen = np.arange(0, batch, max(batch // prompts, 1))[:prompts]
-    few = _some(request, chosen)
-    forced = tuple(jnp.asarray(token[chosen]) for token in tokens)
-    dense = _run(drawing, drawing.plan("dense"), few, forced)
 
-    def compare(item: tuple[str, Plan]) -> tuple[str, dict[str, Any]]:
-        name, plan = item
+    def __init__(self, drawing: Any, tokens: list[np.ndarray], prompts: int):
+        self._drawing, self._used = drawing, prompts > 0
+        if not self._used:
+            return
+        request: Request = drawing.requests[0]
+        batch = request.keys.shape[0]
+        chosen = np.arange(0, batch, max(batch // prompts, 1))[:prompts]
+        self._request = _some(request, chosen)
+        self._forced = tuple(jnp.asarray(token[chosen]) for token in tokens)
+        self._dense = self._run(drawing.plan("dense"))
+
+    def figures(self, plan: Plan) -> dict[str, Any]:
+        """Relative logit error and share of equal bits of every scale that the plan runs.
+
+        `bit_agreement` is the mean of the last three scales, None for a plan that skips some.
+        Nothing where no prompts are used.
+        """
+        if not self._used:
+            return {}
         errors, agreement = [], []
         for (ours, our_bits), (theirs, their_bits) in zip(
-            _run(drawing, plan, few, forced), dense, strict=False
+            self._run(plan), self._dense, strict=False
         ):
             errors.append(float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)))
             agreement.append(float((our_bits == their_bits).mean()))
-        whole = len(agreement) == len(dense)
-        return name, {
+        whole = len(agreement) == len(self._dense)
+        return {
             "bit_agreement": float(np.mean(agreement[-3:])) if whole else None,
             "bit_agreement_by_scale": agreement,
             "logit_error_by_scale": errors,
         }
 
-    with ThreadPoolExecutor(threads) as pool:
-        return dict(pool.map(compare, plans.items()))
+    def _run(self, plan: Plan) -> list[tuple[np.ndarray, np.ndarray]]:
+        return _logits_and_bits(self._drawing, plan, self._request, self._forced)
 
 
 def _some(request: Request, chosen: np.ndarray) -> Request:
@@ -61,7 +65,7 @@ def _some(request: Request, chosen: np.ndarray) -> Request:
     return dataclasses.replace(request, condition=condition, keys=request.keys[chosen])
 
 
-def _run(
+def _logits_and_bits(
     drawing: Any, plan: Plan, request: Request, forced: tuple[jax.Array, ...]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(guided logits, bits drawn from them) of every scale under forced bits."""

@@ -2,7 +2,7 @@
 
 Each reads its inputs once and writes its outputs once. `implementation`: "mosaic" (Hopper kernels)
 fails with NotImplementedError where it cannot serve; "xla" is the reference, which leaves the
-fusion to the compiler; None takes the reference.
+fusion to the compiler; None takes the kernels for 16-bit results where they can serve.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HALVES = (jnp.bfloat16, jnp.float16)
 
 
 def _chosen(requested: Implementation | None, reason: str) -> Implementation:
-    return "xla" if requested is None else choose(requested, support.device_reason() or reason)
+    return choose(requested, support.device_reason() or reason)
 
 
 def residual_norm(
@@ -58,6 +58,8 @@ def residual_norm(
         reason = f"the fused norm takes a float32 residual stream; got {x.dtype}"
     elif width % 128 or width > 4096:
         reason = f"the fused norm takes widths up to 4096 in steps of 128; got {width}"
+    elif implementation is None and dtype not in _HALVES:
+        reason = "float32 results are left to the compiler, which rounds as everywhere else"
     if _chosen(implementation, reason) == "xla":
         return fused_xla.residual_norm(x, branch, vectors, one_plus=one_plus, dtype=dtype)
     from pallas_kernels import fused_norm

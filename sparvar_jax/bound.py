@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from sparvar_jax.compiling import compile_lowered
+
 
 class Bound:
     """`function(module, *args)` compiled; the module is flattened once, not at every call.
@@ -39,7 +41,7 @@ class Bound:
         if name not in self._compiled:
             # From shapes alone, so that programs made without weights are found in the cache.
             shapes = jax.tree.map(_abstract, (self._leaves, *args))
-            self._compiled[name] = self._function.lower(*shapes).compile()
+            self._compiled[name] = compile_lowered(self._function.lower(*shapes))
         return self._compiled[name]
 
 

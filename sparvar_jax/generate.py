@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sparvar_jax import cache as kv_cache
 from sparvar_jax import sampling
+from sparvar_jax.compiling import compile_lowered
 from sparvar_jax.plan import Plan
 from sparvar_jax.sampling import Controls
 from sparvar_jax.step import (
@@ -250,7 +251,7 @@ def _per_scale(name: str, value: float | tuple[float, ...], scales: int) -> tupl
 
 
 def _executable(traced: Any) -> Any:
-    return traced.lower().compile()
+    return compile_lowered(traced.lower())
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

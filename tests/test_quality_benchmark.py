@@ -47,7 +47,7 @@ def test_from_model_to_files(tmp_path, monkeypatch):
     quality.main()
     content = json.loads((tmp_path / "quality.json").read_text())
     rows = {(row["plan"], row["subset"]): row for row in content["rows"]}
-    assert {"device", "versions", "date", "commit", "rows"} == set(content)
+    assert {"device", "versions", "date", "commit", "xla_flags", "rows"} == set(content)
     assert {subset for _, subset in rows} == {"single", "scenes", "boxes"}
     assert rows["dense/xla", "single"]["psnr"] > 60
     assert rows["dense/xla", "single"]["bit_agreement"] == 1
