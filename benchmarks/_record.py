@@ -41,14 +41,16 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit measured: from git, else from SPARVAR_COMMIT, else "unknown"."""
+    """The commit measured: SPARVAR_COMMIT if set (a tree without its history), else from git."""
+    if named := os.environ.get("SPARVAR_COMMIT"):
+        return named
     command = ["git", "rev-parse", "HEAD"]
     try:
         done = subprocess.run(
             command, cwd=RESULTS.parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SPARVAR_COMMIT", "unknown")
+        return "unknown"
     return done.stdout.strip()
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from benchmarks._record import RESULTS, device_folder
+from benchmarks._record import RESULTS, describe, device_folder
 from examples.gallery import PROMPTS, contact_sheet
 from sparvar_jax.pipeline import Pipeline
 
 SKIPPED = 2
+SHEET_COLUMNS = 8
 LISTS = ("single", "scenes", "retrieval")
 
 
@@ -71,7 +72,9 @@ def main() -> None:
             prompts = [entry["prompt"] for entry in lists[name]][: args.count]
             full, skipped = draw(pipeline, prompts, args.batch, **settings(setting))
             np.save(folder / f"{name}.npy", full)
-            contact_sheet(full, min(8, len(full))).save(folder / f"{name}.webp", quality=85)
+            contact_sheet(full, min(SHEET_COLUMNS, len(full))).save(
+                folder / f"{name}.webp", quality=85
+            )
             distances = [psnr(a, b) for a, b in zip(full, skipped, strict=True)]
             found.setdefault(setting, {})[name] = {
                 "pictures": len(full),
@@ -82,7 +85,9 @@ def main() -> None:
             print(setting, name, found[setting][name], flush=True)
     folder = args.results / args.device
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "demo_scales.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "demo_scales.json").write_text(
+        json.dumps(describe() | {"settings": found}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Does the demo draw what it is asked for? Concept retrieval in an independent network's features.
 
-Run `python -m benchmarks.demo_retrieval --pictures runs/pictures` on what `demo_pictures` wrote. A
+Run `python -m benchmarks.demo_retrieval --pictures runs/pictures` on what `demo_pictures` wrote:
+the arrays, or the contact sheets where only these were kept (they are lossy; the result says so). A
 picture of one thing counts as right when a training picture of the named thing is among the 10
 nearest of all training pictures, drawn alike on white, by cosine of EfficientNet-Lite0 features.
 For scenes every named thing counts alone: the best of the crops at the places a scene can put
@@ -15,8 +16,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from benchmarks._record import RESULTS, device_folder
-from examples.gallery import PROMPTS
+from benchmarks._record import RESULTS, describe, device_folder
+from benchmarks.demo_pictures import SHEET_COLUMNS
+from examples.gallery import MARGIN, PROMPTS
 from examples.train_demo.features import Features
 from examples.train_demo.pictures import load_sprites
 
@@ -25,6 +27,21 @@ NEAREST = 10
 CROPS = tuple((y, x, 0.52) for y in (0.0, 0.24, 0.48) for x in (0.0, 0.24, 0.48)) + tuple(
     (y, x, 0.4) for y in (0.0, 0.3, 0.6) for x in (0.0, 0.3, 0.6)
 )
+
+
+def drawn_pictures(folder: Path, name: str, count: int) -> UInt8[np.ndarray, "B h w 3"] | None:
+    """The pictures of a list: from the array, else cut out of the contact sheet, else None."""
+    if (folder / f"{name}.npy").exists():
+        return np.load(folder / f"{name}.npy")
+    sheet = folder / f"{name}.webp"
+    if not sheet.exists():
+        return None
+    pixels = np.asarray(Image.open(sheet).convert("RGB"))
+    columns = min(SHEET_COLUMNS, count)
+    side = (pixels.shape[1] + MARGIN) // columns - MARGIN
+    step = side + MARGIN
+    corners = [(i // columns * step, i % columns * step) for i in range(count)]
+    return np.stack([pixels[top : top + side, left : left + side] for top, left in corners])
 
 
 def on_white(sprites: UInt8[np.ndarray, "P h w 4"]) -> UInt8[np.ndarray, "P h w 3"]:
@@ -68,9 +85,10 @@ def judge(
     rng = np.random.default_rng(0)
     found: dict[str, float | int] = {}
     for name in ("single", "retrieval"):
-        if not (folder / f"{name}.npy").exists():
+        pictures = drawn_pictures(folder, name, len(lists[name]))
+        if pictures is None:
             continue
-        drawn = features(np.load(folder / f"{name}.npy"))
+        drawn = features(pictures)
         asked = [entry["code_points"][0] for entry in lists[name]][: len(drawn)]
         shuffled = [
             hits(drawn, gallery, points, list(rng.permutation(asked))).mean() for _ in range(5)
@@ -80,10 +98,9 @@ def judge(
             name: float(hits(drawn, gallery, points, asked).mean()),
             f"{name}_chance": float(np.mean(shuffled)),
         }
-    if (folder / "scenes.npy").exists():
-        found |= judge_scenes(
-            features, np.load(folder / "scenes.npy"), lists["scenes"], gallery, points, rng
-        )
+    pictures = drawn_pictures(folder, "scenes", len(lists["scenes"]))
+    if pictures is not None:
+        found |= judge_scenes(features, pictures, lists["scenes"], gallery, points, rng)
     return found
 
 
@@ -132,7 +149,9 @@ def main() -> None:
         for folder in sorted(args.pictures.iterdir())
         if folder.is_dir()
     }
-    report = {"gallery": len(points), "nearest": NEAREST, "settings": found}
+    lossy = not any(args.pictures.rglob("*.npy"))
+    header = describe() | {"pictures": "WebP contact sheets" if lossy else "arrays"}
+    report = header | {"gallery": len(points), "nearest": NEAREST, "settings": found}
     print(json.dumps(report, indent=1))
     target = args.results / args.device
     target.mkdir(parents=True, exist_ok=True)

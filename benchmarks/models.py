@@ -110,9 +110,12 @@ def text_encoder(name: str, *, dtype: str | None = None) -> TextEncoder:
     return TextEncoder(encoder, tokenizer, InfinityConfig.preset(name).text_max_length)  # type: ignore[arg-type]
 
 
-def text_features(batch: int, width: int) -> TextFeatures:
-    """Random text-encoder states, padded as those of a prompt of `TEXT_TOKENS` tokens."""
-    shape = (batch, padded_length(TEXT_TOKENS), width)
+def text_features(batch: int, width: int, longest: int) -> TextFeatures:
+    """Random text-encoder states, padded as those of a prompt of `TEXT_TOKENS` tokens.
+
+    longest: tokens of the longest text that the model takes.
+    """
+    shape = (batch, padded_length(TEXT_TOKENS, longest), width)
     text = jax.random.normal(jax.random.key(3), shape, jnp.float32).at[:, TEXT_TOKENS:].set(0)
     return TextFeatures(text, np.full((batch,), TEXT_TOKENS, np.int32))
 

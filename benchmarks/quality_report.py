@@ -91,7 +91,7 @@ def write(
         if name != "dense":
             stem = "".join(c if c.isalnum() else "-" for c in label(name)).strip("-")
             image = sheet(pictures["dense"], sparse)
-            image.save(results.with_name(f"{results.stem}-{stem}.png"), optimize=True)
+            image.save(results.with_name(f"{results.stem}-{stem}.webp"), quality=85)
     for subset in dict.fromkeys(kinds):
         for work in WORK:
             chart(rows, results.with_name(f"{results.stem}-{subset}-{work}.png"), subset, work)

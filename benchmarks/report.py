@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.quality_plans import LABELS
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -156,8 +158,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("first picture after weights, s", _number("first_picture_seconds", 1)),
     ),
     "quality": (
-        ("plan", _text("plan")),
-        ("subset", _text("subset")),
+        ("plan", lambda row: LABELS.get(row["plan"], row["plan"])),
         ("PSNR dB", _number("psnr", 2)),
         ("SSIM", _number("ssim")),
         ("MS-SSIM", _number("ms_ssim")),
@@ -165,8 +166,11 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("bits equal", _number("bit_agreement")),
         ("density", _number("density")),
         ("density, all scales", _number("density_all")),
+        ("seconds, 64 pictures", _number("seconds", 2)),
     ),
 }
+SHOWN: dict[str, Callable[[Row], bool]] = {"quality": lambda row: row["subset"] == "scenes"}
+"""Which rows of a kind of file a table shows, where not all."""
 
 
 def table(name: str) -> str:
@@ -186,7 +190,8 @@ def table(name: str) -> str:
         "| " + " | ".join(title for title, _ in columns) + " |",
         "| " + " | ".join("---" for _ in columns) + " |",
     ]
-    lines += ["| " + " | ".join(show(row) for _, show in columns) + " |" for row in content["rows"]]
+    rows = filter(SHOWN.get(kind), content["rows"]) if kind in SHOWN else content["rows"]
+    lines += ["| " + " | ".join(show(row) for _, show in columns) + " |" for row in rows]
     versions = ", ".join(f"{k} {v}" for k, v in content["versions"].items())
     source = f"`benchmarks/results/{name}.json`: {content['device']}; {versions}"
     if flags := content.get("xla_flags"):

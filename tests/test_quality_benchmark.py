@@ -57,7 +57,7 @@ def test_from_model_to_files(tmp_path, monkeypatch):
     assert skipped["bit_agreement"] is None
     assert fast["logit_error_by_scale"][0] < 1e-4 < fast["logit_error_by_scale"][-1]
     assert rows["adaptive(0.8)", "scenes"]["density"] < 1
-    assert {path.name for path in tmp_path.glob("quality-*.png")} == {
-        "quality-sparvar-fast.png",
+    assert {path.name for path in tmp_path.glob("quality-*.*")} == {
+        "quality-sparvar-fast.webp",
         *(f"quality-{s}-{w}.png" for s in ("single", "scenes") for w in ("density", "seconds")),
     }
