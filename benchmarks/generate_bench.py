@@ -178,9 +178,7 @@ class Bench:
             return (jnp.arange(self.batch) % config.classes,)
         if isinstance(self._text, TextFeatures):
             return tuple(self._text)
-        return tuple(
-            models.text_features(self.batch, config.text_width, config.text_max_length)
-        )
+        return tuple(models.text_features(self.batch, config.text_width, config.text_max_length))
 
     def _input_shapes(self) -> tuple[tuple[Any, ...], list[Any]]:
         """Shapes of what `condition` embeds, and what compiles the text encoder."""

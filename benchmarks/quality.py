@@ -12,7 +12,6 @@ charts.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import pathlib
@@ -28,11 +27,11 @@ import numpy as np
 from benchmarks import _record as record
 from benchmarks import features, quality_report
 from benchmarks.picture_metrics import ms_ssim, object_box, psnr, ssim
+from benchmarks.quality_drawing import Drawing
 from benchmarks.quality_plans import DEFAULT_PLANS
 from benchmarks.teacher_forcing import LogitComparison
-from sparvar_jax.models import bsq_vae
-from sparvar_jax.pipeline import Pipeline, resolve_plan, resolve_schedule
-from sparvar_jax.plan import LAST_SCALES, Plan, with_implementation
+from sparvar_jax.pipeline import Pipeline
+from sparvar_jax.plan import Plan
 
 DEMO_PROMPTS = pathlib.Path(__file__).resolve().parents[1] / "examples/train_demo/prompts.json"
 SUBSETS = ("single", "scenes")
@@ -40,15 +39,6 @@ COMPILING_PLANS = 6
 SMALLEST_SIDE = 176  # five scales of MS-SSIM need so many pixels
 
 Measured = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """What one plan drew. work: density and density_all, as row entries."""
-
-    pictures: np.ndarray
-    tokens: list[list[np.ndarray]]
-    work: dict[str, Any]
 
 
 def read_prompts(file: pathlib.Path, limit: int | None) -> list[tuple[str, str]]:
@@ -64,114 +54,6 @@ def read_prompts(file: pathlib.Path, limit: int | None) -> list[tuple[str, str]]
     if not pairs:
         raise ValueError(f"{file} must hold lists named {' or '.join(SUBSETS)}, got {list(lists)}")
     return pairs
-
-
-class Drawing:
-    """Draws a fixed list of prompts with any plan, in batches, and counts kept work on the way."""
-
-    def __init__(self, pipe: Pipeline, prompts: list[str], batch: int, seed: int, **shape: Any):
-        self.pipe = pipe
-        self.schedule = resolve_schedule(pipe.model, **shape)
-        leaves, treedef = jax.tree.flatten(pipe.model.tokenizer)
-        decode = jax.jit(
-            lambda leaves, codes: bsq_vae.to_uint8(
-                jax.tree.unflatten(treedef, leaves).decode(codes)
-            )
-        )
-        self._decode = lambda codes: decode(leaves, codes)
-        dense = self.plan("dense")
-        self.requests = [
-            pipe.request(prompts[start : start + batch], plan=dense, seed=seed + start)
-            for start in range(0, len(prompts), batch)
-        ]
-
-    def plan(self, text: str) -> Plan:
-        """A plan by its text, with the model's guidance; "dense/xla" uses plain XLA attention."""
-        name, _, implementation = text.partition("/")
-        plan = resolve_plan(self.pipe.model, name, self.schedule)
-        return with_implementation(plan, implementation) if implementation else plan
-
-    def compile(self, plan: Plan) -> None:
-        """Compile all steps of a plan; plans share those that are equal."""
-        for request in {request.keys.shape[0]: request for request in self.requests}.values():
-            self.pipe.generator.compile(plan, request.condition, request.keys.shape[0])
-
-    def draw(self, plan: Plan) -> Drawn:
-        """Pictures of all prompts, tokens of every scale by batch, and the work they took."""
-        pictures, tokens, pairs = [], [], []
-        for request in self.requests:
-            kept = Kept(plan)
-            outputs, code_sum = [], None
-            steps = self.pipe.generator.steps(
-                plan, request.condition, request.controls, request.keys
-            )
-            for index, (state, output) in enumerate(steps):
-                kept.after(index, state.strategies)
-                outputs.append(np.asarray(output.tokens))
-                code_sum = state.code_sum
-            pictures.append(np.asarray(self._decode(code_sum)))
-            tokens.append(outputs)
-            pairs.append(kept.density())
-        density, density_all = np.mean(pairs, 0).tolist()
-        work = {"density": density, "density_all": density_all}
-        return Drawn(np.concatenate(pictures), tokens, work)
-
-    def seconds(self, plan: Plan) -> dict[str, Any]:
-        """Warm seconds of the last batch by scale, the device waited for after every one."""
-        request, spent = self.requests[-1], []
-        before = time.perf_counter()
-        for state, _ in self.pipe.generator.steps(
-            plan, request.condition, request.controls, request.keys
-        ):
-            jax.block_until_ready(state)
-            spent.append(time.perf_counter() - before)
-            before = time.perf_counter()
-        return {"seconds": sum(spent), "seconds_by_scale": spent}
-
-
-class Kept:
-    """Kept pairs of a running plan: counted from the layer states where they depend on the data."""
-
-    def __init__(self, plan: Plan):
-        self.plan = plan
-        self.pairs = {
-            (index, layer): step.segment(layer).attention.pairs(plan.place(index))
-            for index, step in enumerate(plan.steps)
-            for layer in range(plan.depth)
-        }
-
-    def after(self, index: int, states: tuple[dict[str, jax.Array], ...]) -> None:
-        """Count the next step's pairs from the state that step `index` left."""
-        if index + 1 == len(self.plan.steps):
-            return
-        step = self.plan.steps[index + 1]
-        for layer, state in enumerate(states):
-            attention: Any = step.segment(layer).attention
-            if hasattr(attention, "kept"):
-                pairs = _kept(state, attention=attention, place=self.plan.place(index + 1))
-                self.pairs[index + 1, layer] = float(pairs)
-
-    def density(self) -> tuple[float, float]:
-        """Kept over dense pairs, in the last three scales and in all; see `Plan.density`."""
-        plan, scales = self.plan, self.plan.schedule.scales
-        rows = {"both": 2, "cond": 1}
-        found = []
-        for first in (len(scales) - LAST_SCALES, 0):
-            dense = sum(scale.tokens * scale.end for scale in scales[first:]) * plan.depth
-            kept = sum(
-                pairs * rows[plan.steps[index].rows]
-                for (index, _), pairs in self.pairs.items()
-                if plan.steps[index].scale.index >= first
-            )
-            found.append(kept / (dense * rows[plan.steps[0].rows]))
-        return found[0], found[1]
-
-
-def _kept_pairs(state, *, attention, place):
-    return attention.kept(state, place)
-
-
-_kept = jax.jit(_kept_pairs, static_argnames=("attention", "place"))
 
 
 def box_weights(pictures: np.ndarray, kinds: list[str]) -> np.ndarray:
@@ -244,42 +126,60 @@ def dense_row(subset: str, prompts: int, work: dict[str, Any]) -> dict[str, Any]
     }
 
 
+class Comparison:
+    """Plans beside the dense pictures of a drawing; keeps the pictures of `sheets`."""
+
+    def __init__(self, drawing: Drawing, kinds: list[str], teacher: int, sheets: list[str]):
+        dense = drawing.plan("dense")
+        drawing.compile(dense)
+        reference = drawing.draw(dense)
+        self._drawing, self._dense, self._sheets = drawing, reference.pictures, sheets
+        self._whole = np.ones(self._dense.shape[:3], np.float32)
+        self._boxes = box_weights(self._dense, kinds)
+        self._subsets = {kind: np.array([k == kind for k in kinds]) for kind in kinds}
+        self._logits = LogitComparison(drawing, reference.tokens[0], teacher)
+        self._measure = picture_measures(features.load())
+        self.pictures = {"dense": self._dense}
+        counts = {kind: int(members.sum()) for kind, members in self._subsets.items()}
+        if self._boxes.any():
+            counts["boxes"] = int(self._boxes.any((1, 2)).sum())
+        self.dense_rows = [dense_row(kind, n, reference.work) for kind, n in counts.items()]
+
+    def prepare(self, plan: Plan) -> dict[str, Any]:
+        """Compile a plan and compare its logits."""
+        self._drawing.compile(plan)
+        return self._logits.figures(plan)
+
+    def rows(self, name: str, plan: Plan, logits: dict[str, Any]) -> list[dict[str, Any]]:
+        """Draw with a compiled plan; one row a subset."""
+        drawn = self._drawing.draw(plan)
+        if name in self._sheets:
+            self.pictures[name] = drawn.pictures
+        full = self._measure(self._dense, drawn.pictures, self._whole)
+        values = {kind: (members, full) for kind, members in self._subsets.items()}
+        if self._boxes.any():
+            inside = self._measure(self._dense, drawn.pictures, self._boxes)
+            values["boxes"] = (self._boxes.any((1, 2)), inside)
+        return rows_of(name, drawn.work, values, logits)
+
+
 def measure_plans(
     drawing: Drawing,
-    kinds: list[str],
+    comparison: Comparison,
     names: list[str],
-    *,
-    teacher: int,
-    sheets: list[str],
     budget: float,
-    write: Callable[[list[dict[str, Any]]], None],
-) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """(rows of all plans, pictures of the plans that get a sheet).
+    write: Callable[[list[dict[str, Any]]], Any],
+) -> list[dict[str, Any]]:
+    """Rows of all plans; `write` gets those so far after every plan.
 
-    `write` gets all rows so far, after every plan. Later plans compile while earlier ones draw, so
-    seconds are measured at the end, when nothing else runs. Plans that are not compiled within
-    `budget` seconds are left out, and said to be.
+    Later plans compile while earlier ones draw, so seconds are measured at the end, when nothing
+    else runs. Plans that are not compiled within `budget` seconds are left out, and said to be.
     """
     start = time.perf_counter()
-    dense_plan = drawing.plan("dense")
     plans = {name: drawing.plan(name) for name in dict.fromkeys(names) if name != "dense"}
-    drawing.compile(dense_plan)
-    measure = picture_measures(features.load())
-    reference = drawing.draw(dense_plan)
-    dense, work = reference.pictures, reference.work
-    whole, boxes = np.ones(dense.shape[:3], np.float32), box_weights(dense, kinds)
-    rows = [dense_row(kind, kinds.count(kind), work) for kind in dict.fromkeys(kinds)]
-    if boxes.any():
-        rows.append(dense_row("boxes", int(boxes.any((1, 2)).sum()), work))
-    kept, drawn_plans = {"dense": dense}, {"dense": dense_plan}
-    compared = LogitComparison(drawing, reference.tokens[0], teacher)
-
-    def prepare(plan: Plan) -> dict[str, Any]:
-        drawing.compile(plan)
-        return compared.figures(plan)
-
     pool = ThreadPoolExecutor(COMPILING_PLANS)
-    prepared = {name: pool.submit(prepare, plan) for name, plan in plans.items()}
+    prepared = {name: pool.submit(comparison.prepare, plan) for name, plan in plans.items()}
+    rows, done = list(comparison.dense_rows), {"dense": drawing.plan("dense")}
     for name, plan in plans.items():
         left = max(budget - (time.perf_counter() - start), 0)
         try:
@@ -287,23 +187,13 @@ def measure_plans(
         except TimeoutError:
             print(f"left out for time: {name}", flush=True)
             continue
-        drawn = drawing.draw(plan)
-        drawn_plans[name] = plan
-        if name in sheets:
-            kept[name] = drawn.pictures
-        full = measure(dense, drawn.pictures, whole)
-        values = {
-            kind: (np.array([k == kind for k in kinds]), full) for kind in dict.fromkeys(kinds)
-        }
-        if boxes.any():
-            values["boxes"] = (boxes.any((1, 2)), measure(dense, drawn.pictures, boxes))
-        new = rows_of(name, drawn.work, values, logits)
-        rows += new
+        new = comparison.rows(name, plan, logits)
+        rows, done[name] = rows + new, plan
         write(rows)
         print(f"{time.perf_counter() - start:.0f} s {quality_report.line(new)}", flush=True)
     pool.shutdown(cancel_futures=True)
-    times = {name: drawing.seconds(plan) for name, plan in drawn_plans.items()}
-    return [{**row, **times[row["plan"]]} for row in rows], kept
+    times = {name: drawing.seconds(plan) for name, plan in done.items()}
+    return [{**row, **times[row["plan"]]} for row in rows]
 
 
 def main() -> None:
@@ -341,17 +231,10 @@ def main() -> None:
         named = [{**row, **common} for row in rows]
         return record.write(arguments.name, named, folder=arguments.out)
 
-    rows, pictures = measure_plans(
-        drawing,
-        kinds,
-        arguments.plans,
-        teacher=arguments.teacher,
-        sheets=arguments.sheets,
-        budget=arguments.budget_seconds,
-        write=write,
-    )
+    comparison = Comparison(drawing, kinds, arguments.teacher, arguments.sheets)
+    rows = measure_plans(drawing, comparison, arguments.plans, arguments.budget_seconds, write)
     file = write(rows)
-    quality_report.write(file, rows, pictures, kinds)
+    quality_report.write(file, rows, comparison.pictures, kinds)
     print(f"wrote {file}")
 
 
