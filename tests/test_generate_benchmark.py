@@ -180,6 +180,18 @@ def test_operations_and_memory_are_those_of_the_shapes(bench):
     assert planned["peak"] > planned["weights"] + planned["cache"]
 
 
+def test_random_text_is_as_long_as_a_prompt_and_no_longer_than_the_model_takes():
+    assert models.text_features(2, 8, longest=512).features.shape == (2, 64, 8)
+    assert models.text_features(2, 8, longest=32).features.shape == (2, 32, 8)
+
+
+def test_a_copied_tree_names_its_commit(monkeypatch):
+    monkeypatch.setenv("SPARVAR_COMMIT", "abc")
+    assert record.commit() == "abc"
+    monkeypatch.delenv("SPARVAR_COMMIT")
+    assert record.commit() != "abc"
+
+
 def test_random_weights_keep_activations_alive():
     config = InfinityConfig.preset("tiny", dtype="float32")
     module = models.randomise(models.abstract(Infinity, config), 0)
