@@ -166,7 +166,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("bits equal", _number("bit_agreement")),
         ("density", _number("density")),
         ("density, all scales", _number("density_all")),
-        ("seconds, 64 pictures", _number("seconds", 2)),
+        ("seconds a batch", _number("seconds", 2)),
     ),
 }
 SHOWN: dict[str, Callable[[Row], bool]] = {"quality": lambda row: row["subset"] == "scenes"}

@@ -47,10 +47,10 @@ picture is in this repository; notices are in `examples/train_demo/NOTICE.md`. 3
 
 ## Limits
 
-- Prompts should read like the captions: "a flat icon of an otter", "a strawberry above a fire engine
-  on a pink background, 3d style". Words outside the captions mean little to it.
-- Scenes: things are recognisable, but colours and places go astray. "A rocket above a red apple on a
-  dark green background" gives a green apple on a dark red background whatever the seed; left and
+- Prompts should read like the captions: "a flat icon of an otter", "a strawberry above a fire
+  engine on a pink background, 3d style". Words outside the captions mean little to it.
+- Scenes: things are recognisable, but colours and places go astray. "A rocket above a red apple on
+  a dark green background" gives a green apple on a dark red background whatever the seed; left and
   right are often swapped, and one thing may be drawn twice. Three things in a row are the weakest.
 - Thin parts (legs, letters, strings) come out blurred or melted: the model holds 19 million
   parameters for 3,019 drawings.
