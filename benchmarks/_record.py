@@ -65,12 +65,24 @@ def describe() -> dict[str, Any]:
     }
 
 
-def write(name: str, rows: list[dict[str, Any]], *, folder: str | None = None) -> pathlib.Path:
-    """Write one results file under a temporary name, then rename it; returns its path."""
+def write(
+    name: str, rows: list[dict[str, Any]], *, folder: str | pathlib.Path | None = None
+) -> pathlib.Path:
+    """Write one results file of rows; returns its path."""
+    return write_entries(name, {"rows": rows}, folder=folder)
+
+
+def write_entries(
+    name: str, entries: dict[str, Any], *, folder: str | pathlib.Path | None = None
+) -> pathlib.Path:
+    """Write one results file under a temporary name, then rename it; returns its path.
+
+    entries: what the file holds behind what it belongs to (`describe`).
+    """
     file = _path(name, folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".json.new")
-    temporary.write_text(json.dumps({**describe(), "rows": rows}, indent=1) + "\n")
+    temporary.write_text(json.dumps({**describe(), **entries}, indent=1) + "\n")
     os.replace(temporary, file)
     return file
 
@@ -96,5 +108,5 @@ def add(
     return write(name, rows, folder=folder)
 
 
-def _path(name: str, folder: str | None) -> pathlib.Path:
+def _path(name: str, folder: str | pathlib.Path | None) -> pathlib.Path:
     return (pathlib.Path(folder) if folder else RESULTS / device_folder()) / f"{name}.json"

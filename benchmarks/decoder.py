@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from benchmarks import _record as record
 from benchmarks import models
 from benchmarks.generate_stats import GIB, program_bytes
+from sparvar_jax.compiling import compile_lowered
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig, to_uint8
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
 
@@ -114,7 +115,7 @@ def rows_of(case: Case, repeats: int) -> list[Row]:
     rows, truth = [], None
     for batch in case.batches:
         codes, start = case.codes(max(case.batches))[:batch], time.perf_counter()
-        program = jax.jit(decode).lower(model, codes).compile()
+        program = compile_lowered(jax.jit(decode).lower(model, codes))
         row: Row = {"case": case.name, "pixels": [case.pixels] * 2, "batch": batch}
         row |= {"dtype": "bfloat16", "compile_seconds": time.perf_counter() - start}
         times = seconds(lambda program=program, codes=codes: program(model, codes), repeats)

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from benchmarks._record import RESULTS, describe, device_folder
+from benchmarks import _record as record
+from benchmarks._record import RESULTS, device_folder
 from examples.gallery import PROMPTS, contact_sheet
 from sparvar_jax.pipeline import Pipeline
 
@@ -83,11 +84,7 @@ def main() -> None:
                 "psnr_max": max(distances),
             }
             print(setting, name, found[setting][name], flush=True)
-    folder = args.results / args.device
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "demo_scales.json").write_text(
-        json.dumps(describe() | {"settings": found}, indent=1) + "\n"
-    )
+    record.write_entries("demo_scales", {"settings": found}, folder=args.results / args.device)
 
 
 if __name__ == "__main__":

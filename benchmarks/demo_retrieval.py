@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from benchmarks._record import RESULTS, describe, device_folder
+from benchmarks import _record as record
+from benchmarks._record import RESULTS, device_folder
 from benchmarks.demo_pictures import SHEET_COLUMNS
 from examples.gallery import MARGIN, PROMPTS
 from examples.train_demo.features import Features
@@ -30,7 +31,10 @@ CROPS = tuple((y, x, 0.52) for y in (0.0, 0.24, 0.48) for x in (0.0, 0.24, 0.48)
 
 
 def drawn_pictures(folder: Path, name: str, count: int) -> UInt8[np.ndarray, "B h w 3"] | None:
-    """The pictures of a list: from the array, else cut out of the contact sheet, else None."""
+    """The pictures of a list: from the array, else cut out of the contact sheet, else None.
+
+    count: pictures of the whole list. Raises ValueError for a sheet of fewer.
+    """
     if (folder / f"{name}.npy").exists():
         return np.load(folder / f"{name}.npy")
     sheet = folder / f"{name}.webp"
@@ -40,6 +44,10 @@ def drawn_pictures(folder: Path, name: str, count: int) -> UInt8[np.ndarray, "B 
     columns = min(SHEET_COLUMNS, count)
     side = (pixels.shape[1] + MARGIN) // columns - MARGIN
     step = side + MARGIN
+    if pixels.shape[0] != -(-count // columns) * step - MARGIN:
+        raise ValueError(
+            f"{sheet} does not show {count} pictures in rows of {columns}: draw the whole list"
+        )
     corners = [(i // columns * step, i % columns * step) for i in range(count)]
     return np.stack([pixels[top : top + side, left : left + side] for top, left in corners])
 
@@ -149,13 +157,15 @@ def main() -> None:
         for folder in sorted(args.pictures.iterdir())
         if folder.is_dir()
     }
-    lossy = not any(args.pictures.rglob("*.npy"))
-    header = describe() | {"pictures": "WebP contact sheets" if lossy else "arrays"}
-    report = header | {"gallery": len(points), "nearest": NEAREST, "settings": found}
+    lossy = any(not s.with_suffix(".npy").exists() for s in args.pictures.rglob("*.webp"))
+    report = {
+        "pictures": "WebP contact sheets" if lossy else "arrays",
+        "gallery": len(points),
+        "nearest": NEAREST,
+        "settings": found,
+    }
     print(json.dumps(report, indent=1))
-    target = args.results / args.device
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "demo_retrieval.json").write_text(json.dumps(report, indent=1) + "\n")
+    record.write_entries("demo_retrieval", report, folder=args.results / args.device)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from benchmarks._record import RESULTS, describe, device_folder
+from benchmarks import _record as record
+from benchmarks._record import RESULTS, device_folder
 from examples.gallery import contact_sheet
 from examples.train_demo.compose import compose
 from examples.train_demo.feed import make_chunk
@@ -119,7 +120,7 @@ def main() -> None:
         part = jax.tree.map(lambda a: a[: args.loss_count], chunk)
         found[f"bit_loss_{name}"] = loss_figures(model, sprites, part)
         print(json.dumps(found, indent=1), flush=True)
-    (folder / "demo_training.json").write_text(json.dumps(describe() | found, indent=1) + "\n")
+    record.write_entries("demo_training", found, folder=folder)
 
 
 if __name__ == "__main__":

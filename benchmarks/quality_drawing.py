@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sparvar_jax.bound import Bound
 from sparvar_jax.models import bsq_vae
 from sparvar_jax.pipeline import Pipeline, resolve_plan, resolve_schedule
 from sparvar_jax.plan import LAST_SCALES, Plan, with_implementation
@@ -29,13 +30,9 @@ class Drawing:
     def __init__(self, pipe: Pipeline, prompts: list[str], batch: int, seed: int, **shape: Any):
         self.pipe = pipe
         self.schedule = resolve_schedule(pipe.model, **shape)
-        leaves, treedef = jax.tree.flatten(pipe.model.tokenizer)
-        decode = jax.jit(
-            lambda leaves, codes: bsq_vae.to_uint8(
-                jax.tree.unflatten(treedef, leaves).decode(codes)
-            )
+        self._decode = Bound(
+            pipe.model.tokenizer, lambda model, codes: bsq_vae.to_uint8(model.decode(codes))
         )
-        self._decode = lambda codes: decode(leaves, codes)
         dense = self.plan("dense")
         self.requests = [
             pipe.request(prompts[start : start + batch], plan=dense, seed=seed + start)

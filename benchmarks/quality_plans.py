@@ -50,3 +50,8 @@ LABELS = {
     "drop_uncond(3)": "drop 3",
 }
 DEFAULT_PLANS = tuple(LABELS)
+
+
+def label(plan: str) -> str:
+    """A short name of a plan."""
+    return LABELS.get(plan, plan)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.quality_plans import LABELS
+from benchmarks.quality_plans import label
 
 COLUMNS = (
     "psnr", "ssim", "ms_ssim", "distance", "bit_agreement", "density", "density_all", "seconds"
@@ -22,11 +22,6 @@ def line(rows: Rows) -> str:
     """One plan's rows in one line of the log."""
     parts = [f"{row['subset']} {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}" for row in rows]
     return f"{label(rows[0]['plan'])}: {'; '.join(parts)}; density {rows[0]['density']:.3f}"
-
-
-def label(plan: str) -> str:
-    """A short name of a plan."""
-    return LABELS.get(plan, plan)
 
 
 def table(rows: Rows) -> str:

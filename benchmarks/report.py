@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.quality_plans import LABELS
+from benchmarks.quality_plans import label
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -158,7 +158,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("first picture after weights, s", _number("first_picture_seconds", 1)),
     ),
     "quality": (
-        ("plan", lambda row: LABELS.get(row["plan"], row["plan"])),
+        ("plan", lambda row: label(row["plan"])),
         ("PSNR dB", _number("psnr", 2)),
         ("SSIM", _number("ssim")),
         ("MS-SSIM", _number("ms_ssim")),
@@ -169,8 +169,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("seconds a batch", _number("seconds", 2)),
     ),
 }
-SHOWN: dict[str, Callable[[Row], bool]] = {"quality": lambda row: row["subset"] == "scenes"}
-"""Which rows of a kind of file a table shows, where not all."""
+LEFT_TO_THE_FILE = ("single", "boxes")
+"""Subsets of a quality file that its table leaves out."""
 
 
 def table(name: str) -> str:
@@ -190,7 +190,7 @@ def table(name: str) -> str:
         "| " + " | ".join(title for title, _ in columns) + " |",
         "| " + " | ".join("---" for _ in columns) + " |",
     ]
-    rows = filter(SHOWN.get(kind), content["rows"]) if kind in SHOWN else content["rows"]
+    rows = [row for row in content["rows"] if row.get("subset") not in LEFT_TO_THE_FILE]
     lines += ["| " + " | ".join(show(row) for _, show in columns) + " |" for row in rows]
     versions = ", ".join(f"{k} {v}" for k, v in content["versions"].items())
     source = f"`benchmarks/results/{name}.json`: {content['device']}; {versions}"

@@ -21,9 +21,7 @@ class LogitComparison:
     """
 
     def __init__(self, drawing: Any, tokens: list[np.ndarray], prompts: int):
-        self._drawing, self._used = drawing, prompts > 0
-        if not self._used:
-            return
+        self._drawing = drawing
         request: Request = drawing.requests[0]
         batch = request.keys.shape[0]
         chosen = np.arange(0, batch, max(batch // prompts, 1))[:prompts]
@@ -35,10 +33,7 @@ class LogitComparison:
         """Relative logit error and share of equal bits of every scale that the plan runs.
 
         `bit_agreement` is the mean of the last three scales, None for a plan that skips some.
-        Nothing where no prompts are used.
         """
-        if not self._used:
-            return {}
         errors, agreement = [], []
         for (ours, our_bits), (theirs, their_bits) in zip(
             self._run(plan), self._dense, strict=False

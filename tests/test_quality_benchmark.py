@@ -5,12 +5,14 @@ import sys
 
 import pytest
 
-from benchmarks import quality
+from benchmarks import _record as record
+from benchmarks import quality, report
 from benchmarks.quality_plans import DEFAULT_PLANS, LABELS
 from sparvar_jax.policies import parse_plan
 from sparvar_jax.schedule import infinity_schedule
 from tests.tiny_model import write_tiny_model
 
+SUBSETS_OF_FILES = ("single", "scenes", "boxes", "prompts")
 PLANS = ("dense/xla", "sparvar-fast", "adaptive(0.8)", "skip_last_scales(1)")
 
 
@@ -33,6 +35,16 @@ def test_prompts_of_both_kinds(tmp_path):
     lists.write_text("{}")
     with pytest.raises(ValueError, match="must hold lists named single or scenes"):
         quality.read_prompts(lists, None)
+
+
+def test_tables_show_scenes_or_a_list_of_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rows = [{"plan": "skip_last_scales(1)", "subset": s, "psnr": 30.0} for s in SUBSETS_OF_FILES]
+    for subset, row in zip(SUBSETS_OF_FILES, rows, strict=True):
+        record.write(f"quality-{subset}", [row], folder=tmp_path)
+        assert ("| skip 1 | 30.00 |" in report.table(f"quality-{subset}")) == (
+            subset in ("scenes", "prompts")
+        )
 
 
 @pytest.mark.slow

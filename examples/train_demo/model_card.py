@@ -50,8 +50,9 @@ picture is in this repository; notices are in `examples/train_demo/NOTICE.md`. 3
 - Prompts should read like the captions: "a flat icon of an otter", "a strawberry above a fire
   engine on a pink background, 3d style". Words outside the captions mean little to it.
 - Scenes: things are recognisable, but colours and places go astray. "A rocket above a red apple on
-  a dark green background" gives a green apple on a dark red background whatever the seed; left and
-  right are often swapped, and one thing may be drawn twice. Three things in a row are the weakest.
+  a dark green background" gives a green apple on a dark red background with each of 16 seeds tried;
+  left and right are often swapped, and one thing may be drawn twice. Three things in a row are the
+  weakest.
 - Thin parts (legs, letters, strings) come out blurred or melted: the model holds 19 million
   parameters for 3,019 drawings.
 - It has seen single emoji drawings, no photographs and no written text.
@@ -64,6 +65,11 @@ picture is in this repository; notices are in `examples/train_demo/NOTICE.md`. 3
 def read(file: Path) -> Any:
     """A JSON file, or None where it does not exist."""
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def settings(file: Path) -> dict[str, Any]:
+    """Figures by `guidance:temperature`, none where the file does not exist."""
+    return (read(file) or {}).get("settings", {})
 
 
 def parts_lines(config: dict[str, Any]) -> str:
@@ -109,8 +115,8 @@ def row(what: str, value: str | None) -> str:
 def figure_lines(results: Path, setting: str) -> str:
     """The table of figures at one setting, from the results of `benchmarks.demo_*`."""
     training = read(results / "demo_training.json") or {}
-    scales = (read(results / "demo_scales.json") or {}).get(setting, {}).get("scenes")
-    found = (read(results / "demo_retrieval.json") or {}).get("settings", {}).get(setting, {})
+    scales = settings(results / "demo_scales.json").get(setting, {}).get("scenes")
+    found = settings(results / "demo_retrieval.json").get(setting, {})
     rows = ["| figure | value |", "| --- | --- |"]
     for name in ("single", "scenes"):
         psnr, loss = training.get(f"tokenizer_{name}"), training.get(f"bit_loss_{name}")
@@ -150,6 +156,9 @@ def figure_lines(results: Path, setting: str) -> str:
                 f"{found[name]:.1%} ({found[name + '_chance']:.1%})" if name in found else None,
             )
         )
+    judged = read(results / "demo_retrieval.json")
+    if judged:
+        rows += ["", f"What was found was judged from {judged['pictures']} of the pictures."]
     return "\n".join(rows)
 
 
