@@ -18,6 +18,7 @@ import jax
 from examples.train_demo import parallel, store, train_tokenizer, train_transformer
 from examples.train_demo.models import SIZES, DemoConfig, Network, initial, networks
 from examples.train_demo.pictures import load, render
+from examples.train_demo.programs import BATCHES
 from examples.train_demo.train_transformer import (
     Budget,
     Record,
@@ -123,6 +124,8 @@ def main() -> None:
         budget=Budget(began + args.seconds, tuple(args.span), args.max_steps),
         pool_size=args.pool,
         peak=args.rate,
+        scenes=args.scenes,
+        cycle=args.cycle,
         save=save,
     )
     print(f"ended after {time.time() - began:.0f} s", flush=True)
@@ -148,7 +151,8 @@ def write_record(
         "pictures": pictures,
         "tokenizer": tokenizer,
         "transformer_seconds": round(record.seconds),
-        "batches": dict(zip(("7", "10", "13"), args.batches, strict=True)),
+        "scenes": args.scenes,
+        "batches": dict(zip(map(str, BATCHES), args.batches, strict=True)),
         "steps": {str(k): v for k, v in sorted(record.steps.items())},
         "training_losses": {str(k): v for k, v in sorted(record.losses.items())},
     }

@@ -1,7 +1,7 @@
 """Stage 4: train the transformer and its text encoder, bounded by the wall clock.
 
 Run `python -m examples.train_demo.train_transformer --seconds 480 --out runs/demo` after stage 3.
-Always the full 13-scale token sequence is meant, but a step may stop after 7, 10 or 13 scales
+Always the full 13-scale token sequence is meant, but a step may stop after 5, 7, 10 or 13 scales
 (prefix-progressive): the first scales decide what is drawn and cost next to nothing, the last cost
 nearly everything and are mostly local. Bit-wise self-correction, text dropped for one picture in
 ten, and both networks trained together.
@@ -10,7 +10,7 @@ ten, and both networks trained together.
 import argparse
 import collections
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from sparvar_jax.models.t5 import T5Encoder
 
 PEAK_RATE = 2e-3
 CONSTANT_SHARE = 0.5
+SCENES = 0.5
 POOL = 16384
 REFILL = 32
 IN_FLIGHT = 2
@@ -91,10 +92,11 @@ class Record:
             )
 
 
-def course(fraction: float, count: int) -> int:
-    """The prefix length of step `count` after a fraction of the course."""
-    chosen = next((c for c in COURSES if fraction < c.until), COURSES[-1])
-    return chosen.cycle[count % len(chosen.cycle)]
+def course(fraction: float, count: int, cycle: Sequence[int] = ()) -> int:
+    """The prefix length of step `count` after a fraction of the course, or of a fixed cycle."""
+    if not cycle:
+        cycle = next((c for c in COURSES if fraction < c.until), COURSES[-1]).cycle
+    return cycle[count % len(cycle)]
 
 
 def fill(
@@ -131,14 +133,17 @@ def train(
     pool_size: int,
     save: Callable[[Any, Record], Any],
     peak: float = PEAK_RATE,
+    scenes: float = SCENES,
+    cycle: Sequence[int] = (),
 ) -> None:
     """Train on the pictures of indices `things` until the budget is used up.
 
-    `save(averaged params, record)` is called now and then, and last.
+    `save(averaged params, record)` is called now and then, and last. scenes: share of composed
+    scenes. cycle: prefix lengths in turn, instead of those of `COURSES`.
     """
     state = parallel.put(optim.start(programs.packing.pack(params), programs.optimizer), mesh)
     refill = pool.make_refill(nets["tokenizer"], mesh)
-    feeder = Feeder(lambda seed: make_chunk(collection, things, REFILL, seed), 256)
+    feeder = Feeder(lambda seed: make_chunk(collection, things, REFILL, seed, scenes), 256)
     chunks = iter(feeder)
     data = fill(pool_size, nets, mesh, refill, tokenizer, sprites, chunks)
     programs.wait()
@@ -146,7 +151,7 @@ def train(
     shown, saved, count, waiting = began, began, 0, collections.deque()
     while not budget.over(count):
         fraction = budget.fraction(began)
-        scales, step = programs.pick(course(fraction, count))
+        scales, step = programs.pick(course(fraction, count, cycle))
         rate = optim.learning_rate(peak, fraction, count, warmup=50, constant=CONSTANT_SHARE)
         state, losses = step(state, data, np.uint32(count), np.float32(rate))
         start = np.int32(count * REFILL % pool_size // mesh.size)
@@ -188,9 +193,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batches",
         type=int,
-        nargs=3,
+        nargs=len(BATCHES),
         default=list(BATCHES.values()),
-        help="pictures a step at 7, 10 and 13 scales",
+        help=f"pictures a step at {', '.join(map(str, BATCHES))} scales",
+    )
+    parser.add_argument("--scenes", type=float, default=SCENES, help="share of composed scenes")
+    parser.add_argument(
+        "--cycle", type=int, nargs="+", choices=BATCHES, default=(), help="prefix lengths in turn"
     )
     parser.add_argument("--rate", type=float, default=PEAK_RATE)
     parser.add_argument(
@@ -216,7 +225,9 @@ def chosen(args: argparse.Namespace, collection: Collection) -> np.ndarray:
 
 def make_programs(args: argparse.Namespace, nets: dict[str, Network], mesh: Any) -> Programs:
     """The steps at the batch sizes asked for; compilation begins here."""
+    used = args.cycle or {scales for part in COURSES for scales in part.cycle}
     batches = dict(zip(BATCHES, args.batches, strict=True))
+    batches = {scales: batch for scales, batch in batches.items() if scales in used}
     return Programs(nets, mesh, batches, args.pool, args.remat)
 
 
@@ -244,6 +255,8 @@ def main() -> None:
         budget=Budget(until, tuple(args.span), args.max_steps),
         pool_size=args.pool,
         peak=args.rate,
+        scenes=args.scenes,
+        cycle=args.cycle,
         save=lambda params, _: store.save(args.out, "transformer", params),
     )
 
