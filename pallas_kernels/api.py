@@ -8,6 +8,10 @@ that can. `implementation_used` tells which one that is.
 `logit_bound` promises that absolute scaled logits stay below it, as those of cosine attention do
 (100), and that every query sees one key with a logit above `logit_bound - 156`. The kernels then
 need no running maximum, which is 10 % faster in bfloat16; other implementations ignore it.
+
+`hidden_finite` promises that rows of v without tokens (in gaps, and from `kv_length` up to the next
+multiple of 128) hold finite numbers, as `rotary_to_cache(clear=...)` leaves them. The kernels then
+make no copy of the last block of values to keep NaN out.
 """
 
 from __future__ import annotations
@@ -99,6 +103,7 @@ def attention(
     gaps: Gaps = (),
     scale: float = 1.0,
     logit_bound: float | None = None,
+    hidden_finite: bool = False,
 ) -> Float[Array, "R2 H T D"] | tuple[Float[Array, "R2 H T D"], Float[Array, "R2 H T"]]:
     """Dense attention over the first `kv_length` cache rows; lse is natural and float32.
 
@@ -115,8 +120,9 @@ def attention(
             q.shape[2], kv_length, block_q=config.block_q, block_k=config.block_k, gaps=gaps
         )
         out, lse = _mosaic_ops().attend_blocks(
-            q, k, v, blocks, config, scale=scale, logit_bound=logit_bound
-        )
+            q, k, v, blocks, config, scale=scale, logit_bound=logit_bound,
+            hidden_finite=hidden_finite,
+        )  # fmt: skip
     else:
         out, lse = xla.attention(q, k, v, kv_length, gaps=gaps, scale=scale)
     return (out, lse) if return_lse else out
@@ -132,6 +138,7 @@ def block_sparse_attention(
     return_lse: bool = False,
     scale: float = 1.0,
     logit_bound: float | None = None,
+    hidden_finite: bool = False,
 ) -> Float[Array, "R2 H T D"] | tuple[Float[Array, "R2 H T D"], Float[Array, "R2 H T"]]:
     """Softmax over the keys of the kept blocks; a query block without blocks gives zeros."""
     support.validate_operands(q, k, v, blocks.kv_length)
@@ -143,8 +150,9 @@ def block_sparse_attention(
         bounded = logit_bound is not None
         config = tuning.block_list_config("blocks", q.shape[-1], bounded, blocks.block_k)
         out, lse = _mosaic_ops().attend_blocks(
-            q, k, v, blocks, config, scale=scale, logit_bound=logit_bound
-        )
+            q, k, v, blocks, config, scale=scale, logit_bound=logit_bound,
+            hidden_finite=hidden_finite,
+        )  # fmt: skip
     else:
         out, lse = xla.block_sparse_attention(q, k, v, blocks, scale=scale)
     return (out, lse) if return_lse else out
@@ -197,6 +205,7 @@ def attention_column_sums(
     gaps: Gaps = (),
     scale: float = 1.0,
     logit_bound: float | None = None,
+    hidden_finite: bool = False,
 ) -> tuple[Float[Array, "R2 H T D"], Float[Array, "R2 H G S2"]]:
     """Dense output, and the probability mass each key gets from each group of `group` queries.
 
@@ -208,7 +217,7 @@ def attention_column_sums(
     )
     out, lse = attention(
         q, k, v, kv_length, implementation=implementation, return_lse=True, gaps=gaps,
-        scale=scale, logit_bound=logit_bound,
+        scale=scale, logit_bound=logit_bound, hidden_finite=hidden_finite,
     )  # fmt: skip
     if used == "mosaic":
         return out, _mosaic_ops().column_sums(q, k, lse, kv_length, group, gaps=gaps, scale=scale)

@@ -2,7 +2,8 @@
 
 A work item is one query block of one (row, head). The producer brings query and key blocks in with
 TMA and runs ahead across work items. Key blocks with hidden rows come first in a list; their scores
-are masked and their values come from a small patched copy, so that nothing hidden is multiplied.
+are masked and their values come from a small patched copy, so that nothing hidden is multiplied. Where
+the caller vouches for finite values there is no copy.
 """
 
 # Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
@@ -32,25 +33,28 @@ class BlockListInputs:
 
     indices [tables, cap], counts [tables], specials [tables]: lists, their lengths and how many of
     their first blocks have hidden rows; tables is the number of query blocks (shared) or of items.
-    keep [blocks * block_k]: 1.0 where a key is visible. patch [n, specials * block_k, D]: values of
-    blocks with hidden rows, zeroed there; slots [blocks]: place of a block in the patch.
+    keep [blocks * block_k]: 1.0 where a key is visible.
     order [ctas, steps], lengths [ctas]: work items of every CTA.
+    patch [n, specials * block_k, D]: values of blocks with hidden rows, zeroed there; slots [blocks]:
+    place of a block in the patch. None where hidden values are known to be finite.
     """
 
     q: Float[Array, "n T D"]
     k: Float[Array, "m S D"]
     v: Float[Array, "m S D"]
-    patch: Float[Array, "n P D"]
     keep: Float[Array, " X"]
     indices: Int[Array, "tables cap"]
     counts: Int[Array, " tables"]
     specials: Int[Array, " tables"]
-    slots: Int[Array, " blocks"]
     order: Int[Array, "ctas steps"]
     lengths: Int[Array, " ctas"]
+    patch: Float[Array, "n P D"] | None = None
+    slots: Int[Array, " blocks"] | None = None
 
-    def arrays(self) -> tuple[Array, ...]:
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+    def arrays(self) -> dict[str, Array]:
+        """The operands that are there, by name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def block_list_attention(
@@ -59,17 +63,17 @@ def block_list_attention(
     """Token-major output and natural log-sum-exp (padded to whole query blocks); n = R * heads."""
     n, queries, head_dim = inputs.q.shape
     tiles = pl.cdiv(queries, config.block_q)
-    names = [field.name for field in dataclasses.fields(BlockListInputs)]
+    operands = inputs.arrays()
 
-    def body(*refs, **scratch_refs):
-        gmem = dict(zip([*names, "out", "lse"], refs, strict=True))
+    def block_list_kernel(*refs, **scratch_refs):
+        gmem = dict(zip([*operands, "out", "lse"], refs, strict=True))
         shared = inputs.counts.shape[0] == tiles
         _BlockList(gmem, scratch_refs, config, softmax, heads, tiles, shared).run()
 
     buffers = scratch(config, head_dim, inputs.q.dtype)
     buffers["lse_smem"] = plgpu.SMEM((config.block_q,), jnp.float32)
     return mosaic.kernel(
-        body,
+        block_list_kernel,
         out_type=[
             jax.ShapeDtypeStruct((n // heads, queries, heads * head_dim), inputs.q.dtype),
             jax.ShapeDtypeStruct((n, tiles * config.block_q), jnp.float32),
@@ -78,7 +82,7 @@ def block_list_attention(
         num_threads=config.consumers + 1,
         scratch_types=buffers,
         compiler_params=mosaic.compiler_params(),
-    )(*inputs.arrays())
+    )(*operands.values())
 
 
 class _BlockList(Pipeline):
@@ -118,9 +122,13 @@ class _BlockList(Pipeline):
         plgpu.barrier_wait(self.v_empty.at[stage])
         into = self.v_smem.at[stage], self.v_full.at[stage]
 
-        @pl.when(step >= item.specials)
-        def _whole():
+        def whole():
             plgpu.copy_gmem_to_smem(self.gmem["v"].at[item.head, keys], *into)
+
+        if "patch" not in self.gmem:
+            whole()
+            return
+        pl.when(step >= item.specials)(whole)
 
         @pl.when(step < item.specials)
         def _patched():

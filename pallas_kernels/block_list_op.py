@@ -26,13 +26,18 @@ def attend_blocks(
     *,
     scale: float = 1.0,
     logit_bound: float | None = None,
+    hidden_finite: bool = False,
     ctas: int | None = None,
 ) -> tuple[Float[Array, "R2 H T D"], Float[Array, "R2 H T"]]:
-    """Attention over a block table whose block sizes are those of `config`, and its lse."""
+    """Attention over a block table whose block sizes are those of `config`, and its lse.
+
+    hidden_finite: rows of v without tokens, up to the end of the last block, hold finite numbers.
+    """
     rows, heads, queries, head_dim = q.shape
     n, ctas = rows * heads, ctas or support.multiprocessors()
     flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-    keep, slots, patch = _hidden_blocks(flat_v[:n], blocks)
+    keep, slots = _hidden_blocks(blocks)
+    patched = None if hidden_finite else _patch(flat_v[:n], blocks, keep, slots)
     indices, specials = _specials_first(blocks, slots)
     items = n * ceil_div(queries, config.block_q)
     if blocks.is_static:
@@ -44,37 +49,41 @@ def attend_blocks(
         q=pad_rows(q.reshape(n, queries, head_dim)),
         k=flat_k,
         v=flat_v,
-        patch=patch,
         keep=jnp.asarray(keep, jnp.float32),
         indices=jnp.asarray(indices, jnp.int32).reshape(-1, indices.shape[-1]),
         counts=jnp.asarray(blocks.counts, jnp.int32).reshape(-1),
         specials=jnp.asarray(specials, jnp.int32).reshape(-1),
-        slots=jnp.asarray(np.maximum(slots, 0), jnp.int32),
         order=jnp.asarray(order),
         lengths=jnp.asarray(lengths),
+        patch=patched,
+        slots=None if patched is None else jnp.asarray(np.maximum(slots, 0), jnp.int32),
     )
     softmax = Softmax.bounded(scale, logit_bound, q.dtype)
     out, lse = block_list_attention(inputs, config, softmax, heads)
     return heads_major(out[:, :queries], heads), lse[:, :queries].reshape(rows, heads, queries)
 
 
-def _hidden_blocks(
-    v: Float[Array, "n S D"], blocks: BlockTable
-) -> tuple[np.ndarray, np.ndarray, Float[Array, "n P D"]]:
-    """Visibility of every key, the patch slot of every block (-1: none), the patched values."""
+def _hidden_blocks(blocks: BlockTable) -> tuple[np.ndarray, np.ndarray]:
+    """Visibility of every key, and a number for every block with hidden rows (-1: none)."""
     size = blocks.block_k
     count = ceil_div(blocks.kv_length, size)
     keep = visible_rows(count * size, blocks.kv_length, blocks.gaps)
     hidden = np.flatnonzero(~keep.reshape(count, size).all(1))
     slots = np.full(count, -1)
     slots[hidden] = np.arange(len(hidden))
-    pieces = []
-    for block in hidden:
+    return keep, slots
+
+
+def _patch(
+    v: Float[Array, "n S D"], blocks: BlockTable, keep: np.ndarray, slots: np.ndarray
+) -> Float[Array, "n P D"]:
+    """Values of the blocks with hidden rows, zero there: a weight of zero times NaN is NaN."""
+    size, pieces = blocks.block_k, []
+    for block in np.flatnonzero(slots >= 0):
         rows = slice(int(block) * size, min(int(block + 1) * size, v.shape[1]))
         piece = jnp.where(keep[rows][:, None], v[:, rows], 0)
         pieces.append(jnp.pad(piece, ((0, 0), (0, size - piece.shape[1]), (0, 0))))
-    patch = jnp.concatenate(pieces, 1) if pieces else jnp.zeros((1, size, v.shape[2]), v.dtype)
-    return keep, slots, patch
+    return jnp.concatenate(pieces, 1) if pieces else jnp.zeros((1, size, v.shape[2]), v.dtype)
 
 
 def _specials_first(blocks: BlockTable, slots: np.ndarray):

@@ -60,14 +60,14 @@ def column_sums_kernel(
         q_empty=plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),
     )
 
-    def body(q_gmem, k_gmem, lse_gmem, out_gmem, **scratch):
+    def column_sums_body(q_gmem, k_gmem, lse_gmem, out_gmem, **scratch):
         call = _ColumnSums((q_gmem, k_gmem, lse_gmem, out_gmem), scratch, config, shape, scale)
         warpgroup = lax.axis_index("wg")
         pl.when(warpgroup < config.consumers)(lambda: call.consume(warpgroup))
         pl.when(warpgroup == config.consumers)(call.produce)
 
     return mosaic.kernel(
-        body,
+        column_sums_body,
         out_type=jax.ShapeDtypeStruct((heads, groups, key_tiles * block_k), jnp.float32),
         grid=(min(ctas, heads * key_tiles),),
         num_threads=config.consumers + 1,

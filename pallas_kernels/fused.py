@@ -83,6 +83,7 @@ def rotary_to_cache(
     start: int,
     width: int,
     pitch: int,
+    clear: int = 0,
     max_log_temperature: float = MAX_LOG_TEMPERATURE,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "R H T D"], Float[Array, "Rk H S D"], Float[Array, "Rk H S D"]]:
@@ -91,8 +92,8 @@ def rotary_to_cache(
     Queries and keys are unit vectors per head, turned by the token's angles in adjacent pairs;
     queries are multiplied by `exp(min(log_temperature, max_log_temperature))`. The scale's tokens
     form a grid `width` wide; grid row y, column x goes to cache row `start + y * pitch + x` of the
-    first R rows, and rows between `width` and `pitch` are zeroed. Donate the caches: they are then
-    updated in place.
+    first R rows; rows between `width` and `pitch`, and `clear` rows after the grid, are zeroed.
+    Donate the caches: they are then updated in place.
     """
     heads, cached, head_dim = k_cache.shape[1:]
     rows, tokens = qkv.shape[:2]
@@ -101,11 +102,12 @@ def rotary_to_cache(
             f"qkv must be [R, T, {3 * heads * head_dim}] with R at most {k_cache.shape[0]}, as the "
             f"cache {k_cache.shape} asks. Got {qkv.shape}."
         )
-    place = Rows(start, pitch, width, tokens // width)
-    if tokens % width or pitch < width or start < 0 or start + place.span > cached:
+    place = Rows(start, pitch, width, tokens // width, clear)
+    last = start + place.span + clear
+    if tokens % width or pitch < width or min(start, clear) < 0 or last > cached:
         raise ValueError(
             f"{tokens} tokens must fill a grid {width} wide whose rows, {pitch} apart from row "
-            f"{start} on, fit the cache's {cached} rows."
+            f"{start} on, and {clear} cleared ones fit the cache's {cached} rows."
         )
     reason = ""
     if qkv.dtype not in _HALVES or not qkv.dtype == k_cache.dtype == v_cache.dtype:

@@ -3,7 +3,7 @@
 One pass over the output of the query/key/value product: a CTA is one warpgroup that walks cache
 rows of one scale. A warp holds whole heads of a token, so norms are sums inside a warp and pairs of
 rotary neighbours are inside a thread. Queries leave heads-major; keys and values go to their rows
-of the cache in place, and rows that only pad a grid row are zeroed.
+of the cache in place; rows that only pad a grid row, and those to clear after it, are zeroed.
 """
 
 # Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
@@ -89,7 +89,8 @@ def _call(
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Jitted to be lowered once a program."""
     rows, tokens, _, heads, head_dim = qkv.shape
-    chunk = ceil_div(rows * place.span, ctas)
+    walked = place.span + place.clear
+    chunk = ceil_div(rows * walked, ctas)
     layout = heads_layout(heads, head_dim)
     both = jnp.repeat(cos, 2, axis=1), jnp.stack([-sin, sin], axis=-1).reshape(tokens, head_dim)
     names = ("qkv", "q_bias", "v_bias", "log_temperature", "cos", "sin", "k", "v", "q")
@@ -98,7 +99,7 @@ def _call(
         gmem = dict(zip(names, refs, strict=True))
         _RotaryToCache(gmem, layout, place, max_log_temperature).run(chunk)
 
-    mesh = plgpu.Mesh(grid=(ceil_div(place.span, chunk), rows), grid_names=("chunk", "row"))
+    mesh = plgpu.Mesh(grid=(ceil_div(walked, chunk), rows), grid_names=("chunk", "row"))
     k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
     q = pl.kernel(
         rotary_to_cache_kernel,
@@ -118,7 +119,7 @@ class _RotaryToCache:
         self.row = lax.axis_index("row")
 
     def run(self, chunk: int) -> None:
-        """Walk `chunk` cache rows, or what is left of the scale."""
+        """Walk `chunk` cache rows, or what is left of the scale and of the rows to clear."""
         gmem, place = self.gmem, self.place
         q_bias, v_bias = (mosaic.load(gmem[name], self.layout) for name in ("q_bias", "v_bias"))
         self.biases = q_bias.astype(jnp.float32), v_bias.astype(jnp.float32)
@@ -129,7 +130,7 @@ class _RotaryToCache:
         if chunk == 1:  # No loop: all loads are in flight together.
             self._position(first)
             return
-        last = jnp.minimum(first + chunk, place.span)
+        last = jnp.minimum(first + chunk, place.span + place.clear)
 
         def step(position, carry):
             self._position(position)
@@ -139,12 +140,13 @@ class _RotaryToCache:
 
     def _position(self, position) -> None:
         place = self.place
-        if place.pitch == place.width:
+        if place.pitch == place.width and not place.clear:
             self._token(position, position)
-        else:
-            y, x = lax.div(position, place.pitch), lax.rem(position, place.pitch)
-            pl.when(x < place.width)(lambda: self._token(y * place.width + x, position))
-            pl.when(x >= place.width)(lambda: self._pad(position))
+            return
+        y, x = lax.div(position, place.pitch), lax.rem(position, place.pitch)
+        is_token = (x < place.width) & (y < place.height)
+        pl.when(is_token)(lambda: self._token(y * place.width + x, position))
+        pl.when(~is_token)(lambda: self._pad(position))
 
     def _token(self, token, position) -> None:
         gmem = self.gmem

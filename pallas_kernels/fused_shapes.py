@@ -20,12 +20,16 @@ VectorLike = jax.Array | tuple[jax.Array, int]
 
 @dataclass(frozen=True)
 class Rows:
-    """Cache rows of one scale: grid row y, column x lives at `start + y * pitch + x`."""
+    """Cache rows of one scale: grid row y, column x lives at `start + y * pitch + x`.
+
+    clear: rows after them that are zeroed as well.
+    """
 
     start: int
     pitch: int
     width: int
     height: int
+    clear: int = 0
 
     @property
     def span(self) -> int:

@@ -94,4 +94,6 @@ def _write(
     if place.pitch != place.width:
         grid = jnp.pad(grid, ((0, 0),) * 3 + ((0, place.pitch - place.width), (0, 0)))
     new = grid.reshape(rows, heads, place.span, head_dim)
+    if place.clear:
+        new = jnp.pad(new, ((0, 0),) * 2 + ((0, place.clear), (0, 0)))
     return jax.lax.dynamic_update_slice(cache, new, (0, 0, place.start, 0))

@@ -85,7 +85,7 @@ def gather_attention(
     # One buffer for both, since every buffer is rounded up to 1 KiB: rows, then a flag per stage.
     buffers["row_smem"] = plgpu.SMEM((config.stages * (config.block_k + 1),), jnp.int32)
 
-    def body(*refs, **scratch_refs):
+    def gather_kernel(*refs, **scratch_refs):
         gmem = dict(zip([*operands, "out"], refs, strict=True))
         call = _Gather(gmem, scratch_refs, config, softmax, heads)
         call.rows, call.tiles, call.patches = rows, tiles, patches
@@ -93,7 +93,7 @@ def gather_attention(
         call.run()
 
     return mosaic.kernel(
-        body,
+        gather_kernel,
         out_type=jax.ShapeDtypeStruct((lead // heads, tokens, heads * head_dim), dtype),
         grid=(inputs.order.shape[0],),
         num_threads=config.consumers + 1,

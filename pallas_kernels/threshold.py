@@ -24,7 +24,7 @@ def row_thresholds(bits: Int[Array, "n X"], count: int) -> Int[Array, " n"]:
     Entries that must not be chosen are negative.
     """
 
-    def body(bits_gmem, out_gmem):
+    def row_thresholds_kernel(bits_gmem, out_gmem):
         row = lax.axis_index("row")
         values = bits_gmem[row]
 
@@ -36,7 +36,7 @@ def row_thresholds(bits: Int[Array, "n X"], count: int) -> Int[Array, " n"]:
         out_gmem[row] = lax.fori_loop(0, 31, narrow, jnp.int32(0))
 
     return plgpu.kernel(
-        body,
+        row_thresholds_kernel,
         out_type=jax.ShapeDtypeStruct(bits.shape[:1], jnp.int32),
         grid=(bits.shape[0],),
         grid_names=("row",),

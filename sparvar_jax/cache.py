@@ -33,8 +33,8 @@ def write(
 ) -> Float[Array, "Rk H S D"]:
     """The buffer with one scale written to its first R rows.
 
-    Grid rows are padded with zeros up to the slot's pitch. Callers donate the buffer, so that the
-    update happens in place.
+    Grid rows are padded with zeros up to the slot's pitch, and `slot.clear` rows after the grid are
+    zeroed. Callers donate the buffer, so that the update happens in place.
     """
     new = new.astype(cache.dtype)
     if slot.pitch != slot.width:
@@ -42,4 +42,6 @@ def write(
         grid = new.reshape(rows, heads, tokens // slot.width, slot.width, head_dim)
         grid = jnp.pad(grid, ((0, 0),) * 3 + ((0, slot.pitch - slot.width), (0, 0)))
         new = grid.reshape(rows, heads, -1, head_dim)
+    if slot.clear:
+        new = jnp.pad(new, ((0, 0),) * 2 + ((0, slot.clear), (0, 0)))
     return jax.lax.dynamic_update_slice(cache, new, (0, 0, slot.start, 0))

@@ -147,11 +147,16 @@ def infinity_schedule(height_over_width: float = 1.0, size: str = "1M") -> Scale
 
 
 class Slot(NamedTuple):
-    """Cache rows of one scale's grid: token (y, x) lives at row `start + y * pitch + x`."""
+    """Cache rows of one scale's grid: token (y, x) lives at row `start + y * pitch + x`.
+
+    clear: rows after the grid that whoever writes it zeroes, so that blocks of rows that kernels
+    read hold nothing of an earlier picture.
+    """
 
     start: int
     width: int
     pitch: int
+    clear: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +179,9 @@ class Layout:
         return slice(self.starts[scale], self.starts[scale] + self.span(scale))
 
     def slot(self, scale: int) -> Slot:
-        """Where the grid of one scale lies."""
-        return Slot(self.starts[scale], self.sizes[scale][1], self.pitches[scale])
+        """Where the grid of one scale lies; rows up to a multiple of 128 after it are cleared."""
+        clear = -self.filled(scale) % ROW_MULTIPLE
+        return Slot(self.starts[scale], self.sizes[scale][1], self.pitches[scale], clear)
 
     def span(self, scale: int) -> int:
         """How many physical rows one scale occupies, padding included."""

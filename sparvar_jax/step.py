@@ -64,7 +64,8 @@ def step_spec(
     forced: bool = False,
 ) -> StepSpec:
     """The static part of step `index` of a plan."""
-    place = dataclasses.replace(plan.place(index), logit_bound=logit_bound)
+    # Cache buffers begin as zeros, and every scale clears the rows after its own.
+    place = dataclasses.replace(plan.place(index), logit_bound=logit_bound, hidden_finite=True)
     last = index + 1 == len(plan.steps)
     live = tuple(plan.live_after(index, layer) for layer in range(plan.depth))
     following = None if last else index + 1

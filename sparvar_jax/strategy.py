@@ -26,12 +26,14 @@ class Place:
     """Where a step stands: the schedule, the cache layout and the index of the scale drawn.
 
     logit_bound: what the model promises its attention logits never exceed, None for no promise.
+    hidden_finite: whether cache rows without tokens are known to hold finite numbers.
     """
 
     schedule: ScaleSchedule
     layout_name: LayoutName
     index: int
     logit_bound: float | None = None
+    hidden_finite: bool = False
 
     @property
     def scale(self) -> Scale:
@@ -129,6 +131,7 @@ class Dense:
             place.kv_length,
             gaps=place.layout.gaps(place.index),
             logit_bound=place.logit_bound,
+            hidden_finite=place.hidden_finite,
             implementation=self.implementation,
         )
         assert isinstance(out, jax.Array)

@@ -55,7 +55,8 @@ class AdaptiveDecision:
         del state
         out, sums = pallas_kernels.attention_column_sums(
             q, k, v, place.kv_length, QUERY_BLOCK, gaps=place.layout.gaps(place.index),
-            logit_bound=place.logit_bound, implementation=self.implementation,
+            logit_bound=place.logit_bound, hidden_finite=place.hidden_finite,
+            implementation=self.implementation,
         )  # fmt: skip
         return out, {MASS: block_mass(sums, self.block)}
 
@@ -133,7 +134,8 @@ class AdaptiveSparse:
         """Attention over the chosen blocks; leaves no state."""
         out = pallas_kernels.block_sparse_attention(
             q, k, v, self.table(state[MASS][: q.shape[0]], place),
-            logit_bound=place.logit_bound, implementation=self.implementation,
+            logit_bound=place.logit_bound, hidden_finite=place.hidden_finite,
+            implementation=self.implementation,
         )  # fmt: skip
         assert isinstance(out, jax.Array)
         return out, {}

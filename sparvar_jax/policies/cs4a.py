@@ -62,7 +62,7 @@ class Cs4aDecision:
         del state
         selection, cached = self.selection, _cache_options(place, self.implementation)
         out, sums = pallas_kernels.attention_column_sums(
-            q, k, v, place.kv_length, selection.group, **cached
+            q, k, v, place.kv_length, selection.group, hidden_finite=place.hidden_finite, **cached
         )
         chosen = lists.select(sums, selection, place, self.implementation)
         if not self.cache:

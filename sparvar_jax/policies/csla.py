@@ -102,8 +102,9 @@ class Csla:
             return out, {}
         blocks = sparsity.csla_blocks(geometry, windows, sinks, self.block, self.block)
         out = pallas_kernels.block_sparse_attention(
-            q, k, v, blocks, implementation=self.implementation, logit_bound=place.logit_bound
-        )
+            q, k, v, blocks, implementation=self.implementation,
+            logit_bound=place.logit_bound, hidden_finite=place.hidden_finite,
+        )  # fmt: skip
         assert isinstance(out, jax.Array)
         return out, {}
 

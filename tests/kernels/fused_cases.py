@@ -96,7 +96,7 @@ def check_norm(got, inputs):
 GRIDS = ((2, 2), (3, 5))
 
 
-def rotary_inputs(layout_name, heads=4, head_dim=64, rows=2, cached=3, scale=1):
+def rotary_inputs(layout_name, heads=4, head_dim=64, rows=2, cached=3, scale=1, clear=0):
     schedule = ScaleSchedule.of(GRIDS)
     layout = schedule.layout(layout_name)
     (height, width), channels = GRIDS[scale], heads * head_dim
@@ -112,7 +112,8 @@ def rotary_inputs(layout_name, heads=4, head_dim=64, rows=2, cached=3, scale=1):
         k_cache=jnp.full(shape, 7.0, jnp.bfloat16),
         v_cache=jnp.full(shape, 7.0, jnp.bfloat16),
     )
-    place = dict(start=layout.starts[scale], width=width, pitch=layout.pitches[scale])
+    start, pitch = layout.starts[scale], layout.pitches[scale]
+    place = dict(start=start, width=width, pitch=pitch, clear=clear)
     return operands, place, layout
 
 
@@ -139,6 +140,9 @@ def rotary_truth(operands, place):
         first = place["start"] + y * place["pitch"]
         for cache in (k_cache, v_cache):
             cache[:rows, :, first + place["width"] : first + place["pitch"]] = 0
+    end = place["start"] + tokens // place["width"] * place["pitch"]
+    for cache in (k_cache, v_cache):
+        cache[:rows, :, end : end + place["clear"]] = 0
     return q.transpose(0, 2, 1, 3), k_cache, v_cache
 
 

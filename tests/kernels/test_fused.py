@@ -78,15 +78,17 @@ def test_residual_norm_refuses_what_does_not_fit(change, message):
 # --- rotary_to_cache ---
 
 
+@pytest.mark.parametrize("clear", [0, 9])
 @pytest.mark.parametrize("layout_name", ["packed", "aligned"])
-def test_rotary_reference_is_right(layout_name):
-    operands, place, _ = rotary_inputs(layout_name)
+def test_rotary_reference_is_right(layout_name, clear):
+    operands, place, _ = rotary_inputs(layout_name, clear=clear)
     check_rotary(fused.rotary_to_cache(**operands, **place), rotary_truth(operands, place))
 
 
 @pytest.mark.parametrize("layout_name", ["packed", "aligned"])
 def test_rotary_reference_gives_the_bits_of_plain_layers(layout_name):
     operands, place, layout = rotary_inputs(layout_name)
+    place = layout.slot(1)._asdict()
     heads = operands["k_cache"].shape[1]
     q, k, v = jnp.split(operands["qkv"], 3, axis=-1)
     q = layers.split_heads(q + operands["q_bias"], heads)
@@ -110,6 +112,8 @@ def test_rotary_refuses_what_does_not_fit():
     operands, place, _ = rotary_inputs("packed")
     with pytest.raises(ValueError, match="must fill a grid"):
         fused.rotary_to_cache(**operands, **(place | dict(start=120)))
+    with pytest.raises(ValueError, match="cleared ones fit"):
+        fused.rotary_to_cache(**operands, **(place | dict(clear=128)))
     with pytest.raises(ValueError, match="qkv must be"):
         fused.rotary_to_cache(**(operands | dict(qkv=operands["qkv"][..., 1:])), **place)
 

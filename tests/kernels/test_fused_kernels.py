@@ -53,9 +53,10 @@ def test_residual_norm_kernel_interpreted(interpreted):
 
 
 @needs_mosaic
+@pytest.mark.parametrize("clear", [0, 9])
 @pytest.mark.parametrize("layout_name", ["packed", "aligned"])
-def test_rotary_kernel_interpreted(interpreted, layout_name):
-    operands, place, _ = rotary_inputs(layout_name)
+def test_rotary_kernel_interpreted(interpreted, layout_name, clear):
+    operands, place, _ = rotary_inputs(layout_name, clear=clear)
     got = fused.rotary_to_cache(**operands, **place, implementation="mosaic")
     check_rotary(got, rotary_truth(operands, place))
 
@@ -126,7 +127,7 @@ def test_rotary_lowers_in_place(lowered, model):
     for side in GRID_SIDES:
         table = struct(side * side, head_dim // 2, dtype=jnp.float32)
         for pitch in {side, -(-side // 8) * 8}:
-            place = dict(start=16, width=side, pitch=pitch)
+            place = dict(start=16, width=side, pitch=pitch, clear=40)
             text = lowered(
                 lambda *a, place=place: fused.rotary_to_cache(*a, **place, implementation="mosaic"),
                 *(struct(1, side * side, 3 * width), struct(width), struct(width)),
@@ -171,7 +172,7 @@ def test_residual_norm_on_a_gpu(tokens, width):
 @pytest.mark.parametrize("layout_name", ["packed", "aligned"])
 @pytest.mark.parametrize(("heads", "head_dim"), [(16, 128), (28, 128), (6, 64)])
 def test_rotary_on_a_gpu(layout_name, heads, head_dim):
-    operands, place, _ = rotary_inputs(layout_name, heads, head_dim)
+    operands, place, _ = rotary_inputs(layout_name, heads, head_dim, clear=9)
     truth = rotary_truth(operands, place)
     call = jax.jit(lambda o: fused.rotary_to_cache(**o, **place, implementation="mosaic"))
     check_rotary(call(operands), truth)

@@ -82,6 +82,15 @@ def test_gaps():
     check(lambda *a, **n: pk.attention(*a, 1000, gaps=gaps, **n), q, k, v, valid)
 
 
+def test_finite_hidden_values_are_not_read_as_tokens():
+    gaps = ((121, 128), (300, 520))
+    (q, k, v), valid = draw(200, 1000, 128, gaps=gaps)
+    v = jnp.where(jnp.asarray(valid)[:, None], v, 1e30)
+    check(
+        lambda *a, **n: pk.attention(*a, 1000, gaps=gaps, hidden_finite=True, **n), q, k, v, valid
+    )
+
+
 @pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("block_k", [64, 128])

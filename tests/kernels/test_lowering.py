@@ -22,14 +22,17 @@ def operands(queries, keys, head_dim=128, dtype=jnp.bfloat16, rows=1, heads=2):
     return q, k, k
 
 
+@pytest.mark.parametrize("hidden_finite", [False, True])
 @pytest.mark.parametrize("bound", [None, 100.0])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("queries", [1, 5, 121, 1600])
-def test_dense(queries, head_dim, bound):
+def test_dense(queries, head_dim, bound, hidden_finite):
     config = tuning.block_list_config("dense", head_dim, bound is not None)
     blocks = pk.dense_blocks(queries, 4121, block_q=config.block_q, block_k=config.block_k)
     lower(
-        lambda q, k, v: mosaic_ops.attend_blocks(q, k, v, blocks, config, logit_bound=bound),
+        lambda q, k, v: mosaic_ops.attend_blocks(
+            q, k, v, blocks, config, logit_bound=bound, hidden_finite=hidden_finite
+        ),
         *operands(queries, 4224, head_dim),
     )
 
