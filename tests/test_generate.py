@@ -13,6 +13,7 @@ from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.plan import dense_plan
 from sparvar_jax.policies import skip_last_scales
 from sparvar_jax.schedule import ScaleSchedule
+from sparvar_jax.step import empty_state
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (2, 2), (3, 4), (6, 8)))
 CONFIG = InfinityConfig(2, 64, 2, text_width=128, bits=8, dtype="float32")
@@ -117,6 +118,28 @@ def test_layouts_draw_the_same(generator, text):
     tokens = tuple(output.tokens for output in outputs)
     aligned, _ = draw(generator, text, keys, plan=plan, forced=tokens)
     assert np.array_equal(packed, aligned)
+
+
+@pytest.mark.parametrize("layout_name", ["packed", "aligned"])
+def test_every_scale_clears_the_rows_that_kernels_may_read(generator, text, layout_name):
+    """Of an earlier picture that was not finite, nothing is left in blocks of 128 rows in use."""
+    plan = dense_plan(SCHEDULE, 2, layout=layout_name)
+    layout = SCHEDULE.layout(layout_name)
+    poisoned = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan), generator.start(plan, batch=2).cache
+    )
+    state = empty_state(generator.model, plan, 2, poisoned)
+    condition = embed(generator, text, "learned")
+    controls = generate.controls(len(SCHEDULE))
+    for index in range(len(SCHEDULE)):
+        keys = sampling.image_keys(0, 2)
+        state, _ = generator.decode_scale(plan, index, condition, state, controls, keys)
+        used = -(-layout.filled(index) // 128) * 128
+        hidden = np.ones(used, bool)
+        hidden[layout.physical(index)] = False
+        for buffer in jax.tree.leaves(state.cache):
+            assert np.isfinite(buffer[:, :, :used]).all()
+            assert not np.asarray(buffer[:, :, :used])[:, :, hidden].any()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from sparvar_jax.models.conv_parts import (
     GroupNorm,
     Level,
     ResBlock,
-    double,
     norm_groups,
 )
 
@@ -116,7 +115,7 @@ class AttentiveLevel(Level):
     def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B h w Co"]:
         for block, attention in zip(self.block, self.attn, strict=True):
             x = attention(block(x))
-        return x if self.upsample is None else self.upsample(double(x))
+        return x if self.upsample is None else self.upsample.doubled(x)
 
 
 class Middle(nnx.Module):
