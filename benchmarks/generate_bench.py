@@ -92,8 +92,8 @@ class Bench:
         self.keys = sampling.image_keys(0, batch)
         self.generator = Generator(parts.transformer, getattr(parts.tokenizer, "codebook", None))
         self._text = text
-        embed = _embed_classes if parts.is_class_model else _embed_text
-        self._embed = Bound(parts.transformer, embed)
+        self._embedding = _embed_classes if parts.is_class_model else _embed_text
+        self._embed = Bound(parts.transformer, self._embedding)
         self._decode = Bound(parts.tokenizer, _decode)
         self._specs: set[StepSpec] = set()
 
@@ -160,9 +160,17 @@ class Bench:
 
     def condition(self) -> Any:
         """What the steps take of class labels, of a prompt, or of text features."""
+        return self._embed(*self._features())
+
+    def plain_condition(self) -> Any:
+        """The same from the model without kernels of ours, in its plain form."""
+        plain = models.without_kernels(self.parts.transformer)
+        return Bound(plain, self._embedding)(*self._features())
+
+    def _features(self) -> tuple[Any, ...]:
         if isinstance(self._text, TextEncoder):
-            return self._embed(*self._text([PROMPT] * self.batch))
-        return self._embed(*self._inputs)
+            return tuple(self._text([PROMPT] * self.batch))
+        return self._inputs
 
     def condition_shape(self) -> Any:
         return self._embed.shape(*self._input_shapes()[0])

@@ -71,11 +71,11 @@ def check(bench: Bench, plan: Plan) -> Check:
     if not last:
         raise ValueError(f"the check needs a plan of at least two scales, got {plan.name}")
     reference = Reference(bench, plan, image)
-    condition, before = bench.condition(), None
+    condition, plain, before = bench.condition(), bench.plain_condition(), None
     for index, (state, output) in enumerate(bench.steps(plan, condition)):
         if index == last - 1:
             # The next step takes the state's buffers, so everything is computed before it.
-            before = reference.both(*image_of((condition, state), image, bench.batch))
+            before = reference.both(*image_of((plain, state), image, bench.batch))
         if index == last and before is not None:
             (expected, tokens), control = before
             rows = reference.written(image_of(state.cache, image, bench.batch))

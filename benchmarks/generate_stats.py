@@ -15,6 +15,7 @@ import pallas_kernels
 from benchmarks.generate_bench import Bench
 from benchmarks.models import bytes_of
 from sparvar_jax import checkpoint
+from sparvar_jax.models.cross_attention import FoldedText
 from sparvar_jax.plan import Plan
 from sparvar_jax.step import empty_state
 
@@ -31,6 +32,8 @@ OPS = {
 """Attention of a plan, by name -> the operation that computes it."""
 NOT_PER_TOKEN = re.compile(r"\b(ada|cross\.kv)\b")
 """Products of a block that run once a generation, not once a token."""
+FOLDED = re.compile(r"\bcross\.(q|proj)\b")
+"""Products of a block that a folded text replaces."""
 
 
 def implementations(bench: Bench, plan: Plan) -> dict[str, str]:
@@ -97,13 +100,7 @@ def transformer_tflop(bench: Bench, plan: Plan) -> float:
 
     A multiplication with its addition counts two. Decision steps count their dense pass only.
     """
-    config = bench.parts.transformer.config
-    per_token = sum(
-        int(np.prod(leaf.shape))
-        for path, leaf in checkpoint.abstract_parameters(bench.parts.transformer).items()
-        if path.startswith("blocks.") and path.endswith("kernel") and not NOT_PER_TOKEN.search(path)
-    )
-    total = 0.0
+    config, per_token, total = bench.parts.transformer.config, _products_per_token(bench), 0.0
     for index, step in enumerate(plan.steps):
         rows, place = bench.batch * (2 if step.rows == "both" else 1), plan.place(index)
         pairs = sum(
@@ -112,6 +109,18 @@ def transformer_tflop(bench: Bench, plan: Plan) -> float:
         )
         total += rows * (2 * per_token * step.scale.tokens + 4 * config.width * pairs)
     return total / 1e12
+
+
+def _products_per_token(bench: Bench) -> int:
+    """Multiplications a token in the matrix products of all blocks."""
+    text = getattr(bench.condition_shape(), "text", ())
+    folded = [layer for layer in text if isinstance(layer, FoldedText)]
+    products = sum((layer.keys.size + layer.values.size) // len(layer.keys) for layer in folded)
+    for path, leaf in checkpoint.abstract_parameters(bench.parts.transformer).items():
+        every_token = not NOT_PER_TOKEN.search(path) and not (folded and FOLDED.search(path))
+        if path.startswith("blocks.") and path.endswith("kernel") and every_token:
+            products += int(np.prod(leaf.shape))
+    return products
 
 
 def matmul_ceiling() -> float:

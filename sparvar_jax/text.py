@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 PAD_ID = 0
 EOS_ID = 1
-BUCKETS = (64, 128, 512)
+BUCKETS = (32, 64, 128, 512)
 
 
 @dataclass(frozen=True)

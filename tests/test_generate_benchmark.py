@@ -180,9 +180,23 @@ def test_operations_and_memory_are_those_of_the_shapes(bench):
     assert planned["peak"] > planned["weights"] + planned["cache"]
 
 
+def test_operations_count_what_a_folded_text_saves(bench):
+    config = InfinityConfig.preset("tiny", text_max_length=16, dtype="bfloat16")
+    model = models.randomise(models.abstract(Infinity, config), 0)
+    folded = Bench(dataclasses.replace(bench.parts, transformer=model), 1, "0.06M")
+    plan = folded.plan("dense")
+    width, hidden, layers, rows, heads, tokens = 128, 512, 4, 2, 2, 16
+    products = 4 * width**2 + 2 * width * heads * tokens + 2 * width * hidden
+    expected = sum(
+        rows * layers * (2 * products * scale.tokens + 4 * width * scale.tokens * scale.end)
+        for scale in plan.schedule.scales
+    )
+    assert stats.transformer_tflop(folded, plan) == pytest.approx(expected / 1e12)
+
+
 def test_random_text_is_as_long_as_a_prompt_and_no_longer_than_the_model_takes():
-    assert models.text_features(2, 8, longest=512).features.shape == (2, 64, 8)
-    assert models.text_features(2, 8, longest=32).features.shape == (2, 32, 8)
+    assert models.text_features(2, 8, longest=512).features.shape == (2, 32, 8)
+    assert models.text_features(2, 8, longest=16).features.shape == (2, 16, 8)
 
 
 def test_a_copied_tree_names_its_commit(monkeypatch):

@@ -79,7 +79,7 @@ def test_prompts_without_words_are_refused(prompts, folder):
 
 
 def test_padded_lengths_are_few():
-    assert [padded_length(n) for n in (1, 64, 65, 129, 512)] == [64, 64, 128, 512, 512]
+    assert [padded_length(n) for n in (1, 32, 33, 65, 129, 512)] == [32, 32, 64, 128, 512, 512]
     assert padded_length(70, max_length=77) == 77
     assert padded_length(3, max_length=20) == 20
 

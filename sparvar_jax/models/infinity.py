@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int, Int8, PRNGKeyArray
 from sparvar_jax import quantizer, sampling
 from sparvar_jax.cache import Attend
 from sparvar_jax.models import layers
+from sparvar_jax.models.cross_attention import Text
 from sparvar_jax.models.infinity_parts import (
     Block,
     InfinityConfig,
     Rotary,
-    TextMemory,
     TextPool,
     TextProjection,
 )
@@ -30,7 +30,7 @@ from sparvar_jax.strategy import Place
 __all__ = ["Condition", "Infinity", "InfinityConfig"]
 
 Guidance = tuple[jax.Array, jax.Array] | str | None
-BlockInputs = tuple[jax.Array, TextMemory]
+BlockInputs = tuple[jax.Array, Text]
 
 
 @jax.tree_util.register_dataclass
@@ -39,13 +39,13 @@ class Condition:
     """What text means to every step; rows lead every array.
 
     pooled: pooled text. head: scale and shift of the head. modulation: adaptive-norm values of
-    every layer. text: keys, values and offsets of every layer's cross-attention.
+    every layer. text: what every layer's cross-attention needs of the prompts.
     """
 
     pooled: Float[Array, "R C"]
     head: Float[Array, "R 2 C"]
     modulation: tuple[Float[Array, "R 6 C"], ...]
-    text: tuple[TextMemory, ...]
+    text: tuple[Text, ...]
 
 
 class Infinity(nnx.Module):
@@ -104,7 +104,7 @@ class Infinity(nnx.Module):
             pooled,
             head,
             tuple(block.ada_gss[...].astype(jnp.float32) + shared for block in self.blocks),
-            tuple(block.cross.text(memory, mask, config) for block in self.blocks),
+            tuple(block.cross.text(memory, mask, config.fused) for block in self.blocks),
         )
 
     def embed_codes(

@@ -14,14 +14,12 @@ import pallas_kernels
 from pallas_kernels.api import Implementation
 from sparvar_jax.cache import Attend
 from sparvar_jax.models import layers
+from sparvar_jax.models.cross_attention import CrossAttention, Text
 from sparvar_jax.models.layers import DtypeName, Precision, Stream
 from sparvar_jax.schedule import Slot
 
 Rotary = tuple[jax.Array, jax.Array]
 """(cos, sin), each [T, D / 2]."""
-
-TextMemory = tuple[jax.Array, jax.Array, jax.Array]
-"""Keys and values [R, H, M, D] and score offsets [R, H, M] of a prompt's tokens."""
 
 PRESETS = {  # depth, width, heads, chunks
     "infinity_2b": (32, 2048, 16, 8),
@@ -197,36 +195,6 @@ class SelfAttention(nnx.Module):
         return layers.product(self.proj, layers.merge_heads(attend(write).astype(x.dtype)))
 
 
-class CrossAttention(nnx.Module):
-    """Attention of image tokens to a prompt's tokens."""
-
-    def __init__(self, config: InfinityConfig, rngs: nnx.Rngs):
-        width = config.width
-        self.q = layers.linear(width, width, config.precision, rngs)
-        self.kv = layers.linear(width, 2 * width, config.precision, rngs, bias=False)
-        self.v_bias = nnx.Param(jnp.zeros((width,), config.precision.compute))
-        self.proj = layers.linear(width, width, config.precision, rngs)
-
-    def text(
-        self, memory: Float[Array, "R M C"], mask: Bool[Array, "R M"], config: InfinityConfig
-    ) -> TextMemory:
-        """Keys, values and score offsets of projected text, the same for every scale."""
-        key, value = jnp.split(self.kv(memory), 2, axis=-1)
-        key = layers.split_heads(key, config.heads)
-        value = layers.split_heads(value + self.v_bias[...], config.heads)
-        bias = layers.bias_of(self.q)
-        return pallas_kernels.text_memory(mask, key, value, bias, implementation=config.fused)
-
-    def __call__(
-        self, x: Float[Array, "R T C"], text: TextMemory, fused: Implementation | None
-    ) -> Float[Array, "R T C"]:
-        """The output lacks `proj`'s bias, which the norm after it adds."""
-        # The query's bias is in the offsets.
-        query = layers.product(self.q, x)
-        out = pallas_kernels.cross_attention(query, *text, implementation=fused)
-        return layers.product(self.proj, out)
-
-
 class FeedForward(nnx.Module):
     """Two linear maps with tanh-approximated GELU between them; the second lacks its bias."""
 
@@ -248,14 +216,14 @@ class Block(nnx.Module):
         )
         self.attn = SelfAttention(config, rngs)
         self.cross_norm = layers.Scale(config.width, bias=True, dtype=dtype)
-        self.cross = CrossAttention(config, rngs)
+        self.cross = CrossAttention(config.width, config.heads, config.precision, rngs)
         self.ffn = FeedForward(config.width, config.mlp_width, config.precision, rngs)
 
     def __call__(
         self,
         stream: Stream,
         values: Float[Array, "R2 6 C"],
-        text: TextMemory,
+        text: Text,
         rotary: Rotary,
         attend: Attend,
         config: InfinityConfig,
