@@ -66,12 +66,14 @@ def rotary_case(model: str, tokens: int) -> Case:
     heads, head_dim = SHAPES[model]
     width, side = heads * head_dim, int(tokens**0.5)
     biases, angles = _random(1, 2, width), _random(3, tokens, head_dim // 2, dtype=jnp.float32)
+    cos = jnp.repeat(jnp.cos(angles), 2, axis=1)
+    sin = jnp.repeat(jnp.sin(angles), 2, axis=1) * jnp.where(jnp.arange(head_dim) % 2, 1, -1)
     place = {"start": CACHED - tokens, "width": side, "pitch": side}
 
     def step(implementation: str) -> Step:
         def call(qkv, k, v):
             q, k, v = pk.rotary_to_cache(
-                qkv, biases[0], biases[1], jnp.zeros(heads), jnp.cos(angles), jnp.sin(angles),
+                qkv, biases[0], biases[1], jnp.zeros(heads), cos, sin,
                 k, v, **place, implementation=implementation,
             )  # fmt: skip
             return qkv, k, v, q

@@ -29,8 +29,12 @@ from sparvar_jax.plan import Plan, with_implementation
 # and hardly more after more layers; two that round differently are 2**0.5 times as far apart.
 # Twice that is allowed. Keys read 8 rows off make a difference of 0.03 and more.
 CACHE_TOLERANCE = 1.25e-2
-# 0.15 percent of the tokens differ between bfloat16 and float32: those whose draw was a close call.
-TOKEN_TOLERANCE = 1e-2
+# 0.15 percent of the tokens of random weights differ between bfloat16 and float32: those whose draw
+# was a close call.
+TOKEN_TOLERANCE = {"random": 1e-2, "checkpoint": 3e-2}
+# Bits of a trained model are more often close calls: raw logits of the demo differ by 0.023 at its
+# last scale (teacher-forced), which guidance 3 and temperature 0.5 make 0.17; a bit of probability
+# p then flips with 0.8 * 0.17 * p (1 - p), 0.015 on average. Twice that is allowed.
 MISREAD_ROWS = 8
 
 LayerRows = tuple[jax.Array, jax.Array]
@@ -43,19 +47,21 @@ class Check:
 
     cache_error: largest relative error (Frobenius) of a layer's new keys or values. control_error:
     the same where the reference read cached keys 8 rows off: what the check would say of a step
-    that misreads its cache. token_agreement: share of equal tokens.
+    that misreads its cache. token_agreement: share of equal tokens; token_tolerance: the share
+    that may differ.
     """
 
     cache_error: float
     control_error: float
     token_agreement: float
+    token_tolerance: float
 
     @property
     def problem(self) -> str | None:
         """Why a row must not be believed, None where it may."""
         if not self.cache_error <= CACHE_TOLERANCE:
             return f"keys and values differ from XLA by {self.cache_error:.3g}"
-        if not self.token_agreement >= 1 - TOKEN_TOLERANCE:
+        if not self.token_agreement >= 1 - self.token_tolerance:
             return f"only {self.token_agreement:.3f} of the tokens equal those of XLA"
         if not self.control_error > CACHE_TOLERANCE:
             return f"a misread cache would go unnoticed (error {self.control_error:.3g})"
@@ -83,6 +89,7 @@ def check(bench: Bench, plan: Plan) -> Check:
                 _difference(rows, expected),
                 _difference(control, expected),
                 float(jnp.mean(output.tokens[image] == tokens[0])),
+                TOKEN_TOLERANCE[bench.parts.weights],
             )
     raise AssertionError("the last step was not drawn")
 

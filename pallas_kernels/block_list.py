@@ -2,8 +2,8 @@
 
 A work item is one query block of one (row, head). The producer brings query and key blocks in with
 TMA and runs ahead across work items. Key blocks with hidden rows come first in a list; their scores
-are masked and their values come from a small patched copy, so that nothing hidden is multiplied. Where
-the caller vouches for finite values there is no copy.
+are masked and their values come from a small patched copy, so that nothing hidden is multiplied.
+Where the caller vouches for finite values there is no copy.
 """
 
 # Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
@@ -35,8 +35,8 @@ class BlockListInputs:
     their first blocks have hidden rows; tables is the number of query blocks (shared) or of items.
     keep [blocks * block_k]: 1.0 where a key is visible.
     order [ctas, steps], lengths [ctas]: work items of every CTA.
-    patch [n, specials * block_k, D]: values of blocks with hidden rows, zeroed there; slots [blocks]:
-    place of a block in the patch. None where hidden values are known to be finite.
+    patch [n, specials * block_k, D]: values of blocks with hidden rows, zeroed there;
+    slots [blocks]: place of a block in the patch. None where hidden values are known to be finite.
     """
 
     q: Float[Array, "n T D"]

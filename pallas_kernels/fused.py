@@ -75,8 +75,8 @@ def rotary_to_cache(
     q_bias: Float[Array, " C"],
     v_bias: Float[Array, " C"],
     log_temperature: Float[Array, " H"],
-    cos: Float[Array, "T half"],
-    sin: Float[Array, "T half"],
+    cos: Float[Array, "T D"],
+    sin: Float[Array, "T D"],
     k_cache: Float[Array, "Rk H S D"],
     v_cache: Float[Array, "Rk H S D"],
     *,
@@ -90,10 +90,11 @@ def rotary_to_cache(
     """From the joint product [R, T, 3C] (no bias) to queries [R, H, T, D] and updated caches.
 
     Queries and keys are unit vectors per head, turned by the token's angles in adjacent pairs;
-    queries are multiplied by `exp(min(log_temperature, max_log_temperature))`. The scale's tokens
-    form a grid `width` wide; grid row y, column x goes to cache row `start + y * pitch + x` of the
-    first R rows; rows between `width` and `pitch`, and `clear` rows after the grid, are zeroed.
-    Donate the caches: they are then updated in place.
+    `sin` is negative at even channels. Queries are multiplied by
+    `exp(min(log_temperature, max_log_temperature))`. The scale's tokens form a grid `width` wide;
+    grid row y, column x goes to cache row `start + y * pitch + x` of the first R rows; rows between
+    `width` and `pitch`, and `clear` rows after the grid, are zeroed. Donate the caches: they are
+    then updated in place.
     """
     heads, cached, head_dim = k_cache.shape[1:]
     rows, tokens = qkv.shape[:2]

@@ -68,8 +68,8 @@ def rotary_to_cache(
     q_bias: Float[Array, "H D"],
     v_bias: Float[Array, "H D"],
     log_temperature: Float[Array, " H"],
-    cos: Float[Array, "T half"],
-    sin: Float[Array, "T half"],
+    cos: Float[Array, "T D"],
+    sin: Float[Array, "T D"],
     k_cache: Float[Array, "Rk H S D"],
     v_cache: Float[Array, "Rk H S D"],
     place: Rows,
@@ -92,7 +92,6 @@ def _call(
     walked = place.span + place.clear
     chunk = ceil_div(rows * walked, ctas)
     layout = heads_layout(heads, head_dim)
-    both = jnp.repeat(cos, 2, axis=1), jnp.stack([-sin, sin], axis=-1).reshape(tokens, head_dim)
     names = ("qkv", "q_bias", "v_bias", "log_temperature", "cos", "sin", "k", "v", "q")
 
     def rotary_to_cache_kernel(*refs):
@@ -106,7 +105,7 @@ def _call(
         out_type=jax.ShapeDtypeStruct((rows, heads, tokens, head_dim), k_cache.dtype),
         mesh=mesh,
         compiler_params=mosaic.compiler_params(),
-    )(qkv, q_bias, v_bias, log_temperature, *both, k_ref, v_ref)
+    )(qkv, q_bias, v_bias, log_temperature, cos, sin, k_ref, v_ref)
     return q, jax.freeze(k_ref), jax.freeze(v_ref)
 
 

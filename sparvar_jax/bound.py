@@ -45,6 +45,12 @@ class Bound:
         return self._compiled[name]
 
 
+def to_host(array: jax.Array) -> np.ndarray:
+    """An array on the host; the copy is asked for before its values are waited for."""
+    array.copy_to_host_async()
+    return np.asarray(array)
+
+
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     spread = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if spread else None)

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from sparvar_jax import checkpoint, generate, loading
-from sparvar_jax.bound import Bound
+from sparvar_jax.bound import Bound, to_host
 from sparvar_jax.generate import Generator, Progress
 from sparvar_jax.models.bsq_vae import to_uint8
 from sparvar_jax.models.var import Var, guidance_ramp
@@ -248,7 +248,7 @@ class ClassPipeline:
 
     def decode(self, code_sum: Float[Array, "B h w N"]) -> UInt8[np.ndarray, "B height width 3"]:
         """Pictures from sums of codes."""
-        return np.asarray(self._decode(code_sum))
+        return to_host(self._decode(code_sum))
 
     def tokenise(self, pictures: UInt8[np.ndarray, "B height width 3"]) -> Tokenised:
         """RGB pictures as token maps of every scale; they must have the model's own size."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 from sparvar_jax import generate, loading, sampling
-from sparvar_jax.bound import Bound
+from sparvar_jax.bound import Bound, to_host
 from sparvar_jax.generate import Generator, Progress
 from sparvar_jax.loading import Model
 from sparvar_jax.models import bsq_vae
@@ -100,7 +100,7 @@ class Pipeline:
             if progress:
                 jax.block_until_ready(code_sum)
                 progress("draw", done, total)
-        return np.asarray(self._decode(code_sum))
+        return to_host(self._decode(code_sum))
 
     def stream(
         self, prompts: Prompts, *, progress: Progress | None = None, **options: Any
@@ -109,7 +109,7 @@ class Pipeline:
         request = self.request(prompts, **options)
         self._compile(request, progress)
         for state, _ in self._steps(request):
-            yield np.asarray(self._decode(state.code_sum))
+            yield to_host(self._decode(state.code_sum))
 
     def request(self, prompts: Prompts, **options: Any) -> Request:
         """Resolve a call: plan, controls, condition and random keys, as `Options` say.

@@ -258,6 +258,18 @@ def rotary_positions(
 
 
 @functools.lru_cache(maxsize=256)
+def rotary_channels(
+    schedule: ScaleSchedule, scale: int, head_dim: int
+) -> tuple[Float[np.ndarray, "tokens D"], Float[np.ndarray, "tokens D"]]:
+    """(cos, sin) of `rotary_table` for every channel of a head; sin is negative at even ones.
+
+    A head x then turns to `x * cos + y * sin`, y being x with the neighbours of a pair exchanged.
+    """
+    cos, sin = rotary_table(schedule, scale, head_dim)
+    return np.repeat(cos, 2, axis=1), np.stack([-sin, sin], axis=-1).reshape(len(sin), head_dim)
+
+
+@functools.lru_cache(maxsize=256)
 def rotary_table(
     schedule: ScaleSchedule, scale: int, head_dim: int, base: float = 10000.0
 ) -> tuple[Float[np.ndarray, "tokens half"], Float[np.ndarray, "tokens half"]]:

@@ -9,6 +9,7 @@ from sparvar_jax.schedule import (
     ScaleSchedule,
     infinity_schedule,
     nearest_ratio,
+    rotary_channels,
     rotary_positions,
     rotary_table,
 )
@@ -95,5 +96,11 @@ def test_rotary_table_turns_first_half_with_y():
     )
     np.testing.assert_allclose(cos, np.cos(angles), atol=1e-7)
     np.testing.assert_allclose(sin, np.sin(angles), atol=1e-7)
+    channels = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    turned = (channels[:, ::2] + 1j * channels[:, 1::2]) * (cos + 1j * sin)
+    wide, signed = rotary_channels(schedule, 1, 8)
+    exchanged = channels.reshape(4, 4, 2)[..., ::-1].reshape(4, 8)
+    got = channels * wide + exchanged * signed
+    np.testing.assert_allclose(got[:, ::2] + 1j * got[:, 1::2], turned, atol=1e-6)
     with pytest.raises(ValueError, match="divisible by 4"):
         rotary_table(schedule, 1, 6)

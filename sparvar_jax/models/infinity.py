@@ -24,7 +24,7 @@ from sparvar_jax.models.infinity_parts import (
     TextPool,
     TextProjection,
 )
-from sparvar_jax.schedule import Scale, ScaleSchedule, rotary_table
+from sparvar_jax.schedule import Scale, ScaleSchedule, rotary_channels
 from sparvar_jax.strategy import Place
 
 __all__ = ["Condition", "Infinity", "InfinityConfig"]
@@ -122,8 +122,8 @@ class Infinity(nnx.Module):
         return x + self.level_embed[...][place.index]
 
     def positions(self, place: Place) -> Rotary:
-        """Rotary (cos, sin) of a scale's tokens."""
-        cos, sin = rotary_table(place.schedule, place.index, self.config.head_dim)
+        """Rotary (cos, sin) of a scale's tokens, for every channel of a head."""
+        cos, sin = rotary_channels(place.schedule, place.index, self.config.head_dim)
         return jnp.asarray(cos), jnp.asarray(sin)
 
     def head_logits(

@@ -19,7 +19,7 @@ from sparvar_jax.models.layers import DtypeName, Precision, Stream
 from sparvar_jax.schedule import Slot
 
 Rotary = tuple[jax.Array, jax.Array]
-"""(cos, sin), each [T, D / 2]."""
+"""(cos, sin) of `schedule.rotary_channels`, each [T, D]."""
 
 PRESETS = {  # depth, width, heads, chunks
     "infinity_2b": (32, 2048, 16, 8),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import fused
-from sparvar_jax.schedule import ScaleSchedule, rotary_table
+from sparvar_jax.schedule import ScaleSchedule, rotary_channels
 
 HALF_STEP = 2.0**-8
 
@@ -100,7 +100,7 @@ def rotary_inputs(layout_name, heads=4, head_dim=64, rows=2, cached=3, scale=1, 
     schedule = ScaleSchedule.of(GRIDS)
     layout = schedule.layout(layout_name)
     (height, width), channels = GRIDS[scale], heads * head_dim
-    cos, sin = (jnp.asarray(t) for t in rotary_table(schedule, scale, head_dim))
+    cos, sin = (jnp.asarray(t) for t in rotary_channels(schedule, scale, head_dim))
     shape = (cached, heads, layout.total, head_dim)
     operands = dict(
         qkv=normal(0, (rows, height * width, 3 * channels), jnp.bfloat16),
@@ -124,7 +124,7 @@ def rotary_truth(operands, place):
     heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     q, k, v = np.moveaxis(qkv.reshape(rows, tokens, 3, heads, head_dim), 2, 0)
     q, v = q + q_bias.reshape(heads, head_dim), v + v_bias.reshape(heads, head_dim)
-    turn = (cos + 1j * sin)[:, None]
+    turn = (cos[:, ::2] + 1j * sin[:, 1::2])[:, None]
 
     def rotate(x):
         x = x / np.linalg.norm(x, axis=-1, keepdims=True)

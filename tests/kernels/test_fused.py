@@ -96,7 +96,7 @@ def test_rotary_reference_gives_the_bits_of_plain_layers(layout_name):
     bounded = jnp.minimum(
         operands["log_temperature"].astype(jnp.float32), layers.MAX_LOG_TEMPERATURE
     )
-    positions = operands["cos"], operands["sin"]
+    positions = operands["cos"][:, ::2], operands["sin"][:, 1::2]
     q = rotate(layers.unit(q) * jnp.exp(bounded)[:, None, None], *positions)
     k = rotate(layers.unit(k), *positions)
     want = (

@@ -125,7 +125,7 @@ def test_rotary_lowers_in_place(lowered, model):
     heads, head_dim = MODELS[model]
     width, cache = heads * head_dim, struct(2, heads, 10624, head_dim)
     for side in GRID_SIDES:
-        table = struct(side * side, head_dim // 2, dtype=jnp.float32)
+        table = struct(side * side, head_dim, dtype=jnp.float32)
         for pitch in {side, -(-side // 8) * 8}:
             place = dict(start=16, width=side, pitch=pitch, clear=40)
             text = lowered(
