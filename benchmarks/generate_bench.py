@@ -162,6 +162,7 @@ class Bench:
         """What the steps take of class labels, of a prompt, or of text features."""
         return self._embed(*self._features())
 
+    @functools.cached_property
     def plain_condition(self) -> Any:
         """The same from the model without kernels of ours, in its plain form."""
         plain = models.without_kernels(self.parts.transformer)

@@ -77,7 +77,7 @@ def check(bench: Bench, plan: Plan) -> Check:
     if not last:
         raise ValueError(f"the check needs a plan of at least two scales, got {plan.name}")
     reference = Reference(bench, plan, image)
-    condition, plain, before = bench.condition(), bench.plain_condition(), None
+    condition, plain, before = bench.condition(), bench.plain_condition, None
     for index, (state, output) in enumerate(bench.steps(plan, condition)):
         if index == last - 1:
             # The next step takes the state's buffers, so everything is computed before it.
