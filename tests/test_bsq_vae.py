@@ -138,8 +138,9 @@ def test_megapixel_decode_fits_in_memory():
     model = nnx.eval_shape(lambda: BsqVae(BsqVaeConfig.preset("f16_d32"), rngs=nnx.Rngs(0)))
     codes = jax.ShapeDtypeStruct((1, 64, 64, 32), jnp.float32)
     compiled = jax.jit(lambda model, x: model.decode(x)).lower(model, codes).compile()
-    # Two maps of 1024x1024x256 and one half as wide are live where resolution doubles last.
-    assert compiled.memory_analysis().temp_size_in_bytes <= 2.6 * 2**30
+    # Where resolution doubles last, three maps of 1024x1024x256 are live (the four places of every
+    # pixel side by side, rows of them joined, both rows joined), and one half as wide.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 3.6 * 2**30
 
 
 @pytest.mark.parametrize(

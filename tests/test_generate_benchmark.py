@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from benchmarks import _record as record
-from benchmarks import cold_start, generate, generate_run, models, report
+from benchmarks import cold_start, generate, generate_run, models, report, sizes_chart
 from benchmarks import generate_stats as stats
 from benchmarks.generate_bench import Bench, schedule_of
 from benchmarks.generate_check import check
@@ -231,6 +232,18 @@ def test_tables_show_failures_and_refuse_wrong_rows(tmp_path, monkeypatch):
     record.write("generate-latency", [wrong], folder=str(tmp_path))
     with pytest.raises(ValueError, match="too far"):
         report.table("generate-latency")
+
+
+def test_the_curve_of_sizes_is_ordered_and_needs_its_file(tmp_path):
+    row = {"model": "m", "plan": "dense", "pixels": [1024, 1024], "seconds_median": 0.2}
+    small = row | {"pixels": [512, 512], "seconds_median": 0.1}
+    rows = [row, small, row | {"plan": "sparvar-fast"}, {"plan": "dense", "failed": "memory"}]
+    assert sizes_chart.curves(rows)["dense"] == [(512, 0.1), (1024, 0.2)]
+    with pytest.raises(SystemExit, match="run python -m benchmarks"):
+        sizes_chart.main([str(tmp_path)])
+    record.write("generate-sizes", rows[:3], folder=str(tmp_path))
+    sizes_chart.main([str(tmp_path)])
+    assert Image.open(tmp_path / "generate-sizes.png").width > 500
 
 
 @pytest.mark.slow
