@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
@@ -17,6 +19,7 @@ from sparvar_jax.models.t5 import T5Config, T5Encoder
 from sparvar_jax.schedule import ScaleSchedule, infinity_schedule
 
 SCHEDULE: ScaleSchedule = infinity_schedule(1.0, "1M")
+NEIGHBOUR, OUT_OF_SIGHT = 4.0, 8.0  # of the first relative biases; scores start at order one
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,29 @@ def initial(module: type, config: Any, seed: int) -> Any:
     for block in params["blocks"].values() if module is Infinity else ():
         # Residual branches start at half strength, not at the near zero of a deep model.
         block["ada_gss"] = block["ada_gss"].at[:2].add(0.5)
+    if module is T5Encoder:
+        params["relative_bias"] = ordered_bias(config)
     return params
+
+
+def ordered_bias(config: T5Config) -> Float[Array, "buckets H"]:
+    """Relative biases with which heads tell before from after, and neighbours, from the start.
+
+    Drawn near zero, as T5's are, they leave the encoder blind to the order of words; and while
+    nothing uses the order, they get hardly any gradient. After 15 minutes of training that way,
+    exchanging the two things of a caption changed no loss. Heads look, in turn: at the word
+    before, at the word after, at all up to their own, at all from their own on.
+    """
+    half = config.buckets // 2
+    bias = np.zeros((config.buckets, config.heads), np.float32)
+    for head in range(config.heads):
+        kind = head % 4
+        if kind < 2:
+            bias[1 + half * kind, head] = NEIGHBOUR
+        else:
+            after = slice(half + 1, None) if kind == 2 else slice(1, half)
+            bias[after, head] = -OUT_OF_SIGHT
+    return jnp.asarray(bias)
 
 
 def networks(config: DemoConfig) -> dict[str, Network]:

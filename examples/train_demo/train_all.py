@@ -114,7 +114,7 @@ def main() -> None:
 
     train_transformer.train(
         nets,
-        start_params(config, nets, args.restart),
+        start_params(config, nets, args.restart, args.ordered),
         parallel.put(tokenizer, mesh),
         sprites,
         collection,

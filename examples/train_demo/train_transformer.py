@@ -21,7 +21,15 @@ from jaxtyping import Array
 
 from examples.train_demo import optim, parallel, pool, store
 from examples.train_demo.feed import Feeder, make_chunk
-from examples.train_demo.models import SCHEDULE, SIZES, DemoConfig, Network, initial, networks
+from examples.train_demo.models import (
+    SCHEDULE,
+    SIZES,
+    DemoConfig,
+    Network,
+    initial,
+    networks,
+    ordered_bias,
+)
 from examples.train_demo.pictures import Collection, load_sprites
 from examples.train_demo.programs import BATCHES, Programs
 from sparvar_jax.models.infinity import Infinity
@@ -176,11 +184,19 @@ def train(
     record.show(budget.fraction(began))
 
 
-def start_params(config: DemoConfig, nets: dict[str, Network], weights: Path | None) -> Any:
-    """Fresh parameters of the transformer and its text encoder, or those saved in a folder."""
+def start_params(
+    config: DemoConfig, nets: dict[str, Network], weights: Path | None, ordered: bool = False
+) -> Any:
+    """Fresh parameters of the transformer and its text encoder, or those saved in a folder.
+
+    ordered: whether saved relative biases of the text encoder are replaced by `ordered_bias`.
+    """
     if weights is not None:
         like = {name: nets[name].like for name in ("transformer", "text")}
-        return store.load(weights, "transformer", like)
+        params = store.load(weights, "transformer", like)
+        if ordered:
+            params["text"]["relative_bias"] = ordered_bias(config.text)
+        return params
     return {
         "transformer": initial(Infinity, config.transformer, 1),
         "text": initial(T5Encoder, config.text, 2),
@@ -207,6 +223,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--span", type=float, nargs=2, default=(0.0, 1.0), help="part of the course (0 1: all)"
+    )
+    parser.add_argument(
+        "--ordered", action="store_true", help="with --restart: give the text encoder word order"
     )
     parser.add_argument("--remat", action="store_true", help="less memory, more time")
     parser.add_argument("--max-steps", type=int, help="at most so many steps (rehearsal)")
@@ -245,7 +264,7 @@ def main() -> None:
     tokenizer = store.load(args.restart or args.out, "tokenizer", nets["tokenizer"].like)
     train(
         nets,
-        start_params(config, nets, args.restart),
+        start_params(config, nets, args.restart, args.ordered),
         parallel.put(tokenizer, mesh),
         parallel.put(sprites, mesh),
         collection,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_ops, shapes, tuning
+from pallas_kernels import mosaic_ops, shapes, support, tuning
 
 SQUARE = pk.Geometry.packed(shapes.SQUARE_GRIDS)
 WIDE = pk.Geometry.packed(((1, 1), (3, 5), (9, 21)))
@@ -92,3 +92,15 @@ def test_column_sums(group):
 
 def test_thresholds():
     lower(lambda bits: mosaic_ops.row_thresholds(bits, 784), jax.ShapeDtypeStruct((9, 4224), "i4"))
+
+
+def test_a_program_does_not_depend_on_what_was_lowered_before():
+    """Else the compile cache of another process, whose threads lower in another order, misses."""
+
+    def text():
+        call = lambda q, k, v: pk.attention(q, k, v, 1000, implementation="mosaic")  # noqa: E731
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(support, "device_reason", lambda: "")
+            return lower(call, *operands(256, 1024)).as_text()
+
+    assert text() == text()
