@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_ops, shapes, support, tuning
+from pallas_kernels import mosaic_ops, shapes, tuning
 
 SQUARE = pk.Geometry.packed(shapes.SQUARE_GRIDS)
 WIDE = pk.Geometry.packed(((1, 1), (3, 5), (9, 21)))
@@ -97,10 +97,11 @@ def test_thresholds():
 def test_a_program_does_not_depend_on_what_was_lowered_before():
     """Else the compile cache of another process, whose threads lower in another order, misses."""
 
+    config = tuning.block_list_config("dense", 128, False)
+    blocks = pk.dense_blocks(256, 1000, block_q=config.block_q, block_k=config.block_k)
+
     def text():
-        call = lambda q, k, v: pk.attention(q, k, v, 1000, implementation="mosaic")  # noqa: E731
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(support, "device_reason", lambda: "")
-            return lower(call, *operands(256, 1024)).as_text()
+        call = lambda q, k, v: mosaic_ops.attend_blocks(q, k, v, blocks, config)  # noqa: E731
+        return lower(call, *operands(256, 1024)).as_text()
 
     assert text() == text()
