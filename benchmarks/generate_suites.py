@@ -85,8 +85,8 @@ class Suite:
 
 SUITES = {
     "latency": Suite(INFINITY, waves=(("dense",), BESIDES_DENSE), check=True),
-    "throughput": Suite(INFINITY, rounds=((1, 8), (4,), (2,))),
-    "sizes": Suite(("infinity_2b",), sizes=("0.25M", "2.25M", "1M")),
+    "throughput": Suite(INFINITY, rounds=((1, 8), (4,), (2,)), check=True),
+    "sizes": Suite(("infinity_2b",), sizes=("0.25M", "2.25M", "1M"), check=True),
     "memory": Suite(("infinity_8b", "infinity_2b"), texts=("encoder freed", "encoder")),
-    "classes": Suite(("var_d30", "var_d36", "var_d16"), rounds=((1,), (64,), (8,))),
+    "classes": Suite(("var_d30", "var_d36", "var_d16"), rounds=((1,), (64,), (8,)), check=True),
 }

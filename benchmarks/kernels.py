@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import os
 import statistics
 import sys
 import time
@@ -142,6 +143,8 @@ def main() -> int:
     parser.add_argument("--name", default="kernels", help="name of the results file")
     parser.add_argument("--folder", help="where to write instead of benchmarks/results/<device>")
     arguments = parser.parse_args()
+    # torch needs memory as well: FlexAttention's table of SparVAR's mask takes 18 GiB to make.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     rows: list[Row] = []
     for case in chosen_cases(arguments.cases):
         rivals = list(arguments.rivals)

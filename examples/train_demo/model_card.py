@@ -49,10 +49,13 @@ picture is in this repository; notices are in `examples/train_demo/NOTICE.md`. 3
 
 - Prompts should read like the captions: "a flat icon of an otter", "a strawberry above a fire
   engine on a pink background, 3d style". Words outside the captions mean little to it.
-- Scenes: things are recognisable, but colours and places go astray. "A rocket above a red apple on
-  a dark green background" gives a green apple on a dark red background with each of 16 seeds tried;
-  left and right are often swapped, and one thing may be drawn twice. Three things in a row are the
-  weakest.
+- Its text encoder is blind to the order of words: exchanging the two things of a caption changes no
+  loss of 64 scenes by 0.001. (Relative biases that begin near zero stayed there; training now begins
+  with others.)
+- Scenes: things are recognisable, but colours and places therefore go astray. "A rocket above a red
+  apple on a dark green background" gives a green apple on a dark red background with each of 16
+  seeds tried; left and right are often swapped, and one thing may be drawn twice. Three things in a
+  row are the weakest.
 - Thin parts (legs, letters, strings) come out blurred or melted: the model holds 19 million
   parameters for 3,019 drawings.
 - It has seen single emoji drawings, no photographs and no written text.
