@@ -143,13 +143,14 @@ def single(index: int, picture: Picture, rng: np.random.Generator) -> tuple[str,
     return words, recipe
 
 
-def _place(
+def lay_out(
     recipe: Recipe,
     spots: list[tuple[float, float]],
     size: tuple[float, float],
     jitter: tuple[float, float],
     rng: np.random.Generator,
 ) -> None:
+    """Give the first layers of a recipe these centres (y, x), give or take `jitter`, and sizes."""
     for layer, spot in enumerate(spots):
         recipe.size[layer] = rng.uniform(*size)
         recipe.centre[layer] = np.array(spot) + rng.uniform(-1, 1, 2) * np.array(jitter)
@@ -159,7 +160,7 @@ def arrange(words: list[str], recipe: Recipe, rng: np.random.Generator) -> str:
     """Place one to three named things and say how they stand to each other."""
     if len(words) == 1:
         vertical, horizontal = rng.integers(3, size=2)
-        _place(
+        lay_out(
             recipe, [(0.3 + 0.2 * vertical, 0.3 + 0.2 * horizontal)], (0.44, 0.52), (0.02,) * 2, rng
         )
         place = f"{('top', '', 'bottom')[vertical]} {('left', '', 'right')[horizontal]}".strip()
@@ -167,9 +168,9 @@ def arrange(words: list[str], recipe: Recipe, rng: np.random.Generator) -> str:
     if len(words) == 2:
         first, second = words
         if rng.random() < 0.5:
-            _place(recipe, [(0.27, 0.5), (0.73, 0.5)], (0.43, 0.49), (0.015, 0.05), rng)
+            lay_out(recipe, [(0.27, 0.5), (0.73, 0.5)], (0.43, 0.49), (0.015, 0.05), rng)
             return f"{first} above {second}" if rng.random() < 0.7 else f"{second} below {first}"
-        _place(recipe, [(0.5, 0.27), (0.5, 0.73)], (0.43, 0.49), (0.05, 0.015), rng)
+        lay_out(recipe, [(0.5, 0.27), (0.5, 0.73)], (0.43, 0.49), (0.05, 0.015), rng)
         chance = rng.random()
         if chance < 0.4:
             return f"{first} to the left of {second}"
@@ -178,9 +179,9 @@ def arrange(words: list[str], recipe: Recipe, rng: np.random.Generator) -> str:
         return f"{first} next to {second}" if chance < 0.8 else f"{first} and {second}"
     first, second, third = words
     if rng.random() < 0.5:
-        _place(recipe, [(0.5, 0.2), (0.5, 0.5), (0.5, 0.8)], (0.3, 0.34), (0.05, 0.015), rng)
+        lay_out(recipe, [(0.5, 0.2), (0.5, 0.5), (0.5, 0.8)], (0.3, 0.34), (0.05, 0.015), rng)
         return f"{first}, {second} and {third} in a row"
-    _place(recipe, [(0.27, 0.5), (0.73, 0.27), (0.73, 0.73)], (0.41, 0.45), (0.015, 0.015), rng)
+    lay_out(recipe, [(0.27, 0.5), (0.73, 0.27), (0.73, 0.73)], (0.41, 0.45), (0.015, 0.015), rng)
     return f"{first} above {second} and {third}"
 
 

@@ -49,9 +49,9 @@ picture is in this repository; notices are in `examples/train_demo/NOTICE.md`. 3
 
 - Prompts should read like the captions: "a flat icon of an otter", "a strawberry above a fire
   engine on a pink background, 3d style". Words outside the captions mean little to it.
-- Its text encoder is blind to the order of words: exchanging the two things of a caption changes no
-  loss of 64 scenes by 0.001. (Relative biases that begin near zero stayed there; training now begins
-  with others.)
+- Its text encoder is blind to the order of words: exchanging the two things of a caption leaves the
+  losses of the first scales as they are (`benchmarks/results/cpu/demo_order.json`). Its
+  attention saturated early in training, see `examples/train_demo/README.md`.
 - Scenes: things are recognisable, but colours and places therefore go astray. "A rocket above a red
   apple on a dark green background" gives a green apple on a dark red background with each of 16
   seeds tried; left and right are often swapped, and one thing may be drawn twice. Three things in a

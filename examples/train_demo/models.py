@@ -117,9 +117,8 @@ def initial(module: type, config: Any, seed: int) -> Any:
 def ordered_bias(config: T5Config) -> Float[Array, "buckets H"]:
     """Relative biases with which heads tell before from after, and neighbours, from the start.
 
-    Drawn near zero, as T5's are, they leave the encoder blind to the order of words; and while
-    nothing uses the order, they get hardly any gradient. After 15 minutes of training that way,
-    exchanging the two things of a caption changed no loss. Heads look, in turn: at the word
+    Drawn near zero, as T5's are, they leave the encoder nearly blind to the order of words, and
+    while nothing uses the order, they get hardly any gradient. Heads look, in turn: at the word
     before, at the word after, at all up to their own, at all from their own on.
     """
     half = config.buckets // 2

@@ -114,7 +114,7 @@ def main() -> None:
 
     train_transformer.train(
         nets,
-        start_params(config, nets, args.restart, args.ordered),
+        start_params(config, nets, args.restart, args.fresh_text),
         parallel.put(tokenizer, mesh),
         sprites,
         collection,

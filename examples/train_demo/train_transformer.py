@@ -28,7 +28,6 @@ from examples.train_demo.models import (
     Network,
     initial,
     networks,
-    ordered_bias,
 )
 from examples.train_demo.pictures import Collection, load_sprites
 from examples.train_demo.programs import BATCHES, Programs
@@ -185,22 +184,18 @@ def train(
 
 
 def start_params(
-    config: DemoConfig, nets: dict[str, Network], weights: Path | None, ordered: bool = False
+    config: DemoConfig, nets: dict[str, Network], weights: Path | None, fresh_text: bool = False
 ) -> Any:
     """Fresh parameters of the transformer and its text encoder, or those saved in a folder.
 
-    ordered: whether saved relative biases of the text encoder are replaced by `ordered_bias`.
+    fresh_text: the text encoder begins anew beside a saved transformer.
     """
-    if weights is not None:
-        like = {name: nets[name].like for name in ("transformer", "text")}
-        params = store.load(weights, "transformer", like)
-        if ordered:
-            params["text"]["relative_bias"] = ordered_bias(config.text)
-        return params
-    return {
-        "transformer": initial(Infinity, config.transformer, 1),
-        "text": initial(T5Encoder, config.text, 2),
-    }
+    text = initial(T5Encoder, config.text, 2)
+    if weights is None:
+        return {"transformer": initial(Infinity, config.transformer, 1), "text": text}
+    like = {name: nets[name].like for name in ("transformer", "text")}
+    params = store.load(weights, "transformer", like)
+    return params | {"text": text} if fresh_text else params
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -225,7 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--span", type=float, nargs=2, default=(0.0, 1.0), help="part of the course (0 1: all)"
     )
     parser.add_argument(
-        "--ordered", action="store_true", help="with --restart: give the text encoder word order"
+        "--fresh-text", action="store_true", help="with --restart: begin the text encoder anew"
     )
     parser.add_argument("--remat", action="store_true", help="less memory, more time")
     parser.add_argument("--max-steps", type=int, help="at most so many steps (rehearsal)")
@@ -264,7 +259,7 @@ def main() -> None:
     tokenizer = store.load(args.restart or args.out, "tokenizer", nets["tokenizer"].like)
     train(
         nets,
-        start_params(config, nets, args.restart, args.ordered),
+        start_params(config, nets, args.restart, args.fresh_text),
         parallel.put(tokenizer, mesh),
         parallel.put(sprites, mesh),
         collection,
