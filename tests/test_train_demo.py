@@ -12,7 +12,7 @@ pytest.importorskip("optax")
 from examples.train_demo import optim, programs, store, train_transformer
 from examples.train_demo.models import TOY, DemoConfig, initial, networks
 from sparvar_jax.models.infinity import Infinity
-from sparvar_jax.models.t5 import T5Encoder
+from sparvar_jax.models.t5 import T5Encoder, encode
 
 
 def tree(rng):
@@ -35,6 +35,25 @@ def test_packing_puts_equal_shapes_together_and_back():
     back = packing.unpack(packed)
     np.testing.assert_array_equal(back["blocks"][2]["kernel"], values["blocks"][2]["kernel"])
     np.testing.assert_array_equal(back["embed"], values["embed"])
+
+
+def test_only_the_transformer_learns_by_muon():
+    """T5 does not scale its attention scores; Muon's updates made them saturate."""
+    rng = np.random.default_rng(0)
+    values = {"text": tree(rng), "transformer": tree(rng)}
+    packed = optim.Packing(values, muon=True).pack(values)
+    assert packed["muon.4x8"].shape == packed["adam.4x8"].shape == (3, 4, 8)
+
+
+def test_a_fresh_text_encoder_reads_word_order():
+    """Without trained weights: exchanged words change what every other word becomes."""
+    config = replace(TOY.text, dtype="float32")
+    network = networks(replace(TOY, text=config))["text"]
+    params = initial(T5Encoder, config, 2)
+    ids, lengths = jnp.array([[7, 5, 9, 1], [9, 5, 7, 1]]), jnp.array([4, 4])
+    features = encode(network.assemble(params), ids, lengths)
+    apart = jnp.linalg.norm(features[0, 1] - features[1, 1]) / jnp.linalg.norm(features[0, 1])
+    assert apart > 0.1
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16)])

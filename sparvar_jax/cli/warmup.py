@@ -17,7 +17,7 @@ def warmup(
     size: options.Size = None,
     guidance: options.Guidance = None,
     prompt: Annotated[
-        str, typer.Option("--prompt", help="Prompt whose length counts: 64, 128 or 512 tokens.")
+        str, typer.Option("--prompt", help="Prompt whose length counts: 32, 64, 128 or 512 tokens.")
     ] = "a picture",
     negative: Annotated[
         str | None, typer.Option("--negative", help="Also compile for a negative prompt.")
