@@ -38,15 +38,16 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B height width C"]:
         x = x.astype(jnp.float32)
-        # Both moments in one pass over memory, about a pixel of the channel: about zero the mean
-        # of squares minus the squared mean would cancel.
-        pilot = x[:, :1, :1]
+        # Both moments in one pass over memory, about the channel's middle pixel: about zero the
+        # mean of squares minus the squared mean would cancel.
+        y, z = x.shape[1] // 2, x.shape[2] // 2
+        pilot = x[:, y : y + 1, z : z + 1]
         shifted = x - pilot
         first = jnp.mean(shifted, axis=(1, 2), keepdims=True)
         second = jnp.mean(jnp.square(shifted), axis=(1, 2), keepdims=True)
         mean = self._over_group(pilot + first)
         offset = pilot - mean
-        variance = self._over_group(second + (2 * first + offset) * offset)
+        variance = jnp.maximum(self._over_group(second + (2 * first + offset) * offset), 0)
         gain = jax.lax.rsqrt(variance + NORM_EPS) * self.scale[...]
         return (x - mean) * gain + self.bias[...]
 
