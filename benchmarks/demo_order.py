@@ -16,10 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from benchmarks import _record as record
-from benchmarks.demo_training import encode_pictures
+from benchmarks.demo_training import encode_pictures, losses
 from examples.train_demo import vocabulary
 from examples.train_demo.captions import (
     Recipe,
@@ -29,13 +28,9 @@ from examples.train_demo.captions import (
     lay_out,
     stack,
 )
-from examples.train_demo.forward import teacher_forced
-from examples.train_demo.models import SCHEDULE
 from examples.train_demo.pictures import Collection, load_sprites
-from examples.train_demo.programs import bit_losses
 from sparvar_jax.loading import load_model
 from sparvar_jax.models.t5 import encode
-from sparvar_jax.quantizer import quantise
 
 SCALES = 6  # places are decided by then
 AT_ONCE = 16
@@ -62,21 +57,6 @@ def scenes(collection: Collection, count: int, seed: int) -> tuple[list[Recipe],
     return recipes, captions
 
 
-@jax.jit
-def losses(
-    transformer: Any,
-    text_encoder: Any,
-    latents: Float[Array, "B h w Cd"],
-    ids: Int[Array, "B M"],
-    lengths: Int[Array, "B"],
-) -> Float[Array, "scales"]:
-    """Bit loss of the first scales, in nats a bit."""
-    found = quantise(latents, SCHEDULE.sizes)
-    text = encode(text_encoder, ids, lengths)
-    logits = teacher_forced(transformer, text, lengths, found.inputs[: SCALES - 1], SCHEDULE)
-    return bit_losses(logits, found.labels[:SCALES])[0]
-
-
 def main() -> None:
     """Print the losses and write them."""
     parser = argparse.ArgumentParser(
@@ -100,7 +80,8 @@ def main() -> None:
     rows = []
     for name, words in captions.items():
         ids, lengths = vocabulary.tokenise(vocabulary.read(), words)
-        loss = losses(model.transformer, model.text_encoder, latents, ids, lengths)
+        text = encode(model.text_encoder, ids, lengths)
+        loss = losses(model.transformer, latents, text, lengths, scales=SCALES)
         rows.append(
             {"caption": name, "pictures": len(words), "bit_loss": np.asarray(loss).tolist()}
         )

@@ -6,6 +6,7 @@ with the worst five, and the bit loss of every scale with the right text and wit
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,14 @@ def tokenizer_figures(model: Model, sprites: Any, chunk: Any, sheet: Path) -> di
     }
 
 
-@jax.jit
-def losses(model: Any, latents: Array, text: Array, lengths: Array) -> Float[Array, "scales"]:
-    """Bit loss of every scale, in nats a bit."""
+@functools.partial(jax.jit, static_argnames="scales")
+def losses(
+    model: Any, latents: Array, text: Array, lengths: Array, *, scales: int = len(SCHEDULE)
+) -> Float[Array, "scales"]:
+    """Bit loss of every scale, or of the first ones alone, in nats a bit."""
     found = quantise(latents, SCHEDULE.sizes)
-    logits = teacher_forced(model, text, lengths, found.inputs, SCHEDULE)
-    return bit_losses(logits, found.labels)[0]
+    logits = teacher_forced(model, text, lengths, found.inputs[: scales - 1], SCHEDULE)
+    return bit_losses(logits, found.labels[:scales])[0]
 
 
 def loss_figures(model: Model, sprites: Any, chunk: Any) -> dict[str, Any]:
