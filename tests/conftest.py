@@ -1,7 +1,13 @@
 """Which marked tests run (slow ones when asked for, GPU ones on a GPU), and how they compile."""
 
+import os
+
 import jax
 import pytest
+
+# Workers of `-n` on a machine with a GPU share its memory.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def pytest_addoption(parser):
