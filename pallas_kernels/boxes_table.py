@@ -129,7 +129,11 @@ def _pack(lists, bounds, geometry, tile_height, tile_width) -> TileKeys:
 
 @functools.lru_cache(maxsize=32)
 def mask_words(
-    geometry: Geometry, windows: tuple[int, ...], sinks: int, block_k: int = 64
+    geometry: Geometry,
+    windows: tuple[int, ...],
+    sinks: int,
+    block_k: int = 64,
+    least_stages: int = 1,
 ) -> np.ndarray:
     """The token rule as one int32 per thread, [n, stages, warpgroups, 128], for stages of 64 keys.
 
@@ -138,7 +142,7 @@ def mask_words(
     """
     table = tile_keys(geometry, windows, sinks)
     tiles, keys = table.rows.shape
-    stages = ceil_div(keys, block_k)
+    stages = max(ceil_div(keys, block_k), least_stages)
     axes = []
     for axis, key in enumerate((table.y, table.x)):
         low, high = (

@@ -115,7 +115,8 @@ class _Gather(Pipeline):
         head, tile = lax.div(index, self.tiles), lax.rem(index, self.tiles)
         table = tile if self.shared else index
         count = self.gmem["counts"][table]
-        stages = jnp.maximum(lax.div(count + self.config.block_k - 1, self.config.block_k), 1)
+        stages = lax.div(count + self.config.block_k - 1, self.config.block_k)
+        stages = jnp.maximum(stages, self.config.least_stages)
         item = Item(number, head, tile, table, stages, first)
         item.keys = count
         return item

@@ -73,6 +73,17 @@ class GatherConfig:
             raise ValueError(f"block_k must be 64 or 128. Got {self.block_k}.")
         if not 1 <= self.lag < self.stages:
             raise ValueError(f"lag must lie in 1..stages - 1. Got {self.lag} of {self.stages}.")
+        if self.query_buffers < 2:
+            raise ValueError(f"query_buffers must be at least 2. Got {self.query_buffers}.")
+
+    @property
+    def least_stages(self) -> int:
+        """Stages that an item is made to have, if need be with hidden keys alone.
+
+        A stage is announced `lag` stages later, by then in a later item, whose queries must find a
+        buffer before the consumers have finished this item: fewer stages would be a deadlock.
+        """
+        return -(-self.lag // (self.query_buffers - 1))
 
     @property
     def block_q(self) -> int:

@@ -163,6 +163,24 @@ def test_columns(granularity, group, head_dim, bound):
     )  # fmt: skip
 
 
+def test_short_lists_of_many_items():
+    """Every CTA walks many items of one key each, and of no key at all."""
+    rows, heads, queries, keys = 40, 30, 100, 255
+    valid, dtype = np.arange(256) < keys, jnp.bfloat16
+    q, k, v = cases.inputs(rows, rows, heads, queries, 256, 64, valid=valid, dtype=dtype)
+    lists = np.random.default_rng(0).integers(0, keys, (rows, heads, 1, 8)).astype(np.int32)
+    counts = np.arange(rows * heads, dtype=np.int32).reshape(rows, heads, 1) % 2
+    out = jax.jit(
+        lambda q, k, v: pk.column_sparse_attention(
+            q, k, v, jnp.asarray(lists), jnp.asarray(counts), kv_length=keys,
+            group=192, granularity=1, implementation="mosaic",
+        )
+    )(q, k, v)  # fmt: skip
+    first = np.take_along_axis(np.asarray(v, np.float32), lists[..., 0][..., None], 2)
+    want = np.where(counts[..., None] > 0, first, 0.0)
+    np.testing.assert_array_equal(np.asarray(out, np.float32), np.broadcast_to(want, out.shape))
+
+
 @pytest.mark.parametrize("group", [64, 192])
 def test_column_sums_and_selection(group):
     (q, k, v), _ = draw(400, 1001, 128, clustered=True)

@@ -90,6 +90,14 @@ def test_mask_words_hold_the_token_rule(geometry):
         assert bool(words[tile, stage, group, thread] >> bit & 1) == want
 
 
+def test_stages_beyond_the_keys_hide_everything():
+    geometry = pk.Geometry.packed(((2, 3), (4, 5)))
+    words = boxes_table.mask_words(geometry, (-1, 3), 1, least_stages=3)
+    assert words.shape[1] == 3
+    assert words[:, 0].any()
+    assert not words[:, 1:].any()
+
+
 @pytest.mark.parametrize(("items", "ctas"), [(1792, 132), (7, 132), (264, 132)])
 def test_every_item_is_served_once(items, ctas):
     work = np.random.default_rng(0).integers(1, 20, items)
