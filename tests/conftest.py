@@ -37,3 +37,19 @@ def pytest_collection_modifyitems(config, items):
         for mark, skip in skips.items():
             if item.get_closest_marker(mark):
                 item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many golden files and fixtures took part in tests that ran, and what they noted.
+
+    Here and not beside those tests: with `-n` only this file is read by the process that reports.
+    """
+    from tests.golden.support import coverage
+
+    reports = [*terminalreporter.stats.get("passed", ()), *terminalreporter.stats.get("failed", ())]
+    for report in reports:
+        notes = [value for name, value in report.user_properties if name == "golden"]
+        if notes:
+            terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {'; '.join(notes)}")
+    for line in coverage(report.nodeid.partition("[")[2] for report in reports):
+        terminalreporter.write_line(line)

@@ -1,8 +1,6 @@
-"""Collection and reporting rules of the golden tests."""
+"""Collection rules of the golden tests, and what they note for the summary."""
 
 import pytest
-
-from tests.golden.support import coverage
 
 
 def pytest_pycollect_makeitem(collector, name, obj):
@@ -17,14 +15,3 @@ def pytest_pycollect_makeitem(collector, name, obj):
 def golden_note(record_property):
     """Function that adds a line (measured error, exempt bits) to the summary of the run."""
     return lambda text: record_property("golden", text)
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Say how many golden files and fixtures took part in tests that ran, and what they noted."""
-    reports = [*terminalreporter.stats.get("passed", ()), *terminalreporter.stats.get("failed", ())]
-    for report in reports:
-        notes = [value for name, value in report.user_properties if name == "golden"]
-        if notes:
-            terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {'; '.join(notes)}")
-    for line in coverage(report.nodeid.partition("[")[2] for report in reports):
-        terminalreporter.write_line(line)
