@@ -139,6 +139,7 @@ def mask_words(
 
     Thread t of a warpgroup holds, of its 64x64 scores, rows 16 (t // 32) + 8 r + t % 32 // 4 and
     columns 8 j + 2 (t % 4) + e; bit 16 r + 2 j + e of its word tells whether that pair is visible.
+    Stages beyond the keys (there are some where `least_stages` asks for more) hide all pairs.
     """
     table = tile_keys(geometry, windows, sinks)
     tiles, keys = table.rows.shape
