@@ -83,12 +83,10 @@ def attend_windows(
     rows, heads, _, head_dim = q.shape
     n = rows * heads
     lists, counts = window_lists(geometry, windows, sinks)
-    stages = np.maximum(-(-counts // config.block_k), config.least_stages)
+    least = config.least_stages
+    stages = np.maximum(-(-counts // config.block_k), least)
     items = n * len(counts)
     ctas = min(ctas or support.multiprocessors(), items)
-    words = (
-        mask_words(geometry, windows, sinks, least_stages=config.least_stages) if exact else None
-    )
     order, lengths = balanced_order(np.resize(stages, items), ctas)
     inputs = GatherInputs(
         q=pad_rows(q.reshape(n * geometry.height, geometry.width, head_dim)),
@@ -98,7 +96,9 @@ def attend_windows(
         counts=jnp.asarray(counts),
         order=jnp.asarray(order),
         lengths=jnp.asarray(lengths),
-        words=None if words is None else jnp.asarray(words),
+        words=jnp.asarray(mask_words(geometry, windows, sinks, least_stages=least))
+        if exact
+        else None,
     )
     across = ceil_div(geometry.width, TILE_WIDTH)
     softmax = Softmax.bounded(scale, logit_bound, q.dtype)
