@@ -38,7 +38,7 @@ PEAK_RATE = 2e-3
 CONSTANT_SHARE = 0.5
 SCENES = 0.5
 POOL = 16384
-REFILL = 32
+REFILL = 32  # pictures a device and a step
 IN_FLIGHT = 2
 SAVE_SECONDS = 45
 REPORT_SECONDS = 10
@@ -119,8 +119,8 @@ def fill(
     began = time.time()
     data = pool.empty(size, SCHEDULE.final, nets["transformer"].config.bits)
     data = parallel.put(data, mesh, parallel.SPLIT)
-    for start in range(0, size, REFILL):
-        data = refill(data, tokenizer, sprites, next(chunks), np.int32(start // mesh.size))
+    for start in range(0, size // mesh.size, REFILL):
+        data = refill(data, tokenizer, sprites, next(chunks), np.int32(start))
     data = jax.block_until_ready(data)
     print(f"pool of {size} pictures in {time.time() - began:.0f} s", flush=True)
     return data
@@ -150,7 +150,8 @@ def train(
     """
     state = parallel.put(optim.start(programs.packing.pack(params), programs.optimizer), mesh)
     refill = pool.make_refill(nets["tokenizer"], mesh)
-    feeder = Feeder(lambda seed: make_chunk(collection, things, REFILL, seed, scenes), 256)
+    fresh = REFILL * mesh.size
+    feeder = Feeder(lambda seed: make_chunk(collection, things, fresh, seed, scenes), 256)
     chunks = iter(feeder)
     data = fill(pool_size, nets, mesh, refill, tokenizer, sprites, chunks)
     programs.wait()
@@ -161,7 +162,7 @@ def train(
         scales, step = programs.pick(course(fraction, count, cycle))
         rate = optim.learning_rate(peak, fraction, count, warmup=50, constant=CONSTANT_SHARE)
         state, losses = step(state, data, np.uint32(count), np.float32(rate))
-        start = np.int32(count * REFILL % pool_size // mesh.size)
+        start = np.int32(count * REFILL % (pool_size // mesh.size))
         data = refill(data, tokenizer, sprites, next(chunks), start)
         count += 1
         record.steps[scales] += 1
