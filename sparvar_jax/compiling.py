@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
+
+from sparvar_jax import programs
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> Any:
@@ -15,3 +18,17 @@ def compile_lowered(lowered: jax.stages.Lowered) -> Any:
     """
     gpu = jax.default_backend() == "gpu"
     return lowered.compile({"xla_gpu_enable_triton_gemm": False} if gpu else None)
+
+
+def compile_traced(traced: jax.stages.Traced, file: Path | None) -> Any:
+    """The executable of a traced program: the one kept in `file`, or a new one, kept there.
+
+    file: what `programs.place` says; None keeps nothing.
+    """
+    kept = None if file is None else programs.load(file, traced)
+    if kept is not None:
+        return kept
+    compiled = compile_lowered(traced.lower())
+    if file is not None:
+        programs.keep(file, compiled)
+    return compiled

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sparvar_jax import cache as kv_cache
-from sparvar_jax import sampling
-from sparvar_jax.compiling import compile_lowered
+from sparvar_jax import programs, sampling
+from sparvar_jax.compiling import compile_traced
 from sparvar_jax.plan import Plan
 from sparvar_jax.sampling import Controls
 from sparvar_jax.step import (
@@ -47,6 +47,7 @@ class Generator:
     def __init__(self, model: Any, codebook: Any = None):
         self.model = model
         self._leaves, self._treedef = jax.tree.flatten((model, codebook))
+        self._outline = programs.outline(*filter(None, (model, codebook)))
         self._compiled: dict[Any, Future[Any]] = {}
         self._claiming = threading.Lock()
         self._programs: dict[Any, tuple[Any, ...]] = {}
@@ -106,7 +107,8 @@ class Generator:
                 with self._claiming:
                     known = self._compiled.get(key)
                     if known is None or (known.done() and known.exception()):
-                        self._compiled[key] = pool.submit(_executable, traced)
+                        file = programs.place(self._outline, spec, traced)
+                        self._compiled[key] = pool.submit(compile_traced, traced, file)
                         new.append(key)
                 state = jax.tree.map(_abstract, traced.out_info[0])
             for done, key in enumerate(new, 1):
@@ -138,7 +140,8 @@ class Generator:
         if key not in self._compiled:
             traced = self._trace(spec, condition, state, controls, keys, forced)
             job = Future()
-            job.set_result(_executable(traced))
+            file = programs.place(self._outline, spec, traced)
+            job.set_result(compile_traced(traced, file))
             self._compiled[key] = job
         return self._call(self._compiled[key].result(), condition, state, controls, keys, forced)
 
@@ -248,10 +251,6 @@ def _per_scale(name: str, value: float | tuple[float, ...], scales: int) -> tupl
     if not all(math.isfinite(v) for v in values):
         raise ValueError(f"{name} must be finite, got {values}")
     return values
-
-
-def _executable(traced: Any) -> Any:
-    return compile_lowered(traced.lower())
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

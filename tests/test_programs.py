@@ -1,0 +1,194 @@
+"""Kept executables: a second process compiles nothing, draws the same; no key is too wide."""
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from sparvar_jax import generate, programs, sampling
+from sparvar_jax.models.infinity import Infinity, InfinityConfig
+from sparvar_jax.plan import dense_plan
+from sparvar_jax.policies.registry import parse_plan
+from sparvar_jax.schedule import ScaleSchedule, infinity_schedule
+from sparvar_jax.step import step_spec
+from sparvar_jax.strategy import Dense
+
+SCHEDULE = ScaleSchedule.of(((1, 1), (2, 2), (4, 4)))
+CONFIG = InfinityConfig(2, 64, 2, text_width=128, bits=8, dtype="float32")
+CACHE = "jax_compilation_cache_dir"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A compile cache, and executables kept on a CPU as they are on a GPU.
+
+    jax's own part of the cache stays empty: XLA's CPU compiler writes executables that it has read
+    itself without their functions.
+    """
+    monkeypatch.setattr(programs, "KEPT_ON", ("cpu", "gpu"))
+    with configured(tmp_path, keep_after=1e9):
+        yield tmp_path / "programs"
+
+
+@contextlib.contextmanager
+def configured(cache, keep_after):
+    new = {CACHE: str(cache), "jax_persistent_cache_min_compile_time_secs": keep_after}
+    before = {name: jax.config.values[name] for name in new}
+    try:
+        set_all(new)
+        yield
+    finally:
+        set_all(before)
+
+
+def set_all(values):
+    compilation_cache.reset_cache()  # it keeps the folder of its first use
+    for name, value in values.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def found():
+    """A list that grows with every executable that is found."""
+    events = []
+
+    def listen(event, **_):
+        if event == programs.FOUND:
+            events.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_listener(listen)
+
+
+def new_generator(seed=0):
+    return generate.Generator(Infinity(CONFIG, rngs=nnx.Rngs(seed)))
+
+
+def draw(generator, plan=None, **options):
+    features = jax.random.normal(jax.random.key(1), (1, 5, 128))
+    condition = generator.model.embed_condition(features, jnp.array([4]), "learned")
+    controls = generate.controls(len(SCHEDULE), guidance=2.0, temperature=1.0)
+    plan = plan or dense_plan(SCHEDULE, 2)
+    return np.asarray(
+        generator.run(plan, condition, controls, sampling.image_keys(3, 1), **options)[0]
+    )
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_kept_steps_draw_the_same_with_any_weights(folder, found):
+    first = draw(new_generator())
+    kept = contents(folder)
+    assert (len(kept), len(found)) == (3, 0)
+    again, other = draw(new_generator()), draw(new_generator(seed=1))
+    assert len(found) == 6
+    assert contents(folder) == kept
+    np.testing.assert_array_equal(again, first)
+    assert not np.array_equal(other, first)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b[:-9] + b"\0" * 9, lambda b: b""]
+)
+def test_damaged_files_are_compiled_anew(folder, found, damage):
+    first = draw(new_generator())
+    for file in folder.iterdir():
+        file.write_bytes(damage(file.read_bytes()))
+    np.testing.assert_array_equal(draw(new_generator()), first)
+    assert not found
+    np.testing.assert_array_equal(draw(new_generator()), first)
+    assert len(found) == 3
+
+
+@pytest.mark.gpu
+def test_programs_of_jaxs_cache_are_kept_as_well(tmp_path, found):
+    with configured(tmp_path, keep_after=0):
+        first = draw(new_generator())
+        shutil.rmtree(tmp_path / "programs")
+        jax.clear_caches()
+        np.testing.assert_array_equal(draw(new_generator()), first)
+        assert not found
+        np.testing.assert_array_equal(draw(new_generator()), first)
+        assert len(found) == 3
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(folder):
+    folder.write_text("a file where the folder should be")
+    assert np.isfinite(draw(new_generator())).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign(Dense):
+    """An attention of somebody else's: its code may change where our key sees nothing."""
+
+
+def test_what_changes_a_program_changes_its_key(folder, monkeypatch):
+    def place(config=CONFIG, plan=None, greedy=False, batch=1):
+        generator = generate.Generator(Infinity(config, rngs=nnx.Rngs(0)))
+        plan, seen = plan or dense_plan(SCHEDULE, 2), []
+        monkeypatch.setattr(generate, "compile_traced", lambda traced, file: seen.append(file))
+        features, lengths = jnp.ones((batch, 5, 128)), jnp.full(batch, 4)
+        condition = generator.model.embed_condition(features, lengths, "learned")
+        generator.compile(plan, condition, batch, greedy=greedy)
+        return seen[1]
+
+    usual = place()
+    assert place() == usual
+    others = {
+        place(greedy=True),
+        place(batch=2),
+        place(config=dataclasses.replace(CONFIG, dtype="bfloat16")),
+        place(plan=dense_plan(ScaleSchedule.of(((1, 1), (2, 2), (4, 5))), 2)),
+        place(plan=dense_plan(SCHEDULE, 2, merge_at=1)),
+    }
+    with jax.default_matmul_precision("highest"):
+        others.add(place())
+    monkeypatch.setattr(programs, "_environment", lambda: "other sources")
+    others.add(place())
+    assert len(others - {usual, None}) == 7
+
+
+def test_code_of_other_packages_is_not_kept(folder, monkeypatch):
+    plan = dense_plan(SCHEDULE, 2)
+    segments = [dataclasses.replace(plan.steps[0].segments[0], attention=Foreign())]
+    steps = [dataclasses.replace(step, segments=tuple(segments)) for step in plan.steps]
+    draw(new_generator(), dataclasses.replace(plan, steps=tuple(steps)))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sparvar-paper", "sparvar-fast+drop_uncond(1)", "adaptive(coverage=0.8)+skip_last_scales(1)"],
+)
+def test_every_plan_of_ours_is_keyed(name):
+    plan = parse_plan(name, infinity_schedule(), 4)
+    for index in range(len(plan.steps)):
+        assert programs._text(step_spec(plan, index, logit_bound=8.0))
+
+
+def test_sources_are_part_of_the_key(tmp_path, monkeypatch):
+    usual = programs._environment()
+    copy = tmp_path / "sparvar_jax" / "programs.py"
+    copy.parent.mkdir()
+    copy.write_text(pathlib.Path(programs.__file__).read_text() + "\n# changed\n")
+    programs._environment.cache_clear()
+    monkeypatch.setattr(programs, "__file__", str(copy))
+    changed = programs._environment()
+    programs._environment.cache_clear()
+    assert changed != usual
+
+
+def test_where_lowering_is_quick_nothing_is_kept(folder, monkeypatch):
+    monkeypatch.setattr(programs, "KEPT_ON", ("tpu",))
+    draw(new_generator())
+    assert not folder.exists()
