@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal
 
+from sparvar_jax.loading import DEMO
+
 Text = Literal["features", "encoder", "encoder freed"]
 
 INFINITY = ("infinity_2b", "infinity_8b")
@@ -85,6 +87,7 @@ class Suite:
 
 SUITES = {
     "latency": Suite(INFINITY, waves=(("dense",), BESIDES_DENSE), check=True),
+    "demo": Suite((str(DEMO),), waves=(("dense",), ("sparvar-fast",)), check=True),
     "throughput": Suite(INFINITY, rounds=((1, 8), (4,), (2,)), check=True),
     "sizes": Suite(("infinity_2b",), sizes=("0.25M", "2.25M", "1M"), check=True),
     "memory": Suite(("infinity_8b", "infinity_2b"), texts=("encoder freed", "encoder")),
