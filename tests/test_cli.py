@@ -12,7 +12,7 @@ import typer
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from sparvar_jax import checkpoint, loading, metadata
+from sparvar_jax import checkpoint, loading, metadata, programs
 from sparvar_jax.cli import console, main
 from sparvar_jax.pipeline import Pipeline
 from tests.convert import sources
@@ -89,6 +89,22 @@ def test_warmup_leaves_nothing_to_compile(model, tmp_path, capsys, monkeypatch):
     after = named_programs(folder)
     compilation_cache.reset_cache()
     assert {name: after[name] for name in kept} == kept
+
+
+@pytest.mark.parametrize("kind", ["text", "classes"])
+def test_generate_finds_the_steps_that_warmup_kept(model, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(programs, "KEPT_ON", ("cpu",))
+    if kind == "text":
+        common, asked = ["--model", str(model), *SHORT], ["a red apple"]
+    else:
+        common, asked = ["--model", str(tiny_model()[0])], ["--class", "2"]
+    assert main(["warmup", *common]) == 0
+    kept = len(list((tmp_path / "cache" / "sparvar_jax" / "xla" / "programs").iterdir()))
+    before = console.count_programs()
+    monkeypatch.setattr(programs, "keep", lambda *_: pytest.fail("a step was compiled again"))
+    assert main(["generate", *asked, *common, "--out", str(tmp_path / "x.png")]) == 0
+    assert kept >= 2
+    assert console.count_programs()[1] - before[1] >= kept
 
 
 def named_programs(folder):
