@@ -64,7 +64,10 @@ def attention(
     gaps: Gaps = (),
     scale: float = 1.0,
 ) -> tuple[Float[Array, "R2 H T D"], Float[Array, "R2 H T"]]:
-    """Dense attention and its log-sum-exp; query tiles walked one after another when large."""
+    """Dense attention and its log-sum-exp; large problems by row, and by query tile within one.
+
+    So a tile is as long in a large batch as in a small one, and a row's result is the same in both.
+    """
     rows, heads, queries, _ = q.shape
     k, v = k[:rows, :, :kv_length], v[:rows, :, :kv_length]
     mask = None
@@ -73,10 +76,15 @@ def attention(
         v = jnp.where(mask[0][:, None], v, 0)
     if rows * heads * queries * kv_length <= _MAX_SCORES:
         return softmax_attention(q, k, v, mask, scale)
-    size = max(64, min(queries, _MAX_SCORES // (rows * heads * kv_length) // 64 * 64))
-    run = functools.partial(softmax_attention, k=k, v=v, mask=mask, scale=scale)
-    out, lse = jax.lax.map(run, _tiles(q, size))
-    return _join(out, queries), _join(lse, queries)
+    size = max(64, min(queries, _MAX_SCORES // (heads * kv_length) // 64 * 64))
+
+    def one_row(row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        q, k, v = (x[None] for x in row)
+        run = functools.partial(softmax_attention, k=k, v=v, mask=mask, scale=scale)
+        out, lse = jax.lax.map(run, _tiles(q, size))
+        return _join(out, queries)[0], _join(lse, queries)[0]
+
+    return jax.lax.map(one_row, (q, k, v))
 
 
 def attention_cudnn(q, k, v, kv_length: int, *, scale: float = 1.0) -> Float[Array, "R2 H T D"]:

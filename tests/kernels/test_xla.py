@@ -49,6 +49,9 @@ def test_attention_in_pieces_equals_attention_at_once(monkeypatch):
     pieces, pieces_lse = xla.attention(q, k, v, 140)
     np.testing.assert_allclose(pieces, whole, atol=1e-6)
     np.testing.assert_allclose(pieces_lse, whole_lse, atol=1e-6)
+    alone, alone_lse = xla.attention(q[1:], k[1:], v[1:], 140)
+    np.testing.assert_array_equal(alone[0], pieces[1])
+    np.testing.assert_array_equal(alone_lse[0], pieces_lse[1])
 
 
 @pytest.mark.parametrize("geometry", LAYOUTS, ids=NAMES)
