@@ -56,9 +56,9 @@ the (thing, style) pairs were held out.
   (`benchmarks/results/cpu/demo_order.json`).
 - What fails: an octopus in a scene looks like a crab, a dolphin loses its outline, petals of a rose
   melt. Three things in a row are small and rough, and neighbours may touch.
-- It knows its drawings by heart. Of a thing alone, in a style held out, it foresees another drawing:
-  the loss of the first scales is then higher with the text than without (table above). In scenes,
-  where the text also says what stands where, it is clearly lower.
+- It knows its drawings by heart. Of a thing alone, in a style held out, it foresees another
+  drawing: the loss of the first scales is then higher with the text than without (table above). In
+  scenes, where the text also says what stands where, it is clearly lower.
 - Thin parts (legs, letters, strings) come out blurred or melted, faces more often than shapes: the
   model holds 19 million parameters for 3,019 drawings.
 - It has seen single emoji drawings, no photographs and no written text.
