@@ -26,6 +26,7 @@ from convert.run import convert_source
 from convert.side_by_side import Options, Row, Sides
 from convert.sources import open_source
 from sparvar_jax import checkpoint, loading, metadata
+from sparvar_jax.files import whole_file
 
 COMPARERS: Mapping[str, Callable[[Sides, Options], tuple[Row, ...]]] = {
     "infinity": compare_infinity.compare,
@@ -103,7 +104,7 @@ def write_report(comparison: Comparison, out: str | Path) -> tuple[Path, Path]:
         "device": jax.devices()[0].device_kind,
         "versions": {**metadata.versions(), "torch": torch.__version__},
     }
-    with metadata.whole_file(out) as first, metadata.whole_file(picture) as second:
+    with whole_file(out) as first, whole_file(picture) as second:
         first.write_text(json.dumps(content, indent=2) + "\n")
         draw_errors(second, _curves(comparison.rows), comparison.options.tolerance)
     return out, picture

@@ -107,8 +107,7 @@ class Generator:
                 with self._claiming:
                     known = self._compiled.get(key)
                     if known is None or (known.done() and known.exception()):
-                        file = programs.place(self._outline, spec, traced)
-                        self._compiled[key] = pool.submit(compile_traced, traced, file)
+                        self._compiled[key] = pool.submit(self._compiling(spec, traced))
                         new.append(key)
                 state = jax.tree.map(_abstract, traced.out_info[0])
             for done, key in enumerate(new, 1):
@@ -140,8 +139,7 @@ class Generator:
         if key not in self._compiled:
             traced = self._trace(spec, condition, state, controls, keys, forced)
             job = Future()
-            file = programs.place(self._outline, spec, traced)
-            job.set_result(compile_traced(traced, file))
+            job.set_result(self._compiling(spec, traced)())
             self._compiled[key] = job
         return self._call(self._compiled[key].result(), condition, state, controls, keys, forced)
 
@@ -202,6 +200,11 @@ class Generator:
 
     def _spec(self, plan: Plan, index: int, **options: bool) -> StepSpec:
         return step_spec(plan, index, logit_bound=self.model.config.logit_bound, **options)
+
+    def _compiling(self, spec: StepSpec, traced: Any) -> Callable[[], Any]:
+        """What makes the executable, in any thread: jax's settings here are in its key already."""
+        file = programs.place(self._outline, spec, traced)
+        return functools.partial(compile_traced, traced, file)
 
     def _call(self, compiled, condition, state, controls, keys, forced):
         donated, read = split_state(state)

@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import serialize_executable
+
+from sparvar_jax.files import whole_file
 
 # Elsewhere lowering takes next to nothing, and an executable of one CPU need not run on another.
 KEPT_ON: tuple[str, ...] = ("gpu",)
@@ -96,9 +97,8 @@ def keep(file: Path, compiled: Any) -> None:
     try:
         payload, _, _ = serialize_executable.serialize(compiled)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-            temporary.write(hashlib.sha256(payload).digest() + payload)
-        os.replace(temporary.name, file)
+        with whole_file(file) as temporary:
+            temporary.write_bytes(hashlib.sha256(payload).digest() + payload)
     except (OSError, ValueError, RuntimeError):
         return
 

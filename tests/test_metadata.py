@@ -1,19 +1,22 @@
 """PNG files: what they say, and that they appear whole or not at all."""
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sparvar_jax import metadata
+from sparvar_jax.files import whole_file
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3)).astype(np.uint8)
 
 
 def test_pixels_and_text_survive(tmp_path):
     told = {"prompt": "ein süßer Apfel 苹果", "seed": "7"}
-    with metadata.whole_file(tmp_path / "a.png") as path:
+    with whole_file(tmp_path / "a.png") as path:
         metadata.write_png(path, PIXELS, told)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), PIXELS)
     assert metadata.read_metadata(tmp_path / "a.png") == told
@@ -24,7 +27,7 @@ def test_nothing_is_left_of_a_failed_file(tmp_path):
     (tmp_path / "a.png").write_text("before")
 
     def fail():
-        with metadata.whole_file(tmp_path / "a.png") as path:
+        with whole_file(tmp_path / "a.png") as path:
             path.write_text("half")
             raise RuntimeError("in the middle")
 
@@ -40,7 +43,7 @@ def test_nothing_is_left_of_a_failed_file(tmp_path):
 )
 def test_places_that_cannot_be_written_are_refused(tmp_path, place, message):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=message), metadata.whole_file(tmp_path / place):
+    with pytest.raises(ValueError, match=message), whole_file(tmp_path / place):
         pass
     assert os.listdir(tmp_path) == ["file"]
 
@@ -53,3 +56,27 @@ def test_other_pictures_are_refused(tmp_path):
 
 def test_versions_name_what_decides_the_numbers():
     assert {"sparvar-jax", "jax", "numpy"} <= metadata.versions().keys()
+
+
+def test_files_written_at_once_leave_the_umask_alone(tmp_path, monkeypatch):
+    """It is the whole process's, and reading it sets it."""
+    umask = os.umask
+
+    def slow_umask(mask):
+        before = umask(mask)
+        time.sleep(0.002)  # so that threads meet between reading and setting it again
+        return before
+
+    def write(name):
+        with whole_file(tmp_path / str(name)) as path:
+            path.write_text("whole")
+
+    before = umask(0o027)
+    try:
+        with monkeypatch.context() as patch, ThreadPoolExecutor(8) as pool:
+            patch.setattr(os, "umask", slow_umask)
+            list(pool.map(write, range(24)))
+        assert umask(0o027) == 0o027
+    finally:
+        umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o640}

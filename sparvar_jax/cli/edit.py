@@ -77,11 +77,12 @@ def _run(asked: Asked, out: Path, drawing: dict[str, Any]) -> int:
     from sparvar_jax import edit as editing
     from sparvar_jax import metadata
     from sparvar_jax.class_pipeline import ClassPipeline
+    from sparvar_jax.files import whole_file
 
     console.use_compilation_cache()
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {out}")
-    with metadata.whole_file(out) as opened, console.progress() as report:
+    with whole_file(out) as opened, console.progress() as report:
         pipe = ClassPipeline.from_checkpoint(asked.model, dtype=asked.dtype, progress=report)
         side = pipe.picture_side
         pictures = _load(asked.picture, side, "RGB")[None]

@@ -122,13 +122,14 @@ def generate(
 
 def _run(order: Order, out: Path) -> None:
     from sparvar_jax import metadata
+    from sparvar_jax.files import whole_file
 
     console.use_compilation_cache()
     seed, watch = order.drawing["seed"], console.Stopwatch()
     targets = _targets(out, seed, order.num)
     with contextlib.ExitStack() as files:
         # Opened before the work: a folder that cannot be written to is found now.
-        opened = [files.enter_context(metadata.whole_file(path)) for path in targets]
+        opened = [files.enter_context(whole_file(path)) for path in targets]
         with console.progress() as report:
             pipe, subject, drawing = order.load(report)
             watch.lap("loaded")
