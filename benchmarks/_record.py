@@ -14,6 +14,8 @@ from typing import Any
 import jax
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+MUST_AGREE = ("device", "versions", "xla_flags")
+"""What rows of one file have in common."""
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "flash-attn3-jax")
 
 
@@ -92,13 +94,15 @@ def add(
 ) -> pathlib.Path:
     """Write one row into a results file, in place of the row with the same values of `key`.
 
-    Other rows stay, unless another device, version, commit or flag made them.
+    The row says which commit it was measured at, because other rows stay, unless another device,
+    version or flag made them.
     """
     file, header, rows = _path(name, folder), describe(), []
+    row = row | {"commit": header["commit"]}
     if file.is_file():
         before = json.loads(file.read_text())
-        if all(before.get(entry) == header[entry] for entry in header if entry != "date"):
-            rows = before["rows"]
+        if all(before.get(entry) == header[entry] for entry in MUST_AGREE):
+            rows = [{"commit": before["commit"]} | old for old in before["rows"]]
     replaced = [tuple(old.get(k) for k in key) for old in rows]
     wanted = tuple(row.get(k) for k in key)
     if wanted in replaced:

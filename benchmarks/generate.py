@@ -4,8 +4,8 @@
     python -m benchmarks.generate classes --models var_d30 --batches 1 8
 
 Suites are listed in `benchmarks/generate_suites.py`; options replace what a suite says. Every row
-is in `generate-SUITE.json` as soon as it is measured. Rows of earlier runs on the same device, with
-the same versions, commit and XLA flags, stay in the file until they are measured again.
+is in `generate-SUITE.json` as soon as it is measured, with its commit. Rows of earlier runs on the
+same device, with the same versions and XLA flags, stay in the file until they are measured again.
 
 The last scale of a checked row is computed again from the same state without any kernel of ours.
 Groups that do not fit into the rest of the budget are left out, and said to be.

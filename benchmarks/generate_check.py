@@ -104,12 +104,11 @@ def check(bench: Bench, plan: Plan) -> Check:
     for index, (state, output) in enumerate(bench.steps(plan, condition)):
         if index == last - 1:
             # The next step takes the state's buffers, so everything is computed before it.
-            before = reference.both(*image_of((plain, state), image, bench.batch))
+            before = reference.both(image_of(plain, image, bench.batch), state)
         if index == last and before is not None:
             (expected, tokens), control = before
-            rows = reference.written(image_of(state.cache, image, bench.batch))
             return Check(
-                _difference(rows, expected),
+                _difference(reference.written(state.cache), expected),
                 _difference(control, expected),
                 float(jnp.mean(output.tokens[image] == tokens[0])),
                 tolerance(bench.parts),
@@ -131,10 +130,15 @@ def image_of(tree: Any, image: int, batch: int) -> Any:
 
 
 class Reference:
-    """The last scale of a plan in plain XLA, for one image of a batch."""
+    """The last scale of a plan in plain XLA, for one image of a batch.
+
+    It takes the state of the whole batch and reads that image's rows layer by layer: a copy of all
+    of them does not fit beside the largest caches.
+    """
 
     def __init__(self, bench: Bench, plan: Plan, image: int):
         self._index = index = len(plan.steps) - 1
+        self._image_of = functools.partial(image_of, image=image, batch=bench.batch)
         plan = with_implementation(plan, "xla")
         self._model = model = without_kernels(bench.parts.transformer)
         self._step = plan.steps[index]
@@ -146,7 +150,8 @@ class Reference:
 
     def both(self, condition: Any, state: Any) -> tuple[tuple[Any, jax.Array], list[LayerRows]]:
         """(new keys and values, tokens); and new keys and values where keys are misread."""
-        x = _enter(self._model, state.codes, condition, place=self._place, rows=self._rows)
+        codes = self._image_of(state.codes)
+        x = _enter(self._model, codes, condition, place=self._place, rows=self._rows)
         self._compile(x, condition, state)
         written, x_out = self._run(x, condition, state, 0)
         control, _ = self._run(x, condition, state, MISREAD_ROWS)
@@ -159,14 +164,18 @@ class Reference:
 
     def written(self, cache: Any) -> list[LayerRows]:
         """What a program wrote into the cache at this scale, in the reference's shape."""
-        return [tuple(_rows(array, self._place, self._rows) for array in pair) for pair in cache]  # type: ignore[misc]
+        pairs = (self._image_of(pair) for pair in cache)
+        return [
+            (_rows(keys, self._place, self._rows), _rows(values, self._place, self._rows))
+            for keys, values in pairs
+        ]
 
     def _arguments(self, layer: int, x: Any, condition: Any, state: Any, shift: int) -> tuple:
-        keys, values = state.cache[layer]
+        (keys, values), strategy = self._image_of((state.cache[layer], state.strategies[layer]))
         inputs = self._model.block_inputs(layer, condition)
         cache = (jnp.roll(keys, shift, 2) if shift else keys), values
         positions = self._model.positions(self._place)
-        return self._model.blocks[layer], x, inputs, positions, cache, state.strategies[layer]
+        return self._model.blocks[layer], x, inputs, positions, cache, strategy
 
     def _compile(self, x: Any, condition: Any, state: Any) -> None:
         """One program a segment, in parallel: on a GPU each takes seconds."""

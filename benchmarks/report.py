@@ -196,7 +196,8 @@ def table(name: str) -> str:
     source = f"`benchmarks/results/{name}.json`: {content['device']}; {versions}"
     if flags := content.get("xla_flags"):
         source += f"; {flags}"
-    return "\n".join([*lines, "", f"{source}; {content['date']}; commit {content['commit'][:12]}."])
+    commits = {row.get("commit", content["commit"])[:12]: None for row in content["rows"]}
+    return "\n".join([*lines, "", f"{source}; {content['date']}; commit {', '.join(commits)}."])
 
 
 def render(readme: str) -> str:

@@ -102,9 +102,10 @@ def test_every_row_is_handed_on_measured_and_then_checked(folder):
 
 def test_batches_and_classes(folder):
     classes = str(tiny_var.tiny_model()[0])
-    rows, problems = measured([group(folder, "dense", batch=2)])
+    rows, problems = measured([group(folder, "dense", "sparvar-paper", batch=2)])
     assert problems == []
-    assert (rows[1]["batch"], rows[1]["size"]) == (2, "0.06M")
+    assert [(row["batch"], row["size"]) for row in rows] == [(2, "0.06M")] * 4
+    assert rows[1]["check"]["problem"] is None is rows[3]["check"]["problem"]
     unchecked = dataclasses.replace(OPTIONS, check=False)
     rows, problems = measured([group(classes, "sparvar-paper", batch=3)], unchecked)
     assert problems == []
@@ -145,7 +146,7 @@ def test_a_row_that_fails_does_not_end_the_run(folder, monkeypatch):
     assert len(problems) == 1
 
 
-def test_rows_stay_until_measured_again_by_the_same_code(folder, tmp_path, monkeypatch):
+def test_rows_stay_until_measured_again_or_with_other_versions(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(generate.console, "use_compilation_cache", lambda: None)
     out, file = str(tmp_path / "results"), tmp_path / "results" / "generate-memory.json"
@@ -161,6 +162,10 @@ def test_rows_stay_until_measured_again_by_the_same_code(folder, tmp_path, monke
     record.add("generate-memory", row, key=generate.KEY, folder=out)
     assert rows() == [("encoder freed", 1), ("encoder", 1), ("encoder freed", 4)]
     monkeypatch.setattr(record, "commit", lambda: "another")
+    record.add("generate-memory", row, key=generate.KEY, folder=out)
+    commits = [row["commit"] for row in json.loads(file.read_text())["rows"]]
+    assert commits == ["another", commits[1], commits[1]] != ["another"] * 3
+    monkeypatch.setattr(record, "versions", lambda: {"jax": "another"})
     record.add("generate-memory", row, key=generate.KEY, folder=out)
     assert rows() == [("encoder freed", 1)]
 
