@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from sparvar_convert.torch_twin.infinity import Infinity
 
 from benchmarks import _record as record
-from convert.torch_twin.infinity import Infinity
 from sparvar_jax.models.infinity import InfinityConfig
 
 SHARD_BYTES = 10**9
@@ -75,7 +75,7 @@ def write_flat(folder: Path, preset: str) -> int:
 
 def convert(source: str, into: str) -> None:
     """Convert in this process and print seconds, peak bytes and parameters as JSON."""
-    from convert.run import convert_source
+    from sparvar_convert.run import convert_source
 
     start = time.perf_counter()
     done = convert_source(source, into)

@@ -26,9 +26,9 @@ from jaxtyping import Array, Float
 from benchmarks import _record as record
 from benchmarks import models
 from benchmarks.generate_stats import GIB, program_bytes
-from sparvar_jax.compiling import compile_lowered
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig, to_uint8
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
+from sparvar_jax.runtime.compiling import compile_lowered
 
 Row = dict[str, Any]
 

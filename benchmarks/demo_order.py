@@ -29,8 +29,8 @@ from examples.train_demo.captions import (
     stack,
 )
 from examples.train_demo.pictures import Collection, load_sprites
-from sparvar_jax.loading import load_model
 from sparvar_jax.models.t5 import encode
+from sparvar_jax.pipelines.loading import load_model
 
 SCALES = 6  # places are decided by then
 AT_ONCE = 16

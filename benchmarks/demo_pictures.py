@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from benchmarks import _record as record
 from benchmarks._record import RESULTS, device_folder
 from examples.gallery import PROMPTS, contact_sheet
-from sparvar_jax.pipeline import Pipeline
+from sparvar_jax.pipelines.pipeline import Pipeline
 
 SKIPPED = 2
 SHEET_COLUMNS = 8

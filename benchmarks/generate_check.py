@@ -21,9 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from benchmarks.generate_bench import Bench
 from benchmarks.models import Parts, without_kernels
-from sparvar_jax import sampling
+from sparvar_jax.models import sampling
 from sparvar_jax.models.layers import Stream
-from sparvar_jax.plan import Plan, with_implementation
+from sparvar_jax.plans.plan import Plan, with_implementation
 
 MISREAD_ROWS = 8
 

@@ -18,8 +18,8 @@ from benchmarks.generate_bench import PROMPT, Bench, measure
 from benchmarks.generate_check import check
 from benchmarks.generate_suites import Group
 from sparvar_jax.cli import console
-from sparvar_jax.loading import compute_dtype
-from sparvar_jax.plan import Plan
+from sparvar_jax.pipelines.loading import compute_dtype
+from sparvar_jax.plans.plan import Plan
 
 MEASURE_SECONDS = 5.0  # what a group, or a check, needs besides compiling, roughly
 

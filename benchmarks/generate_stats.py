@@ -14,10 +14,10 @@ import numpy as np
 import pallas_kernels
 from benchmarks.generate_bench import Bench
 from benchmarks.models import bytes_of
-from sparvar_jax import checkpoint
 from sparvar_jax.models.cross_attention import FoldedText
-from sparvar_jax.plan import Plan
-from sparvar_jax.step import empty_state
+from sparvar_jax.plans.plan import Plan
+from sparvar_jax.runtime.step import empty_state
+from sparvar_jax.weights import checkpoint
 
 GIB = 2**30
 KEY = jax.dtypes.prng_key

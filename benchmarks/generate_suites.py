@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal
 
-from sparvar_jax.loading import DEMO
+from sparvar_jax.pipelines.loading import DEMO
 
 Text = Literal["features", "encoder", "encoder freed"]
 

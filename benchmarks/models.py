@@ -18,16 +18,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from sparvar_jax import checkpoint, class_pipeline, loading
-from sparvar_jax.memory import parameter_bytes
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.models.t5 import T5Config, T5Encoder
+from sparvar_jax.models.text_tokens import Tokenizer, padded_length
 from sparvar_jax.models.var import Var
 from sparvar_jax.models.var_parts import VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
-from sparvar_jax.text import Tokenizer, padded_length
-from sparvar_jax.text_encoder import TextEncoder, TextFeatures
+from sparvar_jax.pipelines import class_pipeline, loading
+from sparvar_jax.pipelines.memory import parameter_bytes
+from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
+from sparvar_jax.weights import checkpoint
 
 TOKENIZERS = {"infinity_8b": "f8_d14"}
 T5_XL = T5Config(

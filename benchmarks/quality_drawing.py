@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparvar_jax.bound import Bound
 from sparvar_jax.models import bsq_vae
-from sparvar_jax.pipeline import Pipeline, resolve_plan, resolve_schedule
-from sparvar_jax.plan import LAST_SCALES, Plan, with_implementation
+from sparvar_jax.pipelines.pipeline import Pipeline, resolve_plan, resolve_schedule
+from sparvar_jax.plans.plan import LAST_SCALES, Plan, with_implementation
+from sparvar_jax.runtime.bound import Bound
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparvar_jax.pipeline import Request
-from sparvar_jax.plan import Plan
+from sparvar_jax.pipelines.pipeline import Request
+from sparvar_jax.plans.plan import Plan
 
 
 class LogitComparison:

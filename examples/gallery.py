@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from sparvar_jax.pipeline import Pipeline
+from sparvar_jax.pipelines.pipeline import Pipeline
 
 PROMPTS = Path(__file__).parent / "train_demo" / "prompts.json"
 MARGIN = 4

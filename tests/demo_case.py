@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int8
 
-from sparvar_jax import loading, quantizer
-from sparvar_jax.pipeline import Pipeline
-from sparvar_jax.teacher import teacher_forced_logits
+from sparvar_jax.models import quantizer
+from sparvar_jax.pipelines import loading
+from sparvar_jax.pipelines.pipeline import Pipeline
+from sparvar_jax.study.teacher import teacher_forced_logits
 
 FOLDER = Path(os.environ.get("SPARVAR_DEMO_DIR", loading.DEMO))
 STORED = Path(__file__).parent / "fixtures" / "demo_expected.npz"

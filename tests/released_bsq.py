@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from sparvar_convert.stream import convert_tensors
+from sparvar_convert.tables.bsq_vae import TABLE, infer_config
 
-from convert.stream import convert_tensors
-from convert.tables.bsq_vae import TABLE, infer_config
-from sparvar_jax import checkpoint, storage
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
+from sparvar_jax.weights import checkpoint, storage
 from tests.convert.fakes import DictReader
 
 

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from flax import nnx
+from sparvar_convert.stream import convert_tensors
+from sparvar_convert.tables import var as var_table
+from sparvar_convert.tables import vqvae as vqvae_table
 
-from convert.stream import convert_tensors
-from convert.tables import var as var_table
-from convert.tables import vqvae as vqvae_table
-from sparvar_jax import checkpoint, storage
 from sparvar_jax.models.var import Var, VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
+from sparvar_jax.weights import checkpoint, storage
 from tests.convert.fakes import DictReader
 
 

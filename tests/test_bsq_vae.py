@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flax import nnx
+from sparvar_convert.torch_twin import bsq_vae as twins
 
-from convert.torch_twin import bsq_vae as twins
-from sparvar_jax import checkpoint
 from sparvar_jax.models import bsq_vae, conv_parts
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
+from sparvar_jax.weights import checkpoint
 from tests.released_bsq import load_released
 
 # float32 rounding through some ten layers of values near one; measured 2e-6.

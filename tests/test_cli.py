@@ -12,9 +12,11 @@ import typer
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from sparvar_jax import checkpoint, loading, metadata, programs
 from sparvar_jax.cli import console, main
-from sparvar_jax.pipeline import Pipeline
+from sparvar_jax.pipelines import loading, metadata
+from sparvar_jax.pipelines.pipeline import Pipeline
+from sparvar_jax.runtime import programs
+from sparvar_jax.weights import checkpoint
 from tests.convert import sources
 from tests.tiny_model import write_tiny_model
 from tests.tiny_var import tiny_model, tiny_pipe

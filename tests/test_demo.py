@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from sparvar_jax import checkpoint
-from sparvar_jax.pipeline import Pipeline
+from sparvar_jax.pipelines.pipeline import Pipeline
+from sparvar_jax.weights import checkpoint
 from tests import demo_case
 
 LIMIT_BYTES = 24_000_000
@@ -56,7 +56,7 @@ def test_the_card_states_the_licences():
 
 def test_it_loads_without_torch():
     code = (
-        "import json, sys; from sparvar_jax.loading import load_model; "
+        "import json, sys; from sparvar_jax.pipelines.loading import load_model; "
         f"load_model({str(demo_case.FOLDER)!r}); print(json.dumps('torch' in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sparvar_convert.torch_twin.bsq_vae import BsqVae
+from sparvar_convert.torch_twin.infinity import Infinity
 
-from convert.torch_twin.bsq_vae import BsqVae
-from convert.torch_twin.infinity import Infinity
-from sparvar_jax import checkpoint, metadata
 from sparvar_jax.cli import main
 from sparvar_jax.models.bsq_vae import BsqVaeConfig
 from sparvar_jax.models.infinity import InfinityConfig
+from sparvar_jax.pipelines import metadata
+from sparvar_jax.weights import checkpoint
 from tests.convert.sources import randomised
 from tests.tiny_model import train_tokenizer
 

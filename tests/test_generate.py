@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparvar_jax import generate, sampling
+from sparvar_jax.models import sampling
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
-from sparvar_jax.plan import dense_plan
+from sparvar_jax.plans.plan import dense_plan
+from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.policies import skip_last_scales
-from sparvar_jax.schedule import ScaleSchedule
-from sparvar_jax.step import empty_state
+from sparvar_jax.runtime import generate
+from sparvar_jax.runtime.step import empty_state
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (2, 2), (3, 4), (6, 8)))
 CONFIG = InfinityConfig(2, 64, 2, text_width=128, bits=8, dtype="float32")

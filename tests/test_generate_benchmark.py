@@ -15,8 +15,8 @@ from benchmarks import generate_stats as stats
 from benchmarks.generate_bench import Bench, schedule_of
 from benchmarks.generate_check import check
 from benchmarks.generate_suites import SUITES, Group
-from sparvar_jax.generate import Generator
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
+from sparvar_jax.runtime.generate import Generator
 from tests import tiny_model, tiny_var
 from tests.tiny_model import random_parameters
 

@@ -3,10 +3,10 @@
 import jax
 import pytest
 
-from sparvar_jax import loading
-from sparvar_jax.generate import Generator
-from sparvar_jax.memory import estimate
-from sparvar_jax.pipeline import resolve_plan, resolve_schedule
+from sparvar_jax.pipelines import loading
+from sparvar_jax.pipelines.memory import estimate
+from sparvar_jax.pipelines.pipeline import resolve_plan, resolve_schedule
+from sparvar_jax.runtime.generate import Generator
 from tests.tiny_model import write_tiny_model
 
 

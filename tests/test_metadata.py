@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparvar_jax import metadata
-from sparvar_jax.files import whole_file
+from sparvar_jax.pipelines import metadata
+from sparvar_jax.weights.files import whole_file
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3)).astype(np.uint8)
 

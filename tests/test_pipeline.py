@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from sparvar_jax import checkpoint, loading
-from sparvar_jax.pipeline import (
+from sparvar_jax.pipelines import loading
+from sparvar_jax.pipelines.pipeline import (
     Pipeline,
     TextEncoder,
     parse_ratio,
@@ -15,6 +15,7 @@ from sparvar_jax.pipeline import (
     resolve_schedule,
 )
 from sparvar_jax.policies import parse_plan
+from sparvar_jax.weights import checkpoint
 from tests.tiny_model import DEFAULTS, TEXT, write_tiny_model
 
 PROMPTS = ["a red apple", "a blue owl wearing a green triangle on the photograph of the circle"]

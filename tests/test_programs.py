@@ -12,13 +12,14 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-from sparvar_jax import generate, programs, sampling
+from sparvar_jax.models import sampling
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
-from sparvar_jax.plan import dense_plan
+from sparvar_jax.plans.plan import dense_plan
+from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
+from sparvar_jax.plans.strategy import Dense
 from sparvar_jax.policies.registry import parse_plan
-from sparvar_jax.schedule import ScaleSchedule, infinity_schedule
-from sparvar_jax.step import step_spec
-from sparvar_jax.strategy import Dense
+from sparvar_jax.runtime import generate, programs
+from sparvar_jax.runtime.step import step_spec
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (2, 2), (4, 4)))
 CONFIG = InfinityConfig(2, 64, 2, text_width=128, bits=8, dtype="float32")
@@ -178,8 +179,8 @@ def test_every_plan_of_ours_is_keyed(name):
 
 def test_sources_are_part_of_the_key(tmp_path, monkeypatch):
     usual = programs._environment()
-    copy = tmp_path / "sparvar_jax" / "programs.py"
-    copy.parent.mkdir()
+    copy = tmp_path / "sparvar_jax" / "runtime" / "programs.py"
+    copy.parent.mkdir(parents=True)
     copy.write_text(pathlib.Path(programs.__file__).read_text() + "\n# changed\n")
     programs._environment.cache_clear()
     monkeypatch.setattr(programs, "__file__", str(copy))

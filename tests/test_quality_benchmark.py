@@ -8,8 +8,8 @@ import pytest
 from benchmarks import _record as record
 from benchmarks import quality, report
 from benchmarks.quality_plans import DEFAULT_PLANS, LABELS
+from sparvar_jax.plans.schedule import infinity_schedule
 from sparvar_jax.policies import parse_plan
-from sparvar_jax.schedule import infinity_schedule
 from tests.tiny_model import write_tiny_model
 
 SUBSETS_OF_FILES = ("single", "scenes", "boxes", "prompts")

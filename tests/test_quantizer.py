@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparvar_jax import quantizer
+from sparvar_jax.models import quantizer
 
 PAIRS = [(1, 7), (2, 64), (7, 7), (16, 64), (20, 13), (45, 90), (64, 48), (64, 1), (111, 100)]
 # A centre near 111 may round to the next float32 (8e-6) and moves the value by that much times the

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sparvar_jax.schedule import (
+from sparvar_jax.plans.schedule import (
     ASPECT_TABLES,
     SIZES,
     ScaleSchedule,

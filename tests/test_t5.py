@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sparvar_convert.rules import Ignore, translate
+from sparvar_convert.tables.t5 import TABLE, table_for
 
-from convert.rules import Ignore, translate
-from convert.tables.t5 import TABLE, table_for
 from sparvar_jax.models.t5 import T5Config, T5Encoder, encode, relative_buckets
 
 torch = pytest.importorskip("torch")

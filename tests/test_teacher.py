@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparvar_jax import generate, sampling
+from sparvar_jax.models import sampling
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
-from sparvar_jax.plan import dense_plan
-from sparvar_jax.schedule import infinity_schedule
-from sparvar_jax.teacher import teacher_forced_logits
+from sparvar_jax.plans.plan import dense_plan
+from sparvar_jax.plans.schedule import infinity_schedule
+from sparvar_jax.runtime import generate
+from sparvar_jax.study.teacher import teacher_forced_logits
 
 # Both routes are float32; logits of this model are of order 1 and pass two blocks of about 1e2-term
 # sums, so 1e-5 leaves an order of magnitude over the rounding seen (2e-6).

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from sparvar_jax.text import load_tokenizer, padded_length
+from sparvar_jax.models.text_tokens import load_tokenizer, padded_length
 
 PROMPTS = [
     "a red apple",

@@ -8,16 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from sparvar_convert.compare import compare_source
+from sparvar_convert.export import export_part
+from sparvar_convert.run import convert_source
+from sparvar_convert.side_by_side import Options
 
-from convert.compare import compare_source
-from convert.export import export_part
-from convert.run import convert_source
-from convert.side_by_side import Options
-from sparvar_jax import checkpoint, class_pipeline, generate, loading, vocabulary
-from sparvar_jax.class_pipeline import ClassPipeline
+from sparvar_jax.models import vocabulary
 from sparvar_jax.models.var import VarConfig, guidance_ramp
 from sparvar_jax.models.vqvae import VqvaeConfig
-from sparvar_jax.plan import dense_plan
+from sparvar_jax.pipelines import class_pipeline, loading
+from sparvar_jax.pipelines.class_pipeline import ClassPipeline
+from sparvar_jax.plans.plan import dense_plan
+from sparvar_jax.runtime import generate
+from sparvar_jax.weights import checkpoint
 from tests.tiny_var import CONFIG, TOKENIZER, tiny_model, tiny_pipe, twins, write_model
 
 # Float32 logits of order one behind two blocks, in two frameworks; guidance 2 triples an error.

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparvar_jax import cli, edit, metadata
-from sparvar_jax.edit import box, drawn_tokens
+from sparvar_jax import cli
+from sparvar_jax.pipelines import edit, metadata
+from sparvar_jax.pipelines.edit import box, drawn_tokens
 from tests.tiny_var import CONFIG, tiny_model, tiny_pipe
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), np.uint8)

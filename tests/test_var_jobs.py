@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from sparvar_jax.sampling_jobs import SampleJob, parse_classes, run_job
+from sparvar_jax.pipelines.sampling_jobs import SampleJob, parse_classes, run_job
 
 JOB = SampleJob((3, 1, 7), per_class=7, batch=4, seed=100, settings=(("model", "fake"),))
 
@@ -30,7 +30,7 @@ WORKER = textwrap.dedent(
     """
     import sys, time
     from tests.test_var_jobs import JOB, fake_draw
-    from sparvar_jax import sampling_jobs
+    from sparvar_jax.pipelines import sampling_jobs
 
     def draw(labels, seeds):
         time.sleep(0.02)

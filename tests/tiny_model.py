@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from sparvar_jax import checkpoint
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.models.t5 import T5Config, T5Encoder
+from sparvar_jax.weights import checkpoint
 
 WORDS = "a the red blue green apple triangle circle owl left of on wearing photograph".split()  # noqa: SIM905
 TRANSFORMER = InfinityConfig(depth=2, width=64, heads=2, text_width=128, bits=8, dtype="float32")

@@ -5,13 +5,13 @@ import tempfile
 from pathlib import Path
 
 import torch
+from sparvar_convert.run import convert_source
+from sparvar_convert.torch_twin.var import VarTwin
+from sparvar_convert.torch_twin.vqvae import VqvaeTwin
 
-from convert.run import convert_source
-from convert.torch_twin.var import VarTwin
-from convert.torch_twin.vqvae import VqvaeTwin
-from sparvar_jax.class_pipeline import ClassPipeline
 from sparvar_jax.models.var import VarConfig
 from sparvar_jax.models.vqvae import VqvaeConfig
+from sparvar_jax.pipelines.class_pipeline import ClassPipeline
 
 SIDES = (1, 4, 8, 12)
 CONFIG = VarConfig(2, 128, 2, sides=SIDES, classes=5, vocab=48, code_width=8, dtype="float32")

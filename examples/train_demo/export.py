@@ -13,7 +13,7 @@ from typing import Any
 
 from examples.train_demo import store, vocabulary
 from examples.train_demo.models import SIZES, DemoConfig, networks
-from sparvar_jax import checkpoint
+from sparvar_jax.weights import checkpoint
 
 KINDS = {"transformer": "infinity", "tokenizer": "bsq_vae", "text": "t5"}
 DEFAULTS = {

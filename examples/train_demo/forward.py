@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparvar_jax.models.infinity import Infinity
-from sparvar_jax.schedule import ScaleSchedule
-from sparvar_jax.teacher import teacher_forced_logits
+from sparvar_jax.plans.schedule import ScaleSchedule
+from sparvar_jax.study.teacher import teacher_forced_logits
 
 
 def teacher_forced(

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparvar_jax import checkpoint
+from sparvar_jax.weights import checkpoint
 
 NAME = "MODEL_CARD.md"
 TEXT = """# Demo model of sparvar_jax

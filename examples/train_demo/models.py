@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.models.t5 import T5Config, T5Encoder
-from sparvar_jax.schedule import ScaleSchedule, infinity_schedule
+from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
 
 SCHEDULE: ScaleSchedule = infinity_schedule(1.0, "1M")
 NEIGHBOUR, OUT_OF_SIGHT = 4.0, 8.0  # of the first relative biases; scores start at order one

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from examples.train_demo import optim, parallel, pool
 from examples.train_demo.forward import teacher_forced
 from examples.train_demo.models import SCHEDULE, Network
+from sparvar_jax.models.quantizer import quantise
 from sparvar_jax.models.t5 import encode
-from sparvar_jax.quantizer import quantise
 
 FLIP_STRENGTH = 0.2
 TEXT_DROPPED = 0.1

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from sparvar_jax import checkpoint
-from sparvar_jax.storage import SCALE_SUFFIX
+from sparvar_jax.weights import checkpoint
+from sparvar_jax.weights.storage import SCALE_SUFFIX
 
 FILE_BYTES = 15 << 20
 

@@ -26,7 +26,7 @@ from examples.train_demo.feed import Feeder, make_chunk
 from examples.train_demo.models import SCHEDULE, SIZES, Network, initial
 from examples.train_demo.pictures import SIDE, Collection, load_sprites
 from sparvar_jax.models.bsq_vae import BsqVae
-from sparvar_jax.quantizer import quantise
+from sparvar_jax.models.quantizer import quantise
 
 PEAK_RATE = 1.5e-3
 COMMITMENT = 0.25

@@ -35,9 +35,10 @@ def compare(
 
     Exit code 0 inside the tolerance, 1 outside, 2 on bad input.
     """
-    from convert.compare import compare_source, write_report
-    from convert.side_by_side import Options
-    from sparvar_jax.pipeline import parse_ratio
+    from sparvar_convert.compare import compare_source, write_report
+    from sparvar_convert.side_by_side import Options
+
+    from sparvar_jax.pipelines.pipeline import parse_ratio
 
     if out.suffix != ".json":
         raise ValueError(f"--out must name a .json file, got {out}")

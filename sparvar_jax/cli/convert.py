@@ -42,7 +42,7 @@ def convert(
 
 
 def _convert(source: str, into: Path, ema: bool, kind: str | None) -> None:
-    from convert.run import convert_source
+    from sparvar_convert.run import convert_source
 
     with console.progress() as report:
 
@@ -63,7 +63,7 @@ def _convert(source: str, into: Path, ema: bool, kind: str | None) -> None:
 
 
 def _export(source: str, part: str, file: Path) -> None:
-    from convert.export import save_state_dict
+    from sparvar_convert.export import save_state_dict
 
     count = save_state_dict(source, part, file)
     console.output.print(f"{count} tensors -> {file}", highlight=False)

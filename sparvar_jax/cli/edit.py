@@ -74,10 +74,10 @@ class Asked:
 
 def _run(asked: Asked, out: Path, drawing: dict[str, Any]) -> int:
     """Write the edited picture; its side in pixels."""
-    from sparvar_jax import edit as editing
-    from sparvar_jax import metadata
-    from sparvar_jax.class_pipeline import ClassPipeline
-    from sparvar_jax.files import whole_file
+    from sparvar_jax.pipelines import edit as editing
+    from sparvar_jax.pipelines import metadata
+    from sparvar_jax.pipelines.class_pipeline import ClassPipeline
+    from sparvar_jax.weights.files import whole_file
 
     console.use_compilation_cache()
     if out.suffix.lower() != ".png":
@@ -102,7 +102,7 @@ def _run(asked: Asked, out: Path, drawing: dict[str, Any]) -> int:
 
 def _region(box: str | None, mask: Path | None, side: int):
     """True inside of the box, or where the mask is light."""
-    from sparvar_jax import edit as editing
+    from sparvar_jax.pipelines import edit as editing
 
     if (box is None) == (mask is None):
         raise ValueError("say where to draw: give either --box or --mask")

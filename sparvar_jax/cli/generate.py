@@ -30,9 +30,9 @@ class Order:
 
         The text encoder may be loaded, used and freed before the rest is loaded.
         """
-        from sparvar_jax import loading
-        from sparvar_jax.class_pipeline import ClassPipeline, is_class_model
-        from sparvar_jax.pipeline import Pipeline
+        from sparvar_jax.pipelines import loading
+        from sparvar_jax.pipelines.class_pipeline import ClassPipeline, is_class_model
+        from sparvar_jax.pipelines.pipeline import Pipeline
 
         if is_class_model(self.model):
             self._check_class_model()
@@ -58,7 +58,7 @@ class Order:
         options.refuse(self.model, **texts, free_text_encoder=self.text_first)
 
     def _text_features(self, prompts: list[str]) -> tuple[Any, dict[str, Any]]:
-        from sparvar_jax.pipeline import TextEncoder
+        from sparvar_jax.pipelines.pipeline import TextEncoder
 
         encoder = TextEncoder.from_checkpoint(self.model, dtype=self.dtype)
         texts = {name: self.drawing[name] for name in ("negative",) if name in self.drawing}
@@ -67,7 +67,7 @@ class Order:
 
     def describe(self, pipe: Any) -> dict[str, str]:
         """How the pictures were made, for their metadata."""
-        from sparvar_jax import metadata
+        from sparvar_jax.pipelines import metadata
 
         drawing, defaults = self.drawing, dataclasses.asdict(pipe.model.defaults)
         subject = {"class": str(self.label)} if self.prompt is None else {"prompt": self.prompt}
@@ -121,8 +121,8 @@ def generate(
 
 
 def _run(order: Order, out: Path) -> None:
-    from sparvar_jax import metadata
-    from sparvar_jax.files import whole_file
+    from sparvar_jax.pipelines import metadata
+    from sparvar_jax.weights.files import whole_file
 
     console.use_compilation_cache()
     seed, watch = order.drawing["seed"], console.Stopwatch()

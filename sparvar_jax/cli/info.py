@@ -22,10 +22,14 @@ def info(
     dtype: options.Precision = None,
 ) -> None:
     """Show a model's parts, its plan scale by scale, and an estimate of device memory."""
-    from sparvar_jax import loading
-    from sparvar_jax.class_pipeline import ClassOptions, describe_class_model, is_class_model
-    from sparvar_jax.memory import estimate
-    from sparvar_jax.pipeline import Options
+    from sparvar_jax.pipelines import loading
+    from sparvar_jax.pipelines.class_pipeline import (
+        ClassOptions,
+        describe_class_model,
+        is_class_model,
+    )
+    from sparvar_jax.pipelines.memory import estimate
+    from sparvar_jax.pipelines.pipeline import Options
 
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
@@ -58,7 +62,7 @@ def info(
 
 def _parts(folder: Path, described: Any, weights: dict[str, int]) -> Table:
     """One line a part: kind, size and where it came from."""
-    from sparvar_jax import checkpoint
+    from sparvar_jax.weights import checkpoint
 
     table = Table("part", "kind", "parameters", "bytes", "from", box=None)
     config, manifest = checkpoint.read_config(folder), checkpoint.read_manifest(folder)

@@ -23,8 +23,8 @@ def inspect(
     dtype: options.Precision = None,
 ) -> None:
     """Measure sinks, locality, likeness of scales and what a plan reads, layer by layer."""
-    from sparvar_jax.inspect_report import inspect_prompt
-    from sparvar_jax.pipeline import Pipeline
+    from sparvar_jax.pipelines.pipeline import Pipeline
+    from sparvar_jax.study.report import inspect_prompt
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder to write into")

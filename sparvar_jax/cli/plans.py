@@ -20,9 +20,9 @@ def plans(
     size: options.Size = None,
 ) -> None:
     """List the plans, or show what one runs, scale by scale."""
-    from sparvar_jax.pipeline import parse_ratio
+    from sparvar_jax.pipelines.pipeline import parse_ratio
+    from sparvar_jax.plans.schedule import infinity_schedule
     from sparvar_jax.policies import parse_plan, registry
-    from sparvar_jax.schedule import infinity_schedule
 
     schedule = infinity_schedule(1 / parse_ratio(aspect or 1.0), size or "1M")
     if name is not None:

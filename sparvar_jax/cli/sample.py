@@ -61,8 +61,8 @@ class Asked:
 
 def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple[int, bool]:
     """How many pictures the file holds, and whether any was drawn."""
-    from sparvar_jax import sampling_jobs
-    from sparvar_jax.class_pipeline import ClassPipeline
+    from sparvar_jax.pipelines import sampling_jobs
+    from sparvar_jax.pipelines.class_pipeline import ClassPipeline
 
     console.use_compilation_cache()
     with console.progress() as report:
@@ -85,7 +85,7 @@ def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple
 
 def _fingerprint(model: Path) -> str:
     """Tells models apart by what their JSON files say: shapes, defaults and sources."""
-    from sparvar_jax import checkpoint
+    from sparvar_jax.weights import checkpoint
 
     content = b"".join(
         (model / name).read_bytes() for name in (checkpoint.CONFIG, checkpoint.MANIFEST)

@@ -25,9 +25,13 @@ def warmup(
     dtype: options.Precision = None,
 ) -> None:
     """Compile all programs of a plan into the compile cache; no weights are loaded."""
-    from sparvar_jax import loading
-    from sparvar_jax.class_pipeline import ClassPipeline, describe_class_model, is_class_model
-    from sparvar_jax.pipeline import Pipeline
+    from sparvar_jax.pipelines import loading
+    from sparvar_jax.pipelines.class_pipeline import (
+        ClassPipeline,
+        describe_class_model,
+        is_class_model,
+    )
+    from sparvar_jax.pipelines.pipeline import Pipeline
 
     cache, watch = console.use_compilation_cache(), console.Stopwatch()
     folder = loading.model_folder(model)

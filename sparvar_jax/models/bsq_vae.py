@@ -2,8 +2,8 @@
 
 Maps are NHWC, kernels HWIO. There is no attention; the encoder gives the latent itself (no mean and
 variance) and the decoder takes the quantiser's sum of codes, without any scale or shift between
-them. `sparvar_jax.quantizer` turns latents into bits. Group statistics, and the decoder's last
-layer, are float32 in every mode; the other layers compute in `BsqVaeConfig.dtype`.
+them. `models.quantizer` turns latents into bits. Group statistics, and the decoder's last layer,
+are float32 in every mode; the other layers compute in `BsqVaeConfig.dtype`.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Infinity: text-conditional bitwise visual autoregressive transformer (arXiv 2412.04431).
 
 The module owns parameters and the small pure functions of one scale; the loop over scales, caches
-and compilation live in `sparvar_jax.generate`.
+and compilation live in `sparvar_jax.runtime.generate`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int8, PRNGKeyArray
 
-from sparvar_jax import quantizer, sampling
-from sparvar_jax.cache import Attend
-from sparvar_jax.models import layers
+from sparvar_jax.models import layers, quantizer, sampling
 from sparvar_jax.models.cross_attention import Text
 from sparvar_jax.models.infinity_parts import (
     Block,
@@ -24,8 +22,9 @@ from sparvar_jax.models.infinity_parts import (
     TextPool,
     TextProjection,
 )
-from sparvar_jax.schedule import Scale, ScaleSchedule, rotary_channels
-from sparvar_jax.strategy import Place
+from sparvar_jax.plans.cache import Attend
+from sparvar_jax.plans.schedule import Scale, ScaleSchedule, rotary_channels
+from sparvar_jax.plans.strategy import Place
 
 __all__ = ["Condition", "Infinity", "InfinityConfig"]
 

@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float
 
 import pallas_kernels
 from pallas_kernels.api import Implementation
-from sparvar_jax.cache import Attend
 from sparvar_jax.models import layers
 from sparvar_jax.models.cross_attention import CrossAttention, Text
 from sparvar_jax.models.layers import DtypeName, Precision, Stream
-from sparvar_jax.schedule import Slot
+from sparvar_jax.plans.cache import Attend
+from sparvar_jax.plans.schedule import Slot
 
 Rotary = tuple[jax.Array, jax.Array]
 """(cos, sin) of `schedule.rotary_channels`, each [T, D]."""

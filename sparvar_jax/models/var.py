@@ -1,9 +1,9 @@
 """VAR: class-conditional visual autoregressive transformer (arXiv 2404.02905).
 
 The module owns parameters and the small pure functions of one scale; the loop over scales, caches
-and randomness live in `sparvar_jax.generate`. It differs from Infinity in its condition (a class),
-its positions (learned, no rotary), its tokens (rows of a codebook) and its guidance, which grows
-with the scale.
+and randomness live in `runtime.generate`. It differs from Infinity in its condition (a class), its
+positions (learned, no rotary), its tokens (rows of a codebook) and its guidance, which grows with
+the scale.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from sparvar_jax import quantizer, vocabulary
-from sparvar_jax.cache import Attend
-from sparvar_jax.models import layers
+from sparvar_jax.models import layers, quantizer, vocabulary
+from sparvar_jax.models.sampling import Controls
 from sparvar_jax.models.var_parts import Block, VarConfig, guidance_ramp
 from sparvar_jax.models.vqvae import Codebook
-from sparvar_jax.sampling import Controls
-from sparvar_jax.schedule import Scale, ScaleSchedule
-from sparvar_jax.strategy import Place
+from sparvar_jax.plans.cache import Attend
+from sparvar_jax.plans.schedule import Scale, ScaleSchedule
+from sparvar_jax.plans.strategy import Place
 
 __all__ = ["Condition", "Var", "VarConfig", "guidance_ramp"]
 

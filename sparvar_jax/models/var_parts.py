@@ -10,12 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.api import Implementation
-from sparvar_jax import cache
-from sparvar_jax.cache import Attend
 from sparvar_jax.models import layers
 from sparvar_jax.models.infinity_parts import FeedForward
 from sparvar_jax.models.layers import DtypeName, Precision, Stream
-from sparvar_jax.schedule import ScaleSchedule, Slot
+from sparvar_jax.plans import cache
+from sparvar_jax.plans.cache import Attend
+from sparvar_jax.plans.schedule import ScaleSchedule, Slot
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
-from sparvar_jax import quantizer
+from sparvar_jax.models import quantizer
 from sparvar_jax.models.conv_parts import (
     Conv,
     Dtype,

@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels
 from pallas_kernels.api import Implementation
 from pallas_kernels.sparsity import BlockTable
-from sparvar_jax.plan import Plan
+from sparvar_jax.plans.plan import Plan
+from sparvar_jax.plans.schedule import Scale
+from sparvar_jax.plans.strategy import LayerState, Place
 from sparvar_jax.policies.indices import ceil_div, scale_index, unit_tokens
 from sparvar_jax.policies.routing import Layers, Policy, assign
-from sparvar_jax.schedule import Scale
-from sparvar_jax.strategy import LayerState, Place
 
 MASS = "adaptive.mass"
 QUERY_BLOCK = 128

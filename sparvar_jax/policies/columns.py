@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from pallas_kernels.api import Implementation
+from sparvar_jax.plans.strategy import Place
 from sparvar_jax.policies import indices
-from sparvar_jax.strategy import Place
 
 Mapping = Literal["keep", "scale", "relative"]
 

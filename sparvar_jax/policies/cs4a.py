@@ -16,12 +16,12 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from pallas_kernels.api import Implementation
-from sparvar_jax.plan import Plan
+from sparvar_jax.plans.plan import Plan
+from sparvar_jax.plans.strategy import LayerState, Place
 from sparvar_jax.policies import columns as lists
 from sparvar_jax.policies.columns import Mapping, Reuse, Selection
 from sparvar_jax.policies.indices import scale_index, unit_tokens
 from sparvar_jax.policies.routing import Layers, Policy, assign
-from sparvar_jax.strategy import LayerState, Place
 
 COLUMNS = "cs4a.columns"
 DIFFERENCE = "cs4a.difference"

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float
 import pallas_kernels
 from pallas_kernels import boxes_table, sparsity
 from pallas_kernels.api import Implementation
-from sparvar_jax.plan import Plan
+from sparvar_jax.plans.plan import Plan
+from sparvar_jax.plans.schedule import LayoutName
+from sparvar_jax.plans.strategy import LayerState, Place
 from sparvar_jax.policies.indices import scale_index
 from sparvar_jax.policies.routing import Layers, Policy, assign
-from sparvar_jax.schedule import LayoutName
-from sparvar_jax.strategy import LayerState, Place
 
 Form = Literal["blocks", "boxes"]
 WINDOWS = (-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 3, 5, 7)

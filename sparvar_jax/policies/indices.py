@@ -11,8 +11,8 @@ import itertools
 import numpy as np
 from jaxtyping import Float, Int
 
-from sparvar_jax.schedule import Scale, ScaleSchedule
-from sparvar_jax.strategy import Place
+from sparvar_jax.plans.schedule import Scale, ScaleSchedule
+from sparvar_jax.plans.strategy import Place
 
 
 def ceil_div(value: int, divisor: int) -> int:

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels.api import Implementation
-from sparvar_jax.plan import Plan, dense_plan, with_implementation
+from sparvar_jax.plans.plan import Plan, dense_plan, with_implementation
+from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.policies.adaptive import adaptive
 from sparvar_jax.policies.cs4a import cs4a
 from sparvar_jax.policies.csla import csla
 from sparvar_jax.policies.routing import Policy
 from sparvar_jax.policies.scales import drop_uncond, skip_last_scales
 from sparvar_jax.policies.sparvar import released_boundary, sparvar
-from sparvar_jax.schedule import ScaleSchedule
 
 FAST_COLUMNS = (("granularity", 8), ("multiple", 64))
 

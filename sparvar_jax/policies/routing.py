@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sparvar_jax.plan import Plan, Step, map_attention
-from sparvar_jax.schedule import LayoutName
-from sparvar_jax.strategy import Attention, Dense
+from sparvar_jax.plans.plan import Plan, Step, map_attention
+from sparvar_jax.plans.schedule import LayoutName
+from sparvar_jax.plans.strategy import Attention, Dense
 
 Policy = Callable[[Plan], Plan]
 Layers = tuple[int | float, int | float] | None

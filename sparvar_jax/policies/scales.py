@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from sparvar_jax.plan import Plan, map_attention
+from sparvar_jax.plans.plan import Plan, map_attention
 from sparvar_jax.policies.routing import Policy
 
 

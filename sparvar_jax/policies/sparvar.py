@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparvar_jax.plan import Plan
+from sparvar_jax.plans.plan import Plan
 from sparvar_jax.policies.cs4a import cs4a
 from sparvar_jax.policies.csla import csla
 from sparvar_jax.policies.routing import Policy, layer_at

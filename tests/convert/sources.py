@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from sparvar_convert.torch_twin.bsq_vae import BsqVae
+from sparvar_convert.torch_twin.infinity import Infinity
 
-from convert.torch_twin.bsq_vae import BsqVae
-from convert.torch_twin.infinity import Infinity
 from sparvar_jax.models.infinity import InfinityConfig
 
 INFINITY = InfinityConfig(

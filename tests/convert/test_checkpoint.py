@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparvar_jax import checkpoint, storage
+from sparvar_jax.weights import checkpoint, storage
 
 
 def tensors() -> dict[str, np.ndarray]:

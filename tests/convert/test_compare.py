@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sparvar_convert.compare import compare_source, write_report
+from sparvar_convert.run import convert_source
+from sparvar_convert.side_by_side import Options, Row, row, with_bits
 
-from convert.compare import compare_source, write_report
-from convert.run import convert_source
-from convert.side_by_side import Options, Row, row, with_bits
 from tests.convert import sources
 
 OPTIONS = Options(aspect_ratio=1.5)

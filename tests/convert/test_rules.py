@@ -3,8 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-
-from convert.rules import (
+from sparvar_convert.rules import (
     CONV,
     KEEP,
     POINTWISE,
@@ -17,7 +16,8 @@ from convert.rules import (
     squeeze,
     translate,
 )
-from convert.stream import convert_tensors, export_tensors
+from sparvar_convert.stream import convert_tensors, export_tensors
+
 from tests.convert.fakes import DictReader
 
 

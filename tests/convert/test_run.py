@@ -10,16 +10,16 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.torch import load_file
+from sparvar_convert.export import export_part, save_state_dict
+from sparvar_convert.rules import ConversionError
+from sparvar_convert.run import convert_source
+from sparvar_convert.torch_twin.var import VarTwin
+from sparvar_convert.torch_twin.vqvae import VqvaeTwin
 
-from convert.export import export_part, save_state_dict
-from convert.rules import ConversionError
-from convert.run import convert_source
-from convert.torch_twin.var import VarTwin
-from convert.torch_twin.vqvae import VqvaeTwin
-from sparvar_jax import checkpoint
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.models.var import VarConfig
 from sparvar_jax.models.vqvae import VqvaeConfig
+from sparvar_jax.weights import checkpoint
 from tests.convert import sources
 
 
@@ -340,7 +340,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 
     source = sources.flat(sources.infinity_weights(), tmp_path)
     before = contents(tmp_path)
-    monkeypatch.setattr("sparvar_jax.storage.ocp_v1.partial.finalize", full)
+    monkeypatch.setattr("sparvar_jax.weights.storage.ocp_v1.partial.finalize", full)
     with pytest.raises(ConversionError, match=r"cannot write to .*No space left.*check space"):
         convert_source(source, tmp_path / "model")
     assert contents(tmp_path) == before

@@ -3,9 +3,9 @@
 import huggingface_hub
 import pytest
 import torch
+from sparvar_convert.rules import ConversionError
+from sparvar_convert.sources import choose_files, open_source
 
-from convert.rules import ConversionError
-from convert.sources import choose_files, open_source
 from tests.convert import sources
 
 REPOSITORY = [

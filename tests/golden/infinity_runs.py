@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from sparvar_convert.stream import convert_tensors
+from sparvar_convert.tables.infinity import table
 
-from convert.stream import convert_tensors
-from convert.tables.infinity import table
-from sparvar_jax import checkpoint, generate, sampling, schedule, storage
+from sparvar_jax.models import sampling
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
-from sparvar_jax.plan import dense_plan
+from sparvar_jax.plans import schedule
+from sparvar_jax.plans.plan import dense_plan
+from sparvar_jax.runtime import generate
+from sparvar_jax.weights import checkpoint, storage
 from tests.convert.fakes import DictReader
 from tests.golden.support import state_dict
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sparvar_convert.torch_twin.bsq_vae import BsqVae as Twin
 
-from convert.torch_twin.bsq_vae import BsqVae as Twin
-from sparvar_jax import quantizer
+from sparvar_jax.models import quantizer
 from sparvar_jax.models.bsq_vae import BsqVaeConfig, to_uint8
 from tests.golden.support import golden_stems, load_golden, state_dict
 from tests.released_bsq import load_released

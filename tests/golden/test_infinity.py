@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from sparvar_jax import sampling
-from sparvar_jax.generate import Generator
+from sparvar_jax.models import sampling
 from sparvar_jax.models.bsq_vae import BsqVaeConfig, to_uint8
+from sparvar_jax.runtime.generate import Generator
 from tests.golden import infinity_runs, test_bsq_vae
 from tests.golden.support import golden_stems, load_golden, load_sidecar, state_dict
 from tests.released_bsq import load_released

@@ -10,11 +10,11 @@ error used there is the one measured in the same run, which the first bound limi
 import numpy as np
 import pytest
 import torch
+from sparvar_convert.tables import infinity
+from sparvar_convert.torch_twin.infinity import Infinity
+from sparvar_convert.torch_twin.infinity_loop import Settings, run
 
-from convert.tables import infinity
-from convert.torch_twin.infinity import Infinity
-from convert.torch_twin.infinity_loop import Settings, run
-from sparvar_jax.schedule import ASPECT_TABLES, nearest_ratio
+from sparvar_jax.plans.schedule import ASPECT_TABLES, nearest_ratio
 from tests.convert.fakes import DictReader
 from tests.golden.support import golden_stems, load_golden, load_sidecar, state_dict
 

@@ -15,12 +15,12 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import sparsity
+from sparvar_jax.plans.schedule import infinity_schedule
+from sparvar_jax.plans.strategy import Place
 from sparvar_jax.policies import columns, indices
 from sparvar_jax.policies.columns import Reuse, Selection
 from sparvar_jax.policies.cs4a import COLUMNS, DIFFERENCE, Cs4aDecision, Cs4aSparse
 from sparvar_jax.policies.csla import Csla
-from sparvar_jax.schedule import infinity_schedule
-from sparvar_jax.strategy import Place
 from tests.golden.support import golden_stems, load_golden
 
 INDEX = golden_stems("sparvar_index*")

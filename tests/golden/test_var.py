@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparvar_jax import generate, sampling, vocabulary
-from sparvar_jax.teacher import teacher_forced_logits
+from sparvar_jax.models import sampling, vocabulary
+from sparvar_jax.runtime import generate
+from sparvar_jax.study.teacher import teacher_forced_logits
 from tests.golden.support import golden_stems, load_sidecar
 from tests.golden.var_runs import (
     Golden,

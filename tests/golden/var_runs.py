@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from sparvar_convert.torch_twin.var import VarTwin
+from sparvar_convert.torch_twin.vqvae import VqvaeTwin
 
-from convert.torch_twin.var import VarTwin
-from convert.torch_twin.vqvae import VqvaeTwin
-from sparvar_jax import generate, sampling
+from sparvar_jax.models import sampling
 from sparvar_jax.models.var import guidance_ramp
-from sparvar_jax.plan import Plan, dense_plan
+from sparvar_jax.plans.plan import Plan, dense_plan
+from sparvar_jax.runtime import generate
 from tests.golden.support import load_golden, state_dict
 from tests.released_var import load_var, load_vqvae, var_config, vqvae_config
 

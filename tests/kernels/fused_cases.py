@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import fused
-from sparvar_jax.schedule import ScaleSchedule, rotary_channels
+from sparvar_jax.plans.schedule import ScaleSchedule, rotary_channels
 
 HALF_STEP = 2.0**-8
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import fused, support
-from sparvar_jax import cache as kv_cache
 from sparvar_jax.models import layers
+from sparvar_jax.plans import cache as kv_cache
 from tests.kernels.fused_cases import (
     assert_near,
     check_first_row_alone,

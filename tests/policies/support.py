@@ -5,8 +5,8 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
-from sparvar_jax.schedule import ASPECT_TABLES, ScaleSchedule, infinity_schedule
-from sparvar_jax.strategy import Place
+from sparvar_jax.plans.schedule import ASPECT_TABLES, ScaleSchedule, infinity_schedule
+from sparvar_jax.plans.strategy import Place
 
 SMALL = ScaleSchedule.of(((1, 1), (2, 2), (3, 3), (5, 4), (8, 6), (10, 8), (13, 11)))
 VAR_256 = ScaleSchedule.of(tuple((s, s) for s in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)))

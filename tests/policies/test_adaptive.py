@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from sparvar_jax.plan import dense_plan
+from sparvar_jax.plans.plan import dense_plan
+from sparvar_jax.plans.schedule import ScaleSchedule
+from sparvar_jax.plans.strategy import Place
 from sparvar_jax.policies import adaptive
 from sparvar_jax.policies.adaptive import (
     MASS,
@@ -16,8 +18,6 @@ from sparvar_jax.policies.adaptive import (
     carry_matrices,
     choose_blocks,
 )
-from sparvar_jax.schedule import ScaleSchedule
-from sparvar_jax.strategy import Place
 from tests.policies.support import EVERY_INFINITY, VAR, VAR_256, cache, oracle
 
 MIDDLE = ScaleSchedule.of(tuple((s, s) for s in (1, 2, 4, 6, 9, 12, 16)))

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from sparvar_jax.plan import dense_plan
+from sparvar_jax.plans.plan import dense_plan
+from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
+from sparvar_jax.plans.strategy import Place
 from sparvar_jax.policies import columns, cs4a
 from sparvar_jax.policies.columns import Reuse, Selection
 from sparvar_jax.policies.cs4a import COLUMNS, DIFFERENCE, Cs4aDecision, Cs4aSparse
-from sparvar_jax.schedule import ScaleSchedule, infinity_schedule
-from sparvar_jax.strategy import Place
 from tests.policies.support import EVERY_INFINITY, SMALL, VAR, cache, oracle
 
 CLOSE = {"atol": 1e-5, "rtol": 0}

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from sparvar_jax.plan import dense_plan
+from sparvar_jax.plans.plan import dense_plan
+from sparvar_jax.plans.schedule import infinity_schedule
+from sparvar_jax.plans.strategy import Place
 from sparvar_jax.policies import csla
 from sparvar_jax.policies.csla import WINDOWS, Csla, windows_of
-from sparvar_jax.schedule import infinity_schedule
-from sparvar_jax.strategy import Place
 from tests.policies.support import EVERY_RATIO, SMALL, VAR, cache, oracle
 
 SMALL_WINDOWS = (-1, -1, -1, 1, 3, 5, 7)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparvar_jax import generate, sampling
+from sparvar_jax.models import sampling
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
+from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.policies import parse_plan
-from sparvar_jax.schedule import ScaleSchedule
+from sparvar_jax.runtime import generate
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (4, 3), (6, 5), (9, 7)))
 DEPTH = 2

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
 from sparvar_jax.policies import columns, indices
-from sparvar_jax.schedule import ScaleSchedule, infinity_schedule
 from tests.policies.support import EVERY_INFINITY, SMALL, VAR_256
 
 

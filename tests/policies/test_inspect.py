@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from sparvar_jax import inspect
-from sparvar_jax.inspect import Options
+from sparvar_jax.plans.strategy import Place
 from sparvar_jax.policies.csla import Csla
-from sparvar_jax.strategy import Place
+from sparvar_jax.study import inspection as inspect
+from sparvar_jax.study.inspection import Options
 from tests.policies.support import SMALL, cache
 from tests.policies.test_csla import SMALL_WINDOWS, rule
 from tests.tiny_model import write_tiny_model
@@ -50,8 +50,8 @@ def test_likeness_of_a_map_with_itself_carried():
 
 def test_inspecting_a_generation(tmp_path):
     pytest.importorskip("matplotlib")
-    from sparvar_jax.inspect_report import inspect_prompt
-    from sparvar_jax.pipeline import Pipeline
+    from sparvar_jax.pipelines.pipeline import Pipeline
+    from sparvar_jax.study.report import inspect_prompt
 
     pipe = Pipeline.from_checkpoint(write_tiny_model(tmp_path / "model"), dtype="float32")
     options = Options(scales=2, block=64)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import support
+from sparvar_jax.plans.schedule import infinity_schedule
 from sparvar_jax.policies import parse_plan
-from sparvar_jax.schedule import infinity_schedule
 
 LOGIT_BOUND = 100.0
 

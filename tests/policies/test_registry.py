@@ -2,7 +2,8 @@
 
 import pytest
 
-from sparvar_jax.plan import dense_plan
+from sparvar_jax.plans.plan import dense_plan
+from sparvar_jax.plans.schedule import infinity_schedule
 from sparvar_jax.policies import (
     cs4a,
     csla,
@@ -14,7 +15,6 @@ from sparvar_jax.policies import (
     sparvar,
 )
 from sparvar_jax.policies.sparvar import boundary_layer, released_boundary
-from sparvar_jax.schedule import infinity_schedule
 from tests.policies.support import EVERY_RATIO, VAR
 
 SQUARE = infinity_schedule()

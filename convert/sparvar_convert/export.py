@@ -1,0 +1,69 @@
+"""Export one part of a model directory as a PyTorch state dict under its released names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from sparvar_convert.families import family_of
+from sparvar_convert.rules import ConversionError
+from sparvar_convert.stream import export_tensors
+from sparvar_jax.weights import checkpoint
+
+_BATCH = 32
+
+
+def export_part(model: str | Path, part: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Released keys and tensors of one part, in the stored dtypes, bit for bit what was converted.
+
+    Raises ValueError where the part is missing or of an unknown kind.
+    """
+    entry = checkpoint.read_config(model).get(part)
+    if entry is None:
+        raise ConversionError(f"{model} has no {part}: name one of its parts")
+    family = family_of(entry.get("kind", ""))
+    config = checkpoint.config_from_json(family.config, entry)
+    table = family.table(config, ())
+    reader = checkpoint.part_reader(model, part)
+    paths = list(reader.shapes)
+    for start in range(0, len(paths), _BATCH):
+        loaded = reader.restore(paths[start : start + _BATCH])
+        for key, array in export_tensors(table, loaded, loaded.__getitem__):
+            yield key, to_torch(array)
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """Tensor with the bits and the dtype of a numpy array, bfloat16 included."""
+    array = np.array(array, order="C")  # a copy: restored arrays may be read-only
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def save_state_dict(model: str | Path, part: str, file: str | Path) -> int:
+    """Write one part as `.safetensors` or `.pth`, in its released container; tensors written.
+
+    A BSQ tokenizer's `.pth` has the top-level key `vae`, as released. Raises ValueError.
+    """
+    file = Path(file)
+    if file.suffix not in (".safetensors", ".pth"):
+        raise ConversionError(f"{file} must end in .safetensors or .pth")
+    tensors = dict(export_part(model, part))
+    temporary = file.with_name(f".{file.name}.new")
+    try:
+        if file.suffix == ".safetensors":
+            save_file(tensors, temporary)
+        else:
+            kind = checkpoint.read_config(model)[part]["kind"]
+            torch.save({"vae": tensors} if kind == "bsq_vae" else tensors, temporary)
+        temporary.replace(file)
+    except (OSError, RuntimeError) as error:  # torch reports an unwritable folder as the latter
+        raise ConversionError(f"cannot write {file}: {' '.join(str(error).split())}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(tensors)

@@ -1,0 +1,170 @@
+"""The kinds of checkpoints: how one is recognised, configured and described by rules.
+
+A kind knows its part of a model directory, its signature (keys that no other kind has), how its
+configuration is read from shapes, and its rule table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+
+from sparvar_convert.rules import ConversionError, Table
+from sparvar_convert.sources import Source
+from sparvar_convert.tables import bsq_vae, infinity, t5, var, vqvae
+from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
+from sparvar_jax.models.infinity import Infinity, InfinityConfig
+from sparvar_jax.models.t5 import T5Config, T5Encoder
+from sparvar_jax.models.var import Var, VarConfig
+from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
+from sparvar_jax.weights import checkpoint
+
+_LARGE_BITS = 56
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of checkpoint; parts of one `model_family` make a model together.
+
+    signature: regexes; a checkpoint is of this kind when each matches one of its keys.
+    table: rules from the configuration and the source's keys. defaults: entries for `config.json`.
+    beside: files of the source's folder that are copied into the part.
+    """
+
+    kind: str
+    title: str
+    part: str
+    model_family: str
+    signature: tuple[str, ...]
+    module: type[nnx.Module]
+    config: type
+    infer_config: Callable[[Source], Any]
+    table: Callable[[Any, Iterable[str]], Table]
+    defaults: Callable[[Any, Source], Mapping[str, Any]] = field(default=lambda config, source: {})
+    beside: tuple[str, ...] = ()
+
+    def expected(self, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Dotted path -> shape of every parameter of this configuration."""
+        return abstract_shapes(self.module, config)
+
+
+def abstract_shapes(module: Any, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Dotted path -> shape and dtype of a module's parameters, without making any."""
+    return checkpoint.abstract_parameters(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
+
+
+def _t5_config(source: Source) -> T5Config:
+    if source.settings is None:
+        raise ConversionError(
+            f"{source.name} has T5 weights but no config.json beside them: give the whole folder"
+        )
+    try:
+        return T5Config.from_hf(source.settings)
+    except ValueError as error:
+        raise ConversionError(f"{source.name}: {error}") from error
+
+
+def _infinity_defaults(config: Any, source: Source) -> dict[str, Any]:
+    """What the authors' scripts use for this size of model."""
+    small = "512x512" in source.name
+    return {
+        "plan": "dense",
+        "guidance": 3.0,
+        "temperature": 1.0 if config.bits == _LARGE_BITS else 0.5,
+        "top_p": 0.97,
+        "size": "0.25M" if small else "1M",
+        "aspect_ratio": 1.0,
+    }
+
+
+def _from_reader(infer: Callable[[Any], Any], source: Source) -> Any:
+    return infer(source.reader)
+
+
+FAMILIES = (  # the first that fits counts: a VQVAE has the marks of a BSQ tokenizer too
+    Family(
+        "infinity",
+        "Infinity transformer",
+        "transformer",
+        "infinity",
+        (r"(block_chunks|blocks)\.\d+\..*ada_gss", r"text_proj_for_(ca|sos)\..+"),
+        Infinity,
+        InfinityConfig,
+        partial(_from_reader, infinity.infer_config),
+        lambda config, names: infinity.table(config),
+        _infinity_defaults,
+    ),
+    Family(
+        "t5",
+        "T5 text encoder",
+        "text",
+        "infinity",
+        (r"encoder\.block\.\d+\.layer\.0\.SelfAttention\..+",),
+        T5Encoder,
+        T5Config,
+        _t5_config,
+        lambda config, names: t5.table_for(names or (t5.SHARED,)),
+        beside=("tokenizer.json", "spiece.model"),
+    ),
+    Family(
+        "var",
+        "VAR transformer",
+        "transformer",
+        "var",
+        (r"class_emb\.weight",),
+        Var,
+        VarConfig,
+        partial(_from_reader, var.infer_config),
+        lambda config, names: var.table(config.sides),
+    ),
+    Family(
+        "vqvae",
+        "VAR VQVAE tokenizer",
+        "tokenizer",
+        "var",
+        (r"quantize\.embedding\.weight",),
+        Vqvae,
+        VqvaeConfig,
+        partial(_from_reader, vqvae.infer_config),
+        lambda config, names: vqvae.TABLE,
+    ),
+    Family(
+        "bsq_vae",
+        "Infinity BSQ tokenizer",
+        "tokenizer",
+        "infinity",
+        (r"encoder\.conv_out(\.conv)?\.(weight|bias)", r"decoder\.up\.\d+\..+"),
+        BsqVae,
+        BsqVaeConfig,
+        partial(_from_reader, bsq_vae.infer_config),
+        lambda config, names: bsq_vae.TABLE,
+    ),
+)
+
+
+def family_of(kind: str) -> Family:
+    """The family named `kind`; ConversionError for an unknown one."""
+    for family in FAMILIES:
+        if family.kind == kind:
+            return family
+    known = ", ".join(family.kind for family in FAMILIES)
+    raise ConversionError(f"unknown kind of checkpoint {kind!r}: choose one of {known}")
+
+
+def detect(source: Source) -> Family:
+    """The kind of a checkpoint by its keys; ConversionError where it is none we know."""
+    names = list(source.reader.names())
+    for family in FAMILIES:
+        if all(any(re.fullmatch(mark, name) for name in names) for mark in family.signature):
+            return family
+    titles = ", ".join(family.title for family in FAMILIES)
+    raise ConversionError(
+        f"{source.name} ({source.container}, {len(names)} tensors such as "
+        f"{', '.join(names[:3])}) is of no known kind: expected one of {titles}"
+    )

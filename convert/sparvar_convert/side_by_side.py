@@ -1,0 +1,123 @@
+"""What every side-by-side comparison needs: the twin's weights, and rows of differences."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from flax import nnx
+from jaxtyping import Float
+
+from sparvar_convert.export import to_torch
+from sparvar_convert.families import Family
+from sparvar_convert.rules import ConversionError, Ignore
+from sparvar_convert.sources import Source
+
+TOLERANCE = 1e-4
+"""Largest difference allowed, relative to the largest value of the array.
+
+Float32 rounding through tens of layers stays below 1e-5; a wrong formula starts at 1e-2.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One compared array. scale: None where the array belongs to no scale.
+
+    relative: max_abs over the twin's largest magnitude. bits: share of equal bits; exempt: bits so
+    close to a tie that the tolerance may flip them; flipped: bits that differ and are not exempt.
+    """
+
+    scale: int | None
+    layer: str
+    max_abs: float
+    relative: float
+    bits: float | None = None
+    exempt: int = 0
+    flipped: int = 0
+
+    def within(self, tolerance: float) -> bool:
+        return self.relative <= tolerance and not self.flipped
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is run: the schedule by size and ratio, sampling controls, the seed of all inputs."""
+
+    size: str = "0.06M"
+    aspect_ratio: float = 1.0
+    guidance: float = 3.0
+    temperature: float = 0.5
+    seed: int = 0
+    tolerance: float = TOLERANCE
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """What a comparer gets: the source for the twin, the config, and a loader of the JAX model.
+
+    The twin should be dropped before `load` is called: large models fit memory one at a time.
+    """
+
+    source: Source
+    family: Family
+    config: Any
+    load: Callable[[], nnx.Module]
+
+
+def fill_twin(twin: torch.nn.Module, sides: Sides) -> torch.nn.Module:
+    """The twin, built on the meta device, with the checkpoint's weights in float32.
+
+    Raises ConversionError where a parameter is missing or has another shape.
+    """
+    twin = twin.to_empty(device="cpu").eval()
+    table = sides.family.table(sides.config, list(sides.source.reader.names()))
+    state = twin.state_dict()
+    missing = set(state)
+    with torch.no_grad():
+        for key in sides.source.reader.names():
+            name = table.canonical(key) if table.canonical(key) in state else key
+            if name not in state:
+                if isinstance(table.matches(key)[0], Ignore):
+                    continue
+                raise ConversionError(f"{sides.source.name}: the twin has no {key}")
+            value = to_torch(sides.source.reader.read(key))
+            if value.shape != state[name].shape:
+                raise ConversionError(
+                    f"{sides.source.name}: {key} is {list(value.shape)}, expected "
+                    f"{list(state[name].shape)}"
+                )
+            state[name].copy_(value)
+            missing.discard(name)
+        for name in set(missing):
+            if any(isinstance(entry, Ignore) for entry in table.matches(name)):
+                state[name].zero_()
+                missing.discard(name)
+    if missing:
+        raise ConversionError(f"{sides.source.name} lacks {', '.join(sorted(missing)[:6])}")
+    return twin
+
+
+def row(
+    scale: int | None, layer: str, twin: Float[np.ndarray, "..."], ours: Float[np.ndarray, "..."]
+) -> Row:
+    """The difference of two arrays of equal size."""
+    twin, ours = np.asarray(twin, np.float64), np.asarray(ours, np.float64).reshape(twin.shape)
+    largest = float(np.abs(twin - ours).max())
+    if not np.isfinite(largest):
+        largest = float("inf")
+    return Row(scale, layer, largest, largest / max(float(np.abs(twin).max()), 1e-30))
+
+
+def with_bits(found: Row, gaps: np.ndarray, equal: np.ndarray, slack: float) -> Row:
+    """`found` with its bit agreement; bits whose gap is at most `slack` are exempt."""
+    safe = gaps > slack
+    return dataclasses.replace(
+        found,
+        bits=float(equal.mean()),
+        exempt=int((~safe).sum()),
+        flipped=int((~equal & safe).sum()),
+    )

@@ -1,0 +1,152 @@
+"""In-painting, out-painting and editing by class: known tokens are forced at every scale.
+
+The picture is split into token maps; inside a region tokens are drawn, elsewhere the picture's own
+are taken. No training and no extra model are needed (arXiv 2404.02905, section 5.3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
+
+from sparvar_jax.models.quantizer import resize_matrix
+from sparvar_jax.models.var import Var, VarConfig
+from sparvar_jax.models.vqvae import Codebook
+from sparvar_jax.pipelines.class_pipeline import ClassPipeline
+from sparvar_jax.plans.schedule import Scale
+
+
+def box(
+    height: int, width: int, top: int, left: int, bottom: int, right: int
+) -> Bool[np.ndarray, "height width"]:
+    """A region of pixels: True in rows top..bottom and columns left..right, ends excluded."""
+    if not (0 <= top < bottom <= height and 0 <= left < right <= width):
+        raise ValueError(
+            f"a box must be top < bottom and left < right within {height}x{width}, got "
+            f"{top},{left},{bottom},{right}"
+        )
+    region = np.zeros((height, width), bool)
+    region[top:bottom, left:right] = True
+    return region
+
+
+def drawn_tokens(
+    region: Bool[np.ndarray, "height width"],
+    sides: Sequence[int],
+    *,
+    threshold: float = 0.5,
+    keep_scales: int = 1,
+) -> tuple[Bool[np.ndarray, "T"], ...]:
+    """Which tokens of every scale are drawn: those the region covers by more than `threshold`.
+
+    The first `keep_scales` scales are kept whole: their few tokens carry tone and layout.
+    """
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    height, width = region.shape
+    tokens = []
+    for index, side in enumerate(sides):
+        rows = resize_matrix(height, side, "area")
+        columns = resize_matrix(width, side, "area")
+        covered = rows @ region.astype(np.float32) @ columns.T
+        # A hair above the threshold, so that rounding of an exact share does not decide.
+        tokens.append((covered > threshold + 1e-6).reshape(-1) & (index >= keep_scales))
+    return tuple(tokens)
+
+
+def edit(
+    pipe: ClassPipeline,
+    pictures: UInt8[np.ndarray, "B height width 3"],
+    region: Bool[np.ndarray, "height width"],
+    labels: int | Sequence[int | None] | None = None,
+    *,
+    threshold: float = 0.5,
+    keep_scales: int = 1,
+    paste: bool = False,
+    smooth: bool = False,
+    **options: Any,
+) -> UInt8[np.ndarray, "B height width 3"]:
+    """Draw a region of pictures anew; everything outside keeps its tokens.
+
+    pictures: RGB, of the model's own size. region: True where to draw: a hole for in-painting, the
+    margin for out-painting, an object's box for editing by class.
+    labels: classes of what is drawn, one or one a picture; None draws without a class.
+    paste: put the pictures' own pixels back outside the region; else they pass the tokenizer.
+    Other options are those of `ClassPipeline.request` and `drawn_tokens`.
+    """
+    pictures = np.asarray(pictures)
+    if pictures.ndim != 4 or pictures.dtype != np.uint8 or pictures.shape[-1] != 3:
+        raise ValueError(
+            f"expected uint8 RGB pictures [B, height, width, 3], got {pictures.dtype} "
+            f"{list(pictures.shape)}"
+        )
+    if region.shape != pictures.shape[1:3]:
+        raise ValueError(f"the region is {region.shape}, the pictures are {pictures.shape[1:3]}")
+    classes = [labels] * len(pictures) if labels is None or isinstance(labels, int) else labels
+    config = pipe.model.transformer.config
+    drawn = drawn_tokens(region, config.sides, threshold=threshold, keep_scales=keep_scales)
+    known = pipe.tokenise(pictures).tokens
+    code_sum = _draw(pipe, pipe.request(list(classes), **options), known, drawn, smooth)
+    result = pipe.decode(code_sum)
+    return np.where(region[None, :, :, None], result, pictures) if paste else result
+
+
+def _draw(
+    pipe: ClassPipeline,
+    request: Any,
+    known: Sequence[Int[Array, "B _"]],
+    drawn: Sequence[Bool[np.ndarray, "_"]],
+    smooth: bool,
+) -> Float[Array, "B height width N"]:
+    """The generation loop with tokens replaced between the steps.
+
+    A scale's cache depends on its input alone, so replacing what it drew only concerns the sum of
+    codes and the input of the scale after it.
+    """
+    run, plan = pipe.generator(smooth), request.plan
+    state = run.start(plan, request.keys.shape[0])
+    codebook, scales = pipe.model.tokenizer.codebook, plan.schedule.scales
+    for index, step in enumerate(plan.steps):
+        before = jnp.copy(state.code_sum)  # the step donates its state
+        state, output = run.decode_scale(
+            plan, index, request.condition, state, request.controls, request.keys
+        )
+        code_sum, codes = _replace(
+            codebook,
+            output.tokens,
+            known[index],
+            jnp.asarray(drawn[index]),
+            before,
+            config=pipe.model.transformer.config,
+            scale=step.scale,
+            following=scales[index + 1] if index + 1 < len(plan.steps) else None,
+        )
+        state = dataclasses.replace(state, code_sum=code_sum, codes=codes)
+    return state.code_sum
+
+
+@partial(jax.jit, static_argnames=("config", "scale", "following"))
+def _replace(
+    codebook: Codebook,
+    tokens: Shaped[Array, "B T ..."],
+    known: Int[Array, "B T"],
+    drawn: Bool[Array, "T"],
+    code_sum: Float[Array, "B height width N"],
+    *,
+    config: VarConfig,
+    scale: Scale,
+    following: Scale | None,
+) -> tuple[Float[Array, "B height width N"], Float[Array, "B T2 N"] | None]:
+    """The code sum and next input when known tokens stand where nothing is to be drawn."""
+    if tokens.ndim == 3:
+        mixed = jnp.where(drawn[:, None], tokens, jax.nn.one_hot(known, config.vocab))
+    else:
+        mixed = jnp.where(drawn, tokens, known)
+    return Var.accumulate(config, mixed, code_sum, scale, following, codebook)

@@ -1,0 +1,59 @@
+"""Prompts to text features; its encoder can be loaded, used and freed before everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparvar_jax.models import t5
+from sparvar_jax.models.text_tokens import Tokenizer, load_tokenizer
+from sparvar_jax.pipelines import loading
+from sparvar_jax.runtime.bound import Bound
+from sparvar_jax.weights import checkpoint
+
+
+class TextFeatures(NamedTuple):
+    """What the text encoder says of prompts: features, zero behind each end, and lengths."""
+
+    features: Float[Array, "B T Ct"]
+    lengths: Int[np.ndarray, "B"]
+
+
+class TextEncoder:
+    """Tokenizer and T5 encoder behind one call.
+
+    Where memory is short, compute the features first; the encoder is freed with this object:
+
+        text = TextEncoder.from_checkpoint(folder)(["a red apple"])
+        pictures = Pipeline.from_checkpoint(folder, text_encoder=False)(text)
+    """
+
+    def __init__(self, encoder: t5.T5Encoder, tokenizer: Tokenizer, max_length: int):
+        self._encode = Bound(encoder, t5.encode)
+        self._tokenizer, self._max_length = tokenizer, max_length
+
+    @classmethod
+    def from_checkpoint(
+        cls, directory: str | Path | None = None, *, dtype: str | None = None
+    ) -> TextEncoder:
+        """Load the text encoder of a model directory and nothing else; None is the demo model."""
+        folder = loading.model_folder(directory)
+        config = checkpoint.read_config(folder)
+        _, transformer = loading.part_config(config, "transformer")
+        encoder = loading.load_part(folder, config, "text", loading.compute_dtype(dtype))
+        return cls(encoder, load_tokenizer(folder / "text"), transformer.text_max_length)
+
+    def __call__(self, prompts: Sequence[str]) -> TextFeatures:
+        """Features of prompts; ValueError for an empty one, a warning for one that is cut."""
+        ids, lengths = self._tokenizer.encode(prompts, self._max_length)
+        return TextFeatures(self._encode(ids, lengths), lengths)
+
+    def shape(self, prompts: Sequence[str]) -> tuple[TextFeatures, Any]:
+        """Abstract features of prompts, and a function that compiles what computes them."""
+        ids, lengths = self._tokenizer.encode(prompts, self._max_length)
+        features = TextFeatures(self._encode.shape(ids, lengths), lengths)
+        return features, lambda: self._encode.compile(ids, lengths)

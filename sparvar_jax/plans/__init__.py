@@ -1,0 +1,1 @@
+"""Plans: schedules, cache layouts, what each layer runs."""

@@ -1,0 +1,1 @@
+"""Compiling and running the steps of a generation."""
