@@ -90,8 +90,15 @@ def _call(operands: dict[str, Array], *, indices, one_plus, dtype, resident, cta
 
 
 def width_layout(width: int) -> Any:
-    """Layout of one token's [C] over a warpgroup: 16 bytes of float32 a thread where that fits."""
-    size = next(size for size in (4, 2, 1) if width % (128 * size) == 0)
+    """Layout of one token's [C] over a warpgroup: 16 bytes of float32 a thread where that fits.
+
+    A thread never holds less than two elements: jax 0.12 refuses transfers of 2 bytes. Odd
+    multiples of 128 therefore fill two warps, and the other two hold the same values.
+    """
+    if width % 256:
+        tiling = plgpu.Tiling(((128,), (64,), (2,)))
+        return plgpu.Layout.TILED(tiling, (-3, plgpu.Replicated(2)), (-2,), -1)
+    size = 4 if width % 512 == 0 else 2
     tiling = plgpu.Tiling(((128 * size,), (32 * size,), (size,)))
     return plgpu.Layout.TILED(tiling, (-3,), (-2,), -1)
 

@@ -227,6 +227,9 @@ def test_the_compile_cache_lies_in_the_cache_folder(tmp_path):
     assert console.use_compilation_cache() == tmp_path / "cache" / "sparvar_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
     assert console.use_compilation_cache() == tmp_path / "mine"
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
+    assert console.use_compilation_cache() == "gs://bucket/cache"
+    assert jax.config.values["jax_compilation_cache_dir"] == "gs://bucket/cache"
     # XLA's own kernel cache broke programs compiled by threads.
     assert "kernel_cache" not in jax.config.values["jax_persistent_cache_enable_xla_caches"]
 

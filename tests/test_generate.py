@@ -1,5 +1,6 @@
 """The generation loop: independence of neighbours, forced bits, guidance cases, reproducibility."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -172,3 +173,69 @@ def test_bits_follow_their_probability():
     expected = np.array([0.5, 0.7311, 0.1192, 1.0, 0.0])
     error = 4 * np.sqrt(expected * (1 - expected) / 40000) + 1e-4
     assert (np.abs(np.asarray(bits).mean((0, 1)) - expected) <= error).all()
+
+
+def test_one_set_of_spare_buffers_is_kept_and_can_be_released(generator, text):
+    generator.release()
+    dense = dense_plan(SCHEDULE, 2)
+    for plan in (dense, dataclasses.replace(dense, layout="aligned"), skip_last_scales(1)(dense)):
+        draw(generator, text, sampling.image_keys(0, 2), plan=plan)
+        assert len(generator._spare) == 1
+    generator.release()
+    assert not generator._spare
+
+
+def test_a_failed_compile_is_tried_again(text, monkeypatch):
+    fresh = generate.Generator(Infinity(CONFIG, rngs=nnx.Rngs(0)))
+    condition, plan = embed(fresh, text, "learned"), dense_plan(SCHEDULE, 2)
+    controls = generate.controls(len(SCHEDULE))
+    usual = generate.compile_traced
+
+    def failing(traced, file):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(generate, "compile_traced", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        fresh.compile(plan, condition, 2)
+    monkeypatch.setattr(generate, "compile_traced", usual)
+    state = fresh.start(plan, 2)
+    _, output = fresh.decode_scale(plan, 0, condition, state, controls, sampling.image_keys(0, 2))
+    assert output.tokens.shape == (2, 1, 8)
+
+
+def test_forced_tokens_of_any_dtype(generator, text):
+    condition, plan = embed(generator, text, "learned"), dense_plan(SCHEDULE, 2)
+    controls, keys = generate.controls(len(SCHEDULE)), sampling.image_keys(0, 2)
+    codes = []
+    for dtype in (jnp.int8, jnp.int32):
+        forced = jnp.ones((2, 1, 8), dtype)
+        state, _ = generator.decode_scale(
+            plan, 0, condition, generator.start(plan, 2), controls, keys, forced=forced
+        )
+        codes.append(np.asarray(state.code_sum))
+    np.testing.assert_array_equal(*codes)
+
+
+def test_more_scales_than_the_model_has_levels_are_refused(generator, text):
+    long = ScaleSchedule.of(tuple((side, side) for side in range(1, 18)))
+    condition, plan = embed(generator, text, "learned"), dense_plan(long, 2)
+    with pytest.raises(ValueError, match=r"scale 15.* 15 levels"):
+        generator.compile(plan, condition, 2)
+
+
+def test_controls_take_numbers_of_any_library():
+    plain = generate.controls(2, guidance=2.0, temperature=(1.0, 0.5))
+    for two in (np.float32(2), np.array(2.0), jnp.float32(2)):
+        other = generate.controls(2, guidance=two, temperature=np.array([1.0, 0.5]))
+        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), plain, other))
+
+
+def test_draws_depend_on_no_setting_of_the_process():
+    pairs = jax.random.normal(jax.random.key(0), (2, 9, 8, 2), jnp.float32)
+    usual = sampling.sample_bits(pairs, jnp.float32(1), sampling.image_keys(5, 2))
+    with jax.enable_x64(True):
+        wide = sampling.sample_bits(pairs, jnp.float32(1), sampling.image_keys(np.int64(5), 2))
+    with jax.default_prng_impl("rbg"):
+        other = sampling.sample_bits(pairs, jnp.float32(1), sampling.image_keys(5, 2))
+    np.testing.assert_array_equal(usual, wide)
+    np.testing.assert_array_equal(usual, other)

@@ -193,3 +193,35 @@ def test_where_lowering_is_quick_nothing_is_kept(folder, monkeypatch):
     monkeypatch.setattr(programs, "KEPT_ON", ("tpu",))
     draw(new_generator())
     assert not folder.exists()
+
+
+def test_programs_that_call_back_into_python_are_not_kept(folder):
+    """They cannot be serialised on a GPU; whatever the serialiser says, the picture is drawn."""
+
+    class Refusing:
+        def __getattr__(self, name):
+            raise AttributeError("Can't pickle local object")
+
+    programs.keep(folder / "some.bin", Refusing())
+    assert not folder.exists()
+
+
+def test_folders_and_files_that_others_may_write_are_not_loaded(folder, found):
+    first = draw(new_generator())
+    assert {path.stat().st_mode & 0o077 for path in (folder, *folder.iterdir())} == {0}
+    folder.chmod(0o777)
+    np.testing.assert_array_equal(draw(new_generator()), first)
+    assert not found
+    folder.chmod(0o700)
+    for file in folder.iterdir():
+        moved = file.rename(folder.parent / file.name)
+        file.symlink_to(moved)
+    np.testing.assert_array_equal(draw(new_generator()), first)
+    assert not found
+
+
+def test_a_cache_that_is_an_address_holds_no_executables_of_ours(monkeypatch):
+    monkeypatch.setattr(programs, "KEPT_ON", ("cpu", "gpu"))
+    monkeypatch.setitem(jax.config.values, CACHE, "gs://bucket/cache")
+    traced = jax.jit(lambda x: x + 1).trace(1.0)
+    assert programs.place("outline", None, traced) is None

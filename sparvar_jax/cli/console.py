@@ -80,7 +80,7 @@ def describe(error: Exception) -> tuple[str, int] | None:
     return None
 
 
-def use_compilation_cache() -> Path:
+def use_compilation_cache() -> Path | str:
     """Keep compiled programs and tuning results across processes; returns the folder.
 
     A cache that is configured already (for instance by JAX_COMPILATION_CACHE_DIR) is left alone.
@@ -91,7 +91,10 @@ def use_compilation_cache() -> Path:
 
     configured = jax.config.values.get("jax_compilation_cache_dir")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(configured or Path(base) / "sparvar_jax" / "xla")
+    if "://" in str(configured):  # jax writes there itself; a path would lose a slash
+        folder: Path | str = str(configured)
+    else:
+        folder = Path(configured or Path(base) / "sparvar_jax" / "xla")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return folder

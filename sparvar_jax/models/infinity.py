@@ -118,7 +118,13 @@ class Infinity(nnx.Module):
 
     def add_level(self, x: Float[Array, "R T C"], place: Place) -> Float[Array, "R T C"]:
         """The residual stream before block 0: every token of a scale gets its level's vector."""
-        return x + self.level_embed[...][place.index]
+        levels = self.level_embed[...]
+        if place.index >= len(levels):
+            raise ValueError(
+                f"the plan draws scale {place.index}, the model has embeddings of {len(levels)} "
+                "levels: take a schedule of at most so many scales"
+            )
+        return x + levels[place.index]
 
     def positions(self, place: Place) -> Rotary:
         """Rotary (cos, sin) of a scale's tokens, for every channel of a head."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int8, PRNGKeyArray
+
+KEY_KIND = "threefry2x32"
+"""How seeds become random bits: named, so that no setting of the process changes a picture."""
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +30,8 @@ class Controls:
 
 def image_keys(seed: int, batch: int) -> PRNGKeyArray:
     """One key per image: image b of a call with seed s draws what seed s + b draws alone."""
-    return jnp.stack([jax.random.key(seed + image) for image in range(batch)])
+    first = operator.index(seed)  # numpy's integers would overflow
+    return jnp.stack([jax.random.key(first + image, impl=KEY_KIND) for image in range(batch)])
 
 
 def mix(x: Float[Array, "R ..."], guidance: Float[Array, ""]) -> Float[Array, "B ..."]:
@@ -57,5 +62,5 @@ def sample_bits(
     removed = bits_removed(pairs, top_p)
     probability = jax.nn.sigmoid((pairs[..., 1] - pairs[..., 0]).astype(jnp.float32))
     probability = jnp.where(removed[..., 1], 0.0, jnp.where(removed[..., 0], 1.0, probability))
-    draw = jax.vmap(lambda key: jax.random.uniform(key, pairs.shape[1:-1]))(keys)
+    draw = jax.vmap(lambda key: jax.random.uniform(key, pairs.shape[1:-1], jnp.float32))(keys)
     return (draw < probability).astype(jnp.int8)

@@ -71,7 +71,7 @@ def mixture(
     """
     kept = jnp.where(removed(logits, top_k, top_p), -jnp.inf, logits.astype(jnp.float32))
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
     return jax.nn.softmax((kept * (1 + progress) + noise) / temperature, axis=-1)
 
 

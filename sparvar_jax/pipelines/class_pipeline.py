@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from sparvar_jax.models.bsq_vae import to_uint8
-from sparvar_jax.models.sampling import Controls
+from sparvar_jax.models.sampling import KEY_KIND, Controls
 from sparvar_jax.models.var import Var, guidance_ramp
 from sparvar_jax.models.vqvae import Tokenised, Vqvae
 from sparvar_jax.pipelines import loading
@@ -230,8 +232,7 @@ class ClassPipeline:
         compile_all(generator, plan, condition.shape(ids), len(ids), jobs, progress)
 
     def _ids(self, labels: int | Sequence[int | None]) -> np.ndarray:
-        listed = [labels] if isinstance(labels, int) else list(labels)
-        return _class_ids(listed, self.model.transformer.config.classes)
+        return _class_ids(_listed("classes", labels), self.model.transformer.config.classes)
 
     def generator(self, smooth: bool = False) -> Generator:
         """What runs the steps; one for each way of sampling."""
@@ -258,9 +259,17 @@ class ClassPipeline:
 
 
 def _weights(guidance: PerScale, scales: int) -> tuple[float, ...]:
-    if isinstance(guidance, int | float):
-        return guidance_ramp(float(guidance), scales)
-    return tuple(float(weight) for weight in guidance)
+    weights = numbers(guidance)
+    return weights if isinstance(weights, tuple) else guidance_ramp(weights, scales)
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    """One whole number or several of any library as Python's; None stays; 2.7 is refused."""
+    given = list(value) if isinstance(value, Sequence) or np.ndim(value) else [value]
+    try:
+        return [None if number is None else operator.index(number) for number in given]
+    except TypeError:
+        raise ValueError(f"{name} must be whole numbers, got {value!r}") from None
 
 
 def _class_ids(labels: Sequence[int | None], classes: int) -> np.ndarray:
@@ -273,12 +282,15 @@ def _class_ids(labels: Sequence[int | None], classes: int) -> np.ndarray:
 
 
 def _keys(seed: int | Sequence[int], batch: int) -> PRNGKeyArray:
-    seeds = [seed + image for image in range(batch)] if isinstance(seed, int) else list(seed)
+    seeds: list[Any] = _listed("seeds", seed)
+    if not np.ndim(seed):  # type: ignore[arg-type]
+        seeds = [seeds[0] + image for image in range(batch)]
     if len(seeds) != batch:
         raise ValueError(f"got {len(seeds)} seeds for {batch} pictures")
     if min(seeds) < 0 or max(seeds) >= SEEDS:
         raise ValueError(f"seeds must lie in 0..{SEEDS - 1}, got {seeds}")
-    return jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
+    key = functools.partial(jax.random.key, impl=KEY_KIND)
+    return jax.vmap(key)(np.array(seeds, np.uint32))
 
 
 def _guided_condition(transformer: Var, labels: Array) -> Any:

@@ -89,7 +89,9 @@ def edit(
         )
     if region.shape != pictures.shape[1:3]:
         raise ValueError(f"the region is {region.shape}, the pictures are {pictures.shape[1:3]}")
-    classes = [labels] * len(pictures) if labels is None or isinstance(labels, int) else labels
+    classes: list[Any] = [labels] * len(pictures)
+    if np.ndim(labels):  # type: ignore[arg-type]
+        classes = list(labels)  # type: ignore[arg-type]
     config = pipe.model.transformer.config
     drawn = drawn_tokens(region, config.sides, threshold=threshold, keep_scales=keep_scales)
     known = pipe.tokenise(pictures).tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,8 +107,15 @@ class Pipeline:
     def stream(
         self, prompts: Prompts, *, progress: Progress | None = None, **options: Any
     ) -> Iterator[UInt8[np.ndarray, "B height width 3"]]:
-        """The decoded pictures after every scale; the last ones equal those of a plain call."""
-        request = self.request(prompts, **options)
+        """The decoded pictures after every scale; the last ones equal those of a plain call.
+
+        What cannot be drawn is refused at once, not at the first picture.
+        """
+        return self._stream(self.request(prompts, **options), progress)
+
+    def _stream(
+        self, request: Request, progress: Progress | None
+    ) -> Iterator[UInt8[np.ndarray, "B height width 3"]]:
         self._compile(request, progress)
         for state, _ in self._steps(request):
             yield to_host(self._decode(state.code_sum))
@@ -201,6 +209,10 @@ def count(prompts: Sequence[str] | TextFeatures) -> int:
 def _batch(prompts: Sequence[str] | TextFeatures, seed: int) -> int:
     """How many pictures, each of which must have a seed."""
     batch = count(prompts)
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise ValueError(f"seed must be a whole number, got {seed!r}") from None
     if not 0 <= seed <= SEEDS - batch:
         raise ValueError(f"seed must lie in 0..{SEEDS - batch}, got {seed}")
     return batch

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array
 
 from sparvar_jax.models import sampling
@@ -142,5 +143,7 @@ def parse_ratio(ratio: float | str) -> float:
 
 
 def numbers(value: PerScale) -> float | tuple[float, ...]:
-    """A float, or a tuple of them: one a scale."""
-    return float(value) if isinstance(value, int | float) else tuple(float(v) for v in value)
+    """A float, or a tuple of them: one a scale. Scalars of numpy and jax are numbers as well."""
+    if isinstance(value, Sequence) or np.ndim(value):
+        return tuple(float(v) for v in value)  # type: ignore[union-attr]
+    return float(value)

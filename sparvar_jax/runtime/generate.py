@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sparvar_jax.models import sampling
@@ -60,8 +61,13 @@ class Generator:
         Cache buffers of an earlier generation of the same shape are used again. Nothing clears
         them: a step reads rows only after writing them.
         """
-        shape = self._cache_shape(plan, batch)
-        return empty_state(self.model, plan, batch, self._spare.pop(shape, None))
+        spare = self._spare.pop(self._cache_shape(plan, batch), None)
+        self.release()
+        return empty_state(self.model, plan, batch, spare)
+
+    def release(self) -> None:
+        """Free the cache buffers kept for the next generation: one set, of the last shape drawn."""
+        self._spare.clear()
 
     def compile(
         self,
@@ -136,13 +142,14 @@ class Generator:
         state after every block, raw and guided logits.
         """
         spec = self._spec(plan, index, greedy=greedy, capture=capture, forced=forced is not None)
-        key = _signature(spec, condition, state)
-        if key not in self._compiled:
+        key = _signature(spec, condition, state, forced)
+        known = self._compiled.get(key)
+        if known is None or (known.done() and known.exception()):
             traced = self._trace(spec, condition, state, controls, keys, forced)
-            job = Future()
-            job.set_result(self._compiling(spec, traced)())
-            self._compiled[key] = job
-        return self._call(self._compiled[key].result(), condition, state, controls, keys, forced)
+            known = Future()
+            known.set_result(self._compiling(spec, traced)())
+            self._compiled[key] = known
+        return self._call(known.result(), condition, state, controls, keys, forced)
 
     def steps(
         self,
@@ -166,7 +173,7 @@ class Generator:
             for compiled in self.compile(plan, condition, batch, greedy=greedy):
                 state, output = self._call(compiled, condition, state, controls, keys, None)
                 yield state, output
-            self._spare[self._cache_shape(plan, batch)] = state.cache
+            self._keep_spare(plan, batch, state)
             return
         for index in range(len(plan.steps)):
             tokens = None if forced is None else forced[index]
@@ -182,7 +189,7 @@ class Generator:
                 capture=capture,
             )
             yield state, output
-        self._spare[self._cache_shape(plan, batch)] = state.cache
+        self._keep_spare(plan, batch, state)
 
     def run(
         self, plan: Plan, condition: Any, controls: Controls, keys: PRNGKeyArray, **options
@@ -194,6 +201,9 @@ class Generator:
             code_sum = state.code_sum
         assert code_sum is not None
         return code_sum, tuple(outputs)
+
+    def _keep_spare(self, plan: Plan, batch: int, state: State) -> None:
+        self._spare = {self._cache_shape(plan, batch): state.cache}
 
     def _cache_shape(self, plan: Plan, batch: int) -> tuple[int, int]:
         rows = 2 * batch if plan.steps[0].rows == "both" else batch
@@ -249,7 +259,8 @@ def controls(
 
 
 def _per_scale(name: str, value: float | tuple[float, ...], scales: int) -> tuple[float, ...]:
-    values = (value,) * scales if isinstance(value, int | float) else tuple(value)
+    listed = isinstance(value, tuple | list) or np.ndim(value)
+    values = tuple(float(v) for v in value) if listed else (float(value),) * scales  # type: ignore
     if len(values) != scales:
         raise ValueError(f"{name} needs one value or {scales} (one a scale), got {len(values)}")
     if not all(math.isfinite(v) for v in values):
@@ -268,6 +279,6 @@ def _abstract_controls(scales: int, batch: int) -> tuple[Any, Any]:
     )
 
 
-def _signature(spec: StepSpec, condition: Any, state: State) -> tuple:
-    leaves = jax.tree.leaves(condition) + jax.tree.leaves(state)
+def _signature(spec: StepSpec, condition: Any, state: State, forced: Any = None) -> tuple:
+    leaves = jax.tree.leaves((condition, state, forced))
     return spec, tuple((leaf.shape, leaf.dtype) for leaf in leaves)

@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def place(modules: str | None, spec: Any, traced: jax.stages.Traced) -> Path | N
     config = jax.config.values
     folder = config.get("jax_compilation_cache_dir")
     elsewhere = config.get("jax_default_device") is not None
-    if not folder or elsewhere or modules is None or jax.default_backend() not in KEPT_ON:
+    remote = "://" in str(folder)
+    if not folder or remote or elsewhere or modules is None or jax.default_backend() not in KEPT_ON:
         return None
     try:
         static = _text(spec)
@@ -77,8 +79,13 @@ def place(modules: str | None, spec: Any, traced: jax.stages.Traced) -> Path | N
 
 
 def load(file: Path, traced: jax.stages.Traced) -> Any | None:
-    """The executable in a file; None where there is none, or none that this machine can load."""
+    """The executable in a file; None where there is none, or none that this machine can load.
+
+    Loading runs what is in the file, so files and folders that others may write to are passed over.
+    """
     try:
+        if not (_private(file.parent) and _private(file)):
+            return None
         content = file.read_bytes()
         digest, payload = content[:_DIGEST], content[_DIGEST:]
         if hashlib.sha256(payload).digest() != digest:
@@ -93,14 +100,29 @@ def load(file: Path, traced: jax.stages.Traced) -> Any | None:
 
 
 def keep(file: Path, compiled: Any) -> None:
-    """Write an executable, whole or not at all; a folder that cannot be written is no error."""
+    """Write an executable, whole or not at all, for this user alone; never an error of a call.
+
+    Not kept are programs that call back into Python, and where the folder is not ours to trust.
+    """
     try:
         payload, _, _ = serialize_executable.serialize(compiled)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as temporary:
+    except Exception:  # whatever a pickler meets in a program: none of it concerns the picture
+        return
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _private(file.parent):
+            return
+        with whole_file(file, private=True) as temporary:
             temporary.write_bytes(hashlib.sha256(payload).digest() + payload)
     except (OSError, ValueError, RuntimeError):
         return
+
+
+def _private(path: Path) -> bool:
+    """Whether a file or folder, itself no link, belongs to this user and no one else writes it."""
+    found = path.lstat()
+    ours = not hasattr(os, "getuid") or found.st_uid == os.getuid()
+    return ours and not stat.S_ISLNK(found.st_mode) and not found.st_mode & 0o022
 
 
 def _text(value: Any) -> str:

@@ -14,6 +14,7 @@ from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.study import inspection as inspect
 from sparvar_jax.study.inspection import Options
+from sparvar_jax.weights.files import whole_file
 
 QUANTITIES = {
     "sinks": "attention mass on the sink scales",
@@ -53,7 +54,8 @@ def inspect_prompt(
         "means": {name: _mean(rows, name) for name in QUANTITIES},
         "rows": rows,
     }
-    (out / "inspect.json").write_text(json.dumps(content, indent=1) + "\n")
+    with whole_file(out / "inspect.json") as file:
+        file.write_text(json.dumps(content, indent=1) + "\n")
     for name, title in QUANTITIES.items():
         heatmaps(rows, name, title, out / f"{name}.png")
     for scale in sorted({scale for scale, _ in found}):

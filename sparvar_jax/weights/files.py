@@ -14,11 +14,12 @@ _reading_umask = threading.Lock()
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, *, private: bool = False) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` when the block ends without an error.
 
     The temporary file is made at once, so that a folder that is missing or cannot be written to
-    is reported before the work and not after it. Raises ValueError in these cases.
+    is reported before the work and not after it. Raises ValueError in these cases. private: only
+    this user may read it; else it gets what an ordinary write would have given.
     """
     path = Path(path)
     if path.is_dir():
@@ -35,11 +36,11 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes private files; give what an ordinary write would have given.
-        with _reading_umask:
-            mask = os.umask(0)
-            os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        if not private:  # mkstemp makes private files
+            with _reading_umask:
+                mask = os.umask(0)
+                os.umask(mask)
+            temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
