@@ -172,3 +172,16 @@ def test_missing_models_and_parts_are_refused(tmp_path):
     write_tiny_model(tmp_path / "half", ("transformer",))
     with pytest.raises(ValueError, match="has no tokenizer"):
         Pipeline.from_checkpoint(tmp_path / "half")
+
+
+def test_streams_refuse_before_the_first_picture(pipe):
+    with pytest.raises(ValueError, match="empty"):
+        pipe.stream("")
+
+
+def test_numbers_of_other_libraries_draw_the_same(pipe):
+    usual = pipe(PROMPTS[:1], seed=5, guidance=2.0)
+    same = pipe(PROMPTS[:1], seed=np.int64(5), guidance=np.float32(2))
+    np.testing.assert_array_equal(usual, same)
+    with pytest.raises(ValueError, match="whole number"):
+        pipe(PROMPTS[:1], seed=0.5)

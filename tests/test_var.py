@@ -290,3 +290,13 @@ def test_d16_in_the_released_container(tmp_path):
         for key, value in export_part(model, part):
             assert torch.equal(value, original.pop(key)) or "ema_vocab" in key
         assert not original
+
+
+def test_classes_and_seeds_are_whole_numbers_of_any_library():
+    pipe = tiny_pipe()
+    usual = pipe([2], seed=3)
+    np.testing.assert_array_equal(pipe(np.int64(2), seed=np.int32(3)), usual)
+    np.testing.assert_array_equal(pipe(np.array([2]), seed=np.array([3])), usual)
+    for wrong in ({"labels": 2.7}, {"labels": 2, "seed": 0.5}):
+        with pytest.raises(ValueError, match="whole numbers"):
+            pipe(**wrong)

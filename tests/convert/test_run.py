@@ -349,7 +349,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 def test_converted_weights_load_without_torch(tmp_path):
     convert_source(sources.flat(sources.infinity_weights(), tmp_path), tmp_path / "model")
     code = (
-        "import sys; from sparvar_jax import checkpoint;"
+        "import sys; from sparvar_jax.weights import checkpoint;"
         f"tree = checkpoint.load_part({str(tmp_path / 'model')!r}, 'transformer');"
         "assert 'torch' not in sys.modules; print(tree['head']['bias'].shape)"
     )
