@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +113,7 @@ class Generator:
                 program.append(key)
                 with self._claiming:
                     known = self._compiled.get(key)
-                    if known is None or (known.done() and known.exception()):
+                    if not _usable(known):
                         self._compiled[key] = pool.submit(self._compiling(spec, traced))
                         new.append(key)
                 state = jax.tree.map(_abstract, traced.out_info[0])
@@ -144,7 +144,7 @@ class Generator:
         spec = self._spec(plan, index, greedy=greedy, capture=capture, forced=forced is not None)
         key = _signature(spec, condition, state, forced)
         known = self._compiled.get(key)
-        if known is None or (known.done() and known.exception()):
+        if not _usable(known):
             traced = self._trace(spec, condition, state, controls, keys, forced)
             known = Future()
             known.set_result(self._compiling(spec, traced)())
@@ -266,6 +266,11 @@ def _per_scale(name: str, value: float | tuple[float, ...], scales: int) -> tupl
     if not all(math.isfinite(v) for v in values):
         raise ValueError(f"{name} must be finite, got {values}")
     return values
+
+
+def _usable(job: Future[Any] | None) -> TypeGuard[Future[Any]]:
+    """Whether a step is compiled or being compiled: one that failed is tried again."""
+    return job is not None and not (job.done() and job.exception())
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
