@@ -22,8 +22,11 @@ from jaxtyping import Array, Float, Int
 from benchmarks.generate_bench import Bench
 from benchmarks.models import Parts, without_kernels
 from sparvar_jax.models import sampling
+from sparvar_jax.models.family import Draw
 from sparvar_jax.models.layers import Stream
+from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.plan import Plan, with_implementation
+from sparvar_jax.plans.strategy import View
 
 MISREAD_ROWS = 8
 
@@ -144,7 +147,7 @@ class Reference:
         self._step = plan.steps[index]
         bound = model.config.logit_bound
         self._place = dataclasses.replace(plan.place(index), logit_bound=bound)
-        self._rows = 2 if self._step.rows == "both" else 1
+        self._rows = self._step.row_factor
         self._controls, self._keys = bench.setting.controls, bench.keys[image : image + 1]
         self._layers: dict[Any, Any] = {}
 
@@ -157,7 +160,7 @@ class Reference:
         control, _ = self._run(x, condition, state, MISREAD_ROWS)
         guided = self._step.merge_at == self._step.depth
         tokens = _leave(
-            self._model, x_out, condition, self._controls, self._keys, index=self._index,
+            self._model, x_out, condition, self._controls, self._keys, place=self._place,
             guided=guided,
         )  # fmt: skip
         return (written, tokens), control
@@ -174,7 +177,7 @@ class Reference:
         (keys, values), strategy = self._image_of((state.cache[layer], state.strategies[layer]))
         inputs = self._model.block_inputs(layer, condition)
         cache = (jnp.roll(keys, shift, 2) if shift else keys), values
-        positions = self._model.positions(self._place)
+        positions = self._model.positions(condition, self._place)
         return self._model.blocks[layer], x, inputs, positions, cache, strategy
 
     def _compile(self, x: Any, condition: Any, state: Any) -> None:
@@ -183,8 +186,8 @@ class Reference:
             for segment in self._step.segments:
                 arguments = self._arguments(segment.layers[0], x, condition, state, 0)
                 lowered = _layer.lower(
-                    *arguments, apply_block=type(self._model).apply_block,
-                    config=self._model.config, place=self._place, attention=segment.attention,
+                    *arguments, config=self._model.config, place=self._place,
+                    attention=segment.attention,
                 )  # fmt: skip
                 self._layers[segment.layers] = pool.submit(lowered.compile)
 
@@ -205,30 +208,29 @@ def _enter(model, codes, condition, *, place, rows) -> Float[Array, "R T C"]:
     return model.add_level(model.embed_codes(codes, condition)[:rows], place)
 
 
-@functools.partial(jax.jit, static_argnames=("apply_block", "config", "place", "attention"))
-def _layer(block, x, inputs, positions, cache, state, *, apply_block, config, place, attention):
+@functools.partial(jax.jit, static_argnames=("config", "place", "attention"))
+def _layer(block, x, inputs, positions, cache, state, *, config, place, attention):
     """The residual stream after one block, and the rows it writes into the cache."""
     written = []
 
     def attend(write):
-        q, keys, values = write(*cache, place.layout.slot(place.index))
+        q, keys, values = write(*cache, place.rows.slot(place.index))
         written.extend((keys, values))
-        return attention(q.astype(keys.dtype), keys, values, place, state)[0]
+        return attention(View(keys, values), q.astype(keys.dtype), place, state).out
 
-    x = apply_block(config, block, Stream(x), inputs, positions, attend).settled()
+    x = block(Stream(x), inputs, positions, Attend(attend), config).settled()
     return x, tuple(_rows(array, place, x.shape[0]) for array in written)
 
 
-@functools.partial(jax.jit, static_argnames=("index", "guided"))
-def _leave(model, x, condition, controls, keys, *, index, guided) -> Int[Array, "B T ..."]:
-    logits = model.head_logits(x if guided else x[:1], condition) / controls.temperature[index]
-    logits = sampling.mix(logits, controls.guidance[index]) if guided else logits
-    drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-    return type(model).sample(model.config, logits, controls, drawn)
+@functools.partial(jax.jit, static_argnames=("place", "guided"))
+def _leave(model, x, condition, controls, keys, *, place, guided) -> Int[Array, "B T ..."]:
+    drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, place.index)
+    draw = Draw(controls, place.index, 1, drawn, "sample", guided)
+    return model.finish(x, condition, place, draw).tokens
 
 
 def _rows(array: Float[Array, "Rk H S D"], place: Any, rows: int) -> Float[Array, "R H T D"]:
-    return array[:rows, :, place.layout.rows(place.index)]
+    return array[:rows, :, place.rows.rows(place.index)]
 
 
 @jax.jit

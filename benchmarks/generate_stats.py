@@ -40,11 +40,11 @@ def implementations(bench: Bench, plan: Plan) -> dict[str, str]:
     """Which implementation serves every attention of a plan: "mosaic", "cudnn" or "xla"."""
     config, used = bench.parts.transformer.config, {}
     for index, step in enumerate(plan.steps):
-        place, rows = plan.place(index), bench.batch * (2 if step.rows == "both" else 1)
+        place, rows = plan.place(index), bench.batch * step.row_factor
         dtype = config.precision.compute
         shape = (rows, config.heads, step.scale.tokens, config.head_dim)
         query = jax.ShapeDtypeStruct(shape, dtype)
-        keys = jax.ShapeDtypeStruct((*shape[:2], place.layout.total, shape[3]), dtype)
+        keys = jax.ShapeDtypeStruct((*shape[:2], place.rows.total, shape[3]), dtype)
         for segment in step.segments:
             name = segment.attention.name
             if name in OPS:
@@ -102,7 +102,7 @@ def transformer_tflop(bench: Bench, plan: Plan) -> float:
     """
     config, per_token, total = bench.parts.transformer.config, _products_per_token(bench), 0.0
     for index, step in enumerate(plan.steps):
-        rows, place = bench.batch * (2 if step.rows == "both" else 1), plan.place(index)
+        rows, place = bench.batch * step.row_factor, plan.place(index)
         pairs = sum(
             (segment.layers[1] - segment.layers[0]) * segment.attention.pairs(place)
             for segment in step.segments

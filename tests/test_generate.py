@@ -14,7 +14,7 @@ from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.plans.plan import dense_plan
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.policies import skip_last_scales
-from sparvar_jax.runtime import generate
+from sparvar_jax.runtime import generate, steps
 from sparvar_jax.runtime.step import empty_state
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (2, 2), (3, 4), (6, 8)))
@@ -127,9 +127,8 @@ def test_every_scale_clears_the_rows_that_kernels_may_read(generator, text, layo
     """Of an earlier picture that was not finite, nothing is left in blocks of 128 rows in use."""
     plan = dense_plan(SCHEDULE, 2, layout=layout_name)
     layout = SCHEDULE.layout(layout_name)
-    poisoned = jax.tree.map(
-        lambda x: jnp.full_like(x, jnp.nan), generator.start(plan, batch=2).cache
-    )
+    start = generator.start(plan, batch=2)
+    poisoned = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), (start.cache, start.shared))
     state = empty_state(generator.model, plan, 2, poisoned)
     condition = embed(generator, text, "learned")
     controls = generate.controls(len(SCHEDULE))
@@ -180,24 +179,24 @@ def test_one_set_of_spare_buffers_is_kept_and_can_be_released(generator, text):
     dense = dense_plan(SCHEDULE, 2)
     for plan in (dense, dataclasses.replace(dense, layout="aligned"), skip_last_scales(1)(dense)):
         draw(generator, text, sampling.image_keys(0, 2), plan=plan)
-        assert len(generator._spare) == 1
+        assert len(generator._pool._spare) == 1
     generator.release()
-    assert not generator._spare
+    assert not generator._pool._spare
 
 
 def test_a_failed_compile_is_tried_again(text, monkeypatch):
     fresh = generate.Generator(Infinity(CONFIG, rngs=nnx.Rngs(0)))
     condition, plan = embed(fresh, text, "learned"), dense_plan(SCHEDULE, 2)
     controls = generate.controls(len(SCHEDULE))
-    usual = generate.compile_traced
+    usual = steps.compile_traced
 
     def failing(traced, file):
         raise RuntimeError("no memory left")
 
-    monkeypatch.setattr(generate, "compile_traced", failing)
+    monkeypatch.setattr(steps, "compile_traced", failing)
     with pytest.raises(RuntimeError, match="no memory"):
         fresh.compile(plan, condition, 2)
-    monkeypatch.setattr(generate, "compile_traced", usual)
+    monkeypatch.setattr(steps, "compile_traced", usual)
     state = fresh.start(plan, 2)
     _, output = fresh.decode_scale(plan, 0, condition, state, controls, sampling.image_keys(0, 2))
     assert output.tokens.shape == (2, 1, 8)

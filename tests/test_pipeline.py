@@ -87,10 +87,10 @@ def test_warming_up_compiles_all_that_a_call_runs(folder, pipe):
     abstract = Pipeline(loading.describe_model(folder, "float32"))
     for one in (abstract, Pipeline(pipe.model)):
         one.warm_up(["an owl"], plan="skip_last_scales(5)", negative="a circle")
-        assert len(one.generator._compiled) == 2
+        assert len(one.generator._steps._jobs) == 2
         assert len(one._decode._compiled) == len(one._condition[False]._compiled) == 1
     one(["a red apple"], plan="skip_last_scales(5)", negative="an owl")
-    assert len(one.generator._compiled) == 2
+    assert len(one.generator._steps._jobs) == 2
     assert len(one._decode._compiled) == len(one._condition[False]._compiled) == 1
 
 

@@ -18,7 +18,7 @@ from sparvar_jax.plans.plan import dense_plan
 from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
 from sparvar_jax.plans.strategy import Dense
 from sparvar_jax.policies.registry import parse_plan
-from sparvar_jax.runtime import generate, programs
+from sparvar_jax.runtime import generate, programs, steps
 from sparvar_jax.runtime.step import step_spec
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (2, 2), (4, 4)))
@@ -134,19 +134,19 @@ class Foreign(Dense):
 
 
 def test_what_changes_a_program_changes_its_key(folder, monkeypatch):
-    def place(config=CONFIG, plan=None, greedy=False, batch=1):
+    def place(config=CONFIG, plan=None, how="sample", batch=1):
         generator = generate.Generator(Infinity(config, rngs=nnx.Rngs(0)))
         plan, seen = plan or dense_plan(SCHEDULE, 2), []
-        monkeypatch.setattr(generate, "compile_traced", lambda traced, file: seen.append(file))
+        monkeypatch.setattr(steps, "compile_traced", lambda traced, file: seen.append(file))
         features, lengths = jnp.ones((batch, 5, 128)), jnp.full(batch, 4)
         condition = generator.model.embed_condition(features, lengths, "learned")
-        generator.compile(plan, condition, batch, greedy=greedy)
+        generator.compile(plan, condition, batch, how=how)
         return seen[1]
 
     usual = place()
     assert place() == usual
     others = {
-        place(greedy=True),
+        place(how="greedy"),
         place(batch=2),
         place(config=dataclasses.replace(CONFIG, dtype="bfloat16")),
         place(plan=dense_plan(ScaleSchedule.of(((1, 1), (2, 2), (4, 5))), 2)),

@@ -63,7 +63,8 @@ def test_layout_places_every_token_once(ratio, size, name):
     assert layout.total % 128 == 0
     assert rows[-1] < layout.total
     step = 8 if name == "aligned" else 1
-    for scale, start, pitch in zip(schedule.scales, layout.starts, layout.pitches, strict=True):
+    for scale, span in zip(schedule.scales, layout.spans, strict=True):
+        start, pitch = span.start, span.pitch
         assert rows[scale.offset] == start
         assert start % step == pitch % step == 0
     for index, scale in enumerate(schedule.scales):

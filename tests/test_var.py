@@ -72,7 +72,7 @@ def test_drawn_pictures_agree_with_the_twins():
     pipe, (twin, tokenizer) = tiny_pipe(), tiny_model()[1]
     request = pipe.request([1, 4], guidance=2.0, seed=3)
     code_sum, outputs = None, []
-    steps = pipe.generator().steps(
+    steps = pipe.generator.steps(
         request.plan, request.condition, request.controls, request.keys, capture=True
     )
     for state, output in steps:
@@ -270,8 +270,8 @@ def test_controls_filter_in_the_loop():
     pipe = tiny_pipe()
     request = pipe.request([3], top_k=1, guidance=1.0)
     arguments = (request.plan, request.condition, request.controls, request.keys)
-    _, drawn = pipe.generator().run(*arguments)
-    _, greedy = pipe.generator().run(*arguments, greedy=True)
+    _, drawn = pipe.generator.run(*arguments)
+    _, greedy = pipe.generator.run(*arguments, how="greedy")
     for one, two in zip(drawn, greedy, strict=True):
         np.testing.assert_array_equal(one.tokens, two.tokens)
     assert isinstance(request.controls, type(generate.controls(4)))

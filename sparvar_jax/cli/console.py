@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from sparvar_jax.runtime.generate import Progress as Report
+    from sparvar_jax.runtime.progress import Progress as Report
 
 FAILED = 1
 BAD_INPUT = 2

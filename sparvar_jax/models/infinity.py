@@ -11,25 +11,25 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int8, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from sparvar_jax.models import layers, quantizer, sampling
 from sparvar_jax.models.cross_attention import Text
+from sparvar_jax.models.family import Draw, Drawn
 from sparvar_jax.models.infinity_parts import (
     Block,
+    BlockInputs,
     InfinityConfig,
     Rotary,
     TextPool,
     TextProjection,
 )
-from sparvar_jax.plans.cache import Attend
 from sparvar_jax.plans.schedule import Scale, ScaleSchedule, rotary_channels
 from sparvar_jax.plans.strategy import Place
 
 __all__ = ["Condition", "Infinity", "InfinityConfig"]
 
 Guidance = tuple[jax.Array, jax.Array] | str | None
-BlockInputs = tuple[jax.Array, Text]
 
 
 @jax.tree_util.register_dataclass
@@ -126,8 +126,9 @@ class Infinity(nnx.Module):
             )
         return x + levels[place.index]
 
-    def positions(self, place: Place) -> Rotary:
+    def positions(self, condition: Condition, place: Place) -> Rotary:
         """Rotary (cos, sin) of a scale's tokens, for every channel of a head."""
+        del condition
         cos, sin = rotary_channels(place.schedule, place.index, self.config.head_dim)
         return jnp.asarray(cos), jnp.asarray(sin)
 
@@ -142,41 +143,24 @@ class Infinity(nnx.Module):
         """What a block needs of a condition; a stream of fewer rows meets the first of them."""
         return condition.modulation[layer], condition.text[layer]
 
-    @staticmethod
-    def apply_block(
-        config: InfinityConfig,
-        block: Block,
-        stream: layers.Stream,
-        inputs: BlockInputs,
-        positions: Rotary,
-        attend: Attend,
-    ) -> layers.Stream:
-        """The residual stream after one block."""
-        return block(stream, *inputs, positions, attend, config)
-
-    @staticmethod
-    def sample(
-        config: InfinityConfig,
-        logits: Float[Array, "B T logits"],
-        controls: sampling.Controls,
-        keys: PRNGKeyArray | None,
-    ) -> Int8[Array, "B T N"]:
+    def finish(
+        self, x: Float[Array, "R T C"], condition: Condition, place: Place, draw: Draw
+    ) -> Drawn:
         """Bits from guided logits; without keys the likelier label of every bit."""
-        pairs = logits.reshape(*logits.shape[:2], config.bits, 2)
-        return sampling.sample_bits(pairs, controls.top_p, keys)
+        raw = self.head_logits(draw.rows(x), condition)
+        guided = draw.guide(raw)
+        pairs = guided.reshape(*guided.shape[:2], self.config.bits, 2)
+        tokens = draw.settle(lambda: sampling.sample_bits(pairs, draw.controls.top_p, draw.keys))
+        return Drawn(tokens, captured={"raw_logits": raw, "guided_logits": guided})
 
-    @staticmethod
-    def start_codes(
-        config: InfinityConfig, batch: int, schedule: ScaleSchedule
-    ) -> Float[Array, "B height width Cd"]:
+    def start_codes(self, batch: int, schedule: ScaleSchedule) -> Float[Array, "B height width Cd"]:
         """The empty code sum on the final latent grid."""
-        size = quantizer.latent_size(schedule.final, config.patchify)
-        return jnp.zeros((batch, *size, config.code_width), jnp.float32)
+        size = quantizer.latent_size(schedule.final, self.config.patchify)
+        return jnp.zeros((batch, *size, self.config.code_width), jnp.float32)
 
-    @staticmethod
     def accumulate(
-        config: InfinityConfig,
-        tokens: Int8[Array, "B T N"],
+        self,
+        drawn: Drawn,
         code_sum: Float[Array, "B height width Cd"],
         scale: Scale,
         following: Scale | None,
@@ -184,7 +168,8 @@ class Infinity(nnx.Module):
     ) -> tuple[Float[Array, "B height width Cd"], Float[Array, "B T2 N"] | None]:
         """The code sum with one scale added, and the input codes of the following scale."""
         del codebook
-        grid = tokens.reshape(-1, scale.height, scale.width, config.bits)
+        config = self.config
+        grid = drawn.tokens.reshape(-1, scale.height, scale.width, config.bits)
         codes = quantizer.labels_to_codes(grid, config.patchify)
         _, final_height, final_width, _ = code_sum.shape
         code_sum = quantizer.accumulate(code_sum, codes, (final_height, final_width))

@@ -15,11 +15,13 @@ from pallas_kernels.api import Implementation
 from sparvar_jax.models import layers
 from sparvar_jax.models.cross_attention import CrossAttention, Text
 from sparvar_jax.models.layers import DtypeName, Precision, Stream
-from sparvar_jax.plans.cache import Attend
-from sparvar_jax.plans.schedule import Slot
+from sparvar_jax.plans.attend import Attend
+from sparvar_jax.plans.rows import Slot
 
 Rotary = tuple[jax.Array, jax.Array]
 """(cos, sin) of `schedule.rotary_channels`, each [T, D]."""
+BlockInputs = tuple[jax.Array, Text]
+"""What a block needs of a condition: adaptive-norm values [R2, 6, C] and the text."""
 
 PRESETS = {  # depth, width, heads, chunks
     "infinity_2b": (32, 2048, 16, 8),
@@ -177,14 +179,15 @@ class SelfAttention(nnx.Module):
         fused: Implementation | None,
     ) -> Float[Array, "R T C"]:
         """The output lacks `proj`'s bias, which the norm after it adds."""
-        qkv = self.qkv(x)
+        mine = attend.heads.columns
+        qkv = mine(self.qkv(x), 3)
 
         def write(keys: Array, values: Array, slot: Slot) -> tuple[Array, Array, Array]:
             return pallas_kernels.rotary_to_cache(
                 qkv,
-                self.q_bias[...],
-                self.v_bias[...],
-                self.log_temperature[...],
+                mine(self.q_bias[...]),
+                mine(self.v_bias[...]),
+                mine(self.log_temperature[...]),
                 *rotary,
                 keys,
                 values,
@@ -222,17 +225,16 @@ class Block(nnx.Module):
     def __call__(
         self,
         stream: Stream,
-        values: Float[Array, "R2 6 C"],
-        text: Text,
+        inputs: BlockInputs,
         rotary: Rotary,
         attend: Attend,
         config: InfinityConfig,
     ) -> Stream:
         """The residual stream after this block (arXiv 2412.04431, figure 2).
 
-        values: gains 1 and 2, scales 1 and 2, shifts 1 and 2 of the adaptive norms.
+        inputs: gains 1 and 2, scales 1 and 2, shifts 1 and 2 of the adaptive norms; the text.
         """
-        fused = config.fused
+        fused, (values, text) = config.fused, inputs
         norm = functools.partial(
             pallas_kernels.residual_norm, dtype=config.precision.compute, implementation=fused
         )

@@ -13,13 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from sparvar_jax.models import layers, quantizer, vocabulary
-from sparvar_jax.models.sampling import Controls
+from sparvar_jax.models.family import Draw, Drawn
 from sparvar_jax.models.var_parts import Block, VarConfig, guidance_ramp
 from sparvar_jax.models.vqvae import Codebook
-from sparvar_jax.plans.cache import Attend
 from sparvar_jax.plans.schedule import Scale, ScaleSchedule
 from sparvar_jax.plans.strategy import Place
 
@@ -89,9 +88,9 @@ class Var(nnx.Module):
         positions = self.pos_embed[...][scale.offset : scale.end]
         return x + (self.level_embed[...][scale.index] + positions)
 
-    def positions(self, place: Place) -> tuple[()]:
+    def positions(self, condition: Condition, place: Place) -> tuple[()]:
         """Nothing: this family knows positions from its input alone."""
-        del place
+        del condition, place
         return ()
 
     def head_logits(
@@ -105,54 +104,39 @@ class Var(nnx.Module):
         """A block's adaptive-norm values; a stream of fewer rows meets the first of them."""
         return condition.modulation[0 if self.config.shared_ada else layer]
 
-    @staticmethod
-    def apply_block(
-        config: VarConfig,
-        block: Block,
-        stream: layers.Stream,
-        inputs: Float[Array, "R 6 C"],
-        positions: tuple[()],
-        attend: Attend,
-    ) -> layers.Stream:
-        """The residual stream after one block."""
-        del positions
-        return block(stream, inputs, attend, config)
-
-    @staticmethod
-    def sample(
-        config: VarConfig,
-        logits: Float[Array, "B T vocab"],
-        controls: Controls,
-        keys: PRNGKeyArray | None,
-    ) -> Shaped[Array, "B T ..."]:
-        """Token ids from guided logits, or weights [B, T, vocab] when `config.smooth`.
+    def finish(
+        self, x: Float[Array, "R T C"], condition: Condition, place: Place, draw: Draw
+    ) -> Drawn:
+        """Token ids from guided logits, or mixtures [B, T, vocab] where smooth ones are asked for.
 
         Without keys always the likeliest ids.
         """
-        if keys is None or not config.smooth:
-            return vocabulary.sample(logits, controls.top_k, controls.top_p, keys)
-        scale = config.sides.index(round(logits.shape[1] ** 0.5))
-        progress = scale / (len(config.sides) - 1)
-        return vocabulary.mixture(logits, controls.top_k, controls.top_p, keys, progress)
+        raw = self.head_logits(draw.rows(x), condition)
+        guided, controls = draw.guide(raw), draw.controls
 
-    @staticmethod
-    def start_codes(
-        config: VarConfig, batch: int, schedule: ScaleSchedule
-    ) -> Float[Array, "B height width N"]:
+        def sample() -> Shaped[Array, "B T ..."]:
+            if draw.keys is None or draw.how != "smooth":
+                return vocabulary.sample(guided, controls.top_k, controls.top_p, draw.keys)
+            progress = place.index / (len(self.config.sides) - 1)
+            return vocabulary.mixture(guided, controls.top_k, controls.top_p, draw.keys, progress)
+
+        return Drawn(draw.settle(sample), captured={"raw_logits": raw, "guided_logits": guided})
+
+    def start_codes(self, batch: int, schedule: ScaleSchedule) -> Float[Array, "B height width N"]:
         """The empty code sum on the final grid."""
-        return jnp.zeros((batch, *schedule.final, config.code_width), jnp.float32)
+        return jnp.zeros((batch, *schedule.final, self.config.code_width), jnp.float32)
 
-    @staticmethod
     def accumulate(
-        config: VarConfig,
-        tokens: Shaped[Array, "B T ..."],
+        self,
+        drawn: Drawn,
         code_sum: Float[Array, "B height width N"],
         scale: Scale,
         following: Scale | None,
         codebook: Codebook,
     ) -> tuple[Float[Array, "B height width N"], Float[Array, "B T2 N"] | None]:
         """The code sum with one scale added, and the input codes of the following scale."""
-        codes = codebook.lookup(tokens)
+        config = self.config
+        codes = codebook.lookup(drawn.tokens)
         grid = codes.reshape(-1, scale.height, scale.width, config.code_width)
         code_sum = codebook.add(code_sum, grid, scale.index, len(config.sides))
         if following is None:

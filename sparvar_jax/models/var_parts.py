@@ -13,9 +13,10 @@ from pallas_kernels.api import Implementation
 from sparvar_jax.models import layers
 from sparvar_jax.models.infinity_parts import FeedForward
 from sparvar_jax.models.layers import DtypeName, Precision, Stream
-from sparvar_jax.plans import cache
-from sparvar_jax.plans.cache import Attend
-from sparvar_jax.plans.schedule import ScaleSchedule, Slot
+from sparvar_jax.plans.attend import Attend
+from sparvar_jax.plans.rows import Slot
+from sparvar_jax.plans.schedule import ScaleSchedule
+from sparvar_jax.plans.stores import write_rows
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -130,19 +131,20 @@ class SelfAttention(nnx.Module):
         self.proj = layers.linear(width, width, config.precision, rngs)
 
     def __call__(self, x: Float[Array, "R T C"], attend: Attend) -> Float[Array, "R T C"]:
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
-        q = layers.split_heads(q + self.q_bias[...], self.heads)
-        k = layers.split_heads(k, self.heads)
-        v = layers.split_heads(v + self.v_bias[...], self.heads)
+        mine, heads = attend.heads.columns, self.heads // attend.heads.parts
+        q, k, v = jnp.split(mine(self.qkv(x), 3), 3, axis=-1)
+        q = layers.split_heads(q + mine(self.q_bias[...]), heads)
+        k = layers.split_heads(k, heads)
+        v = layers.split_heads(v + mine(self.v_bias[...]), heads)
         if self.log_temperature is None:
             q = q.astype(jnp.float32) * (PLAIN_SCALE * q.shape[-1] ** -0.5)
         else:
-            log_temperature = self.log_temperature[...].astype(jnp.float32)
+            log_temperature = mine(self.log_temperature[...]).astype(jnp.float32)
             temperature = jnp.exp(jnp.minimum(log_temperature, layers.MAX_LOG_TEMPERATURE))
             q, k = layers.unit(q) * temperature[:, None, None], layers.unit(k)
 
         def write(keys: Array, values: Array, slot: Slot) -> tuple[Array, Array, Array]:
-            return q.astype(x.dtype), cache.write(keys, k, slot), cache.write(values, v, slot)
+            return q.astype(x.dtype), write_rows(keys, k, slot), write_rows(values, v, slot)
 
         return layers.product(self.proj, layers.merge_heads(attend(write).astype(x.dtype)))
 
@@ -164,11 +166,14 @@ class Block(nnx.Module):
     def __call__(
         self,
         stream: Stream,
-        values: Float[Array, "R2 6 C"],
+        inputs: Float[Array, "R2 6 C"],
+        positions: tuple[()],
         attend: Attend,
         config: VarConfig,
     ) -> Stream:
-        """The residual stream after this block; `values` modulate it (their own part is added)."""
+        """The residual stream after this block; `inputs` modulate it (their own part is added)."""
+        del positions
+        values = inputs
         if self.shared_ada:
             values = values + self.ada_gss[...].astype(jnp.float32)
         precision, fused = config.precision, config.fused

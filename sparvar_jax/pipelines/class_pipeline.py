@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from sparvar_jax.models.bsq_vae import to_uint8
+from sparvar_jax.models.family import How
 from sparvar_jax.models.sampling import KEY_KIND, Controls
 from sparvar_jax.models.var import Var, guidance_ramp
 from sparvar_jax.models.vqvae import Tokenised, Vqvae
@@ -156,7 +156,7 @@ class ClassPipeline:
 
     def __init__(self, model: ClassModel):
         self.model = model
-        self._generators: dict[bool, Generator] = {}
+        self.generator = Generator(model.transformer, model.tokenizer.codebook)
         self._condition = {
             guided: Bound(model.transformer, condition)
             for guided, condition in ((True, _guided_condition), (False, _plain_condition))
@@ -188,10 +188,10 @@ class ClassPipeline:
         progress: called as (stage, done, total) with the stages "compile" and "draw".
         """
         request = self.request(labels, **options)
-        run, batch = self.generator(smooth), request.keys.shape[0]
-        run.compile(request.plan, request.condition, batch, progress=progress)
+        run, batch, how = self.generator, request.keys.shape[0], _how(smooth)
+        run.compile(request.plan, request.condition, batch, how=how, progress=progress)
         code_sum: Any = None
-        steps = run.steps(request.plan, request.condition, request.controls, request.keys)
+        steps = run.steps(request.plan, request.condition, request.controls, request.keys, how=how)
         for done, (state, _) in enumerate(steps, 1):
             code_sum = state.code_sum
             if progress:
@@ -228,21 +228,11 @@ class ClassPipeline:
         condition = self._condition[plan.steps[0].rows == "both"]
         total = code_sum_shape(self.model.transformer, plan, len(ids))
         jobs: Jobs = [lambda: condition.compile(ids), lambda: self._decode.compile(total)]
-        generator = self.generator(smooth)
-        compile_all(generator, plan, condition.shape(ids), len(ids), jobs, progress)
+        shape = condition.shape(ids)
+        compile_all(self.generator, plan, shape, len(ids), jobs, progress, _how(smooth))
 
     def _ids(self, labels: int | Sequence[int | None]) -> np.ndarray:
         return _class_ids(_listed("classes", labels), self.model.transformer.config.classes)
-
-    def generator(self, smooth: bool = False) -> Generator:
-        """What runs the steps; one for each way of sampling."""
-        if smooth not in self._generators:
-            transformer, config = self.model.transformer, self.model.transformer.config
-            if smooth != config.smooth:
-                transformer = nnx.merge(*nnx.split(transformer))
-                transformer.config = dataclasses.replace(config, smooth=smooth)
-            self._generators[smooth] = Generator(transformer, self.model.tokenizer.codebook)
-        return self._generators[smooth]
 
     @property
     def picture_side(self) -> int:
@@ -256,6 +246,10 @@ class ClassPipeline:
     def tokenise(self, pictures: UInt8[np.ndarray, "B height width 3"]) -> Tokenised:
         """RGB pictures as token maps of every scale; they must have the model's own size."""
         return self._tokenise(np.asarray(pictures))
+
+
+def _how(smooth: bool) -> How:
+    return "smooth" if smooth else "sample"
 
 
 def _weights(guidance: PerScale, scales: int) -> tuple[float, ...]:

@@ -6,21 +6,18 @@ are taken. No training and no extra model are needed (arXiv 2404.02905, section 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from sparvar_jax.models.family import Forced
 from sparvar_jax.models.quantizer import resize_matrix
-from sparvar_jax.models.var import Var, VarConfig
-from sparvar_jax.models.vqvae import Codebook
 from sparvar_jax.pipelines.class_pipeline import ClassPipeline
-from sparvar_jax.plans.schedule import Scale
+from sparvar_jax.pipelines.requests import Request
+from sparvar_jax.runtime.step import ScaleOutput
 
 
 def box(
@@ -95,60 +92,30 @@ def edit(
     config = pipe.model.transformer.config
     drawn = drawn_tokens(region, config.sides, threshold=threshold, keep_scales=keep_scales)
     known = pipe.tokenise(pictures).tokens
-    code_sum = _draw(pipe, pipe.request(list(classes), **options), known, drawn, smooth)
+    request = pipe.request(list(classes), **options)
+    code_sum, _ = draw(pipe, request, known, drawn, smooth)
     result = pipe.decode(code_sum)
     return np.where(region[None, :, :, None], result, pictures) if paste else result
 
 
-def _draw(
+def draw(
     pipe: ClassPipeline,
-    request: Any,
+    request: Request,
     known: Sequence[Int[Array, "B _"]],
     drawn: Sequence[Bool[np.ndarray, "_"]],
-    smooth: bool,
-) -> Float[Array, "B height width N"]:
-    """The generation loop with tokens replaced between the steps.
-
-    A scale's cache depends on its input alone, so replacing what it drew only concerns the sum of
-    codes and the input of the scale after it.
-    """
-    run, plan = pipe.generator(smooth), request.plan
-    state = run.start(plan, request.keys.shape[0])
-    codebook, scales = pipe.model.tokenizer.codebook, plan.schedule.scales
-    for index, step in enumerate(plan.steps):
-        before = jnp.copy(state.code_sum)  # the step donates its state
-        state, output = run.decode_scale(
-            plan, index, request.condition, state, request.controls, request.keys
-        )
-        code_sum, codes = _replace(
-            codebook,
-            output.tokens,
-            known[index],
-            jnp.asarray(drawn[index]),
-            before,
-            config=pipe.model.transformer.config,
-            scale=step.scale,
-            following=scales[index + 1] if index + 1 < len(plan.steps) else None,
-        )
-        state = dataclasses.replace(state, code_sum=code_sum, codes=codes)
-    return state.code_sum
-
-
-@partial(jax.jit, static_argnames=("config", "scale", "following"))
-def _replace(
-    codebook: Codebook,
-    tokens: Shaped[Array, "B T ..."],
-    known: Int[Array, "B T"],
-    drawn: Bool[Array, "T"],
-    code_sum: Float[Array, "B height width N"],
-    *,
-    config: VarConfig,
-    scale: Scale,
-    following: Scale | None,
-) -> tuple[Float[Array, "B height width N"], Float[Array, "B T2 N"] | None]:
-    """The code sum and next input when known tokens stand where nothing is to be drawn."""
-    if tokens.ndim == 3:
-        mixed = jnp.where(drawn[:, None], tokens, jax.nn.one_hot(known, config.vocab))
-    else:
-        mixed = jnp.where(drawn, tokens, known)
-    return Var.accumulate(config, mixed, code_sum, scale, following, codebook)
+    smooth: bool = False,
+) -> tuple[Float[Array, "B height width N"], tuple[ScaleOutput, ...]]:
+    """(sum of codes, what every scale drew) with known tokens where nothing is to be drawn."""
+    batch = request.keys.shape[0]
+    forced = [
+        Forced(tokens, jnp.broadcast_to(jnp.asarray(where), (batch, len(where))))
+        for tokens, where in zip(known, drawn, strict=False)
+    ]
+    return pipe.generator.run(
+        request.plan,
+        request.condition,
+        request.controls,
+        request.keys,
+        forced=forced,
+        how="smooth" if smooth else "sample",
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from sparvar_jax.models.t5 import T5Config, T5Encoder
 from sparvar_jax.models.text_tokens import Tokenizer, load_tokenizer
 from sparvar_jax.models.var import Var, VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
+from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.weights import checkpoint
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -25,9 +25,6 @@ KINDS: dict[str, dict[str, tuple[type, type]]] = {
     "text": {"t5": (T5Encoder, T5Config)},
 }
 """Part -> kind named in `config.json` -> module and config classes."""
-
-PartProgress = Callable[[str, int, int], None]
-"""(stage, done, total), called after each part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +128,7 @@ def load_model(
     *,
     dtype: str | None = None,
     text_encoder: bool = True,
-    progress: PartProgress | None = None,
+    progress: Progress | None = None,
 ) -> Model:
     """Load a model directory, or the demo model.
 

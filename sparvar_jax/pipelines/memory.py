@@ -11,6 +11,8 @@ import numpy as np
 from sparvar_jax.pipelines.class_pipeline import ClassModel
 from sparvar_jax.pipelines.loading import Model
 from sparvar_jax.plans.plan import Plan
+from sparvar_jax.plans.stores import CacheShape
+from sparvar_jax.runtime.step import empty_buffers
 from sparvar_jax.weights import checkpoint
 
 _DECODER_MAPS = 4  # a residual block holds its input, its branch and two temporaries
@@ -43,11 +45,11 @@ def estimate(model: Model | ClassModel, plan: Plan, batch: int) -> Estimate:
     XLA's own workspace is not counted.
     """
     config, picture = model.transformer.config, model.tokenizer.config
-    rows = batch * (2 if plan.steps[0].rows == "both" else 1)
     item = np.dtype(config.precision.compute).itemsize
-    layout = plan.schedule.layout(plan.layout)
-    cache = 2 * config.depth * rows * layout.total * config.width * item
-    tokens = max(step.scale.tokens * (2 if step.rows == "both" else 1) for step in plan.steps)
+    shape = CacheShape(
+        batch * plan.row_factor, config.heads, config.head_dim, config.precision.compute
+    )
+    tokens = max(step.scale.tokens * step.row_factor for step in plan.steps)
     # The residual stream and its norm in float32, and the feed-forward layer beside its input.
     widest = 2 * 4 * config.width + (config.mlp_width + config.width) * item
     pixels = math.prod(plan.schedule.final) * model.stride**2
@@ -57,10 +59,19 @@ def estimate(model: Model | ClassModel, plan: Plan, batch: int) -> Estimate:
     }
     return Estimate(
         weights,
-        cache,
+        cache_bytes(plan, shape),
         batch * tokens * widest,
         _DECODER_MAPS * 4 * batch * pixels * picture.full_width,
     )
+
+
+def cache_bytes(plan: Plan, shape: CacheShape) -> int:
+    """Bytes of the key/value caches before the first scale, shared buffers once.
+
+    The buffers that one generation leaves for the next are the same or are freed first.
+    """
+    buffers = jax.eval_shape(lambda: empty_buffers(plan, shape))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffers))
 
 
 def parameter_bytes(shapes: dict[str, jax.ShapeDtypeStruct]) -> int:

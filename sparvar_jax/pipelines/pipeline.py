@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 from sparvar_jax.models import bsq_vae, sampling
+from sparvar_jax.models.family import How
 from sparvar_jax.pipelines import loading
 from sparvar_jax.pipelines.loading import Model
 from sparvar_jax.pipelines.requests import (
@@ -186,19 +187,19 @@ def compile_all(
     batch: int,
     jobs: Jobs,
     progress: Progress | None,
+    how: How = "sample",
 ) -> None:
     """Compile a plan's steps, and beside them whatever else a call needs."""
     with ThreadPoolExecutor() as pool:
         running = [pool.submit(job) for job in jobs]
-        generator.compile(plan, condition, batch, progress=progress)
+        generator.compile(plan, condition, batch, how=how, progress=progress)
         for job in running:
             job.result()
 
 
 def code_sum_shape(transformer: Any, plan: Plan, batch: int) -> Any:
     """What the tokenizer decodes, as shape and dtype."""
-    start = type(transformer).start_codes
-    return jax.eval_shape(lambda: start(transformer.config, batch, plan.schedule))
+    return jax.eval_shape(lambda: transformer.start_codes(batch, plan.schedule))
 
 
 def count(prompts: Sequence[str] | TextFeatures) -> int:

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from sparvar_jax.runtime.progress import Progress
+
 Draw = Callable[[Sequence[int], Sequence[int]], UInt8[np.ndarray, "B height width 3"]]
 """(classes, seeds) of one batch -> pictures; must depend on nothing else."""
-Progress = Callable[[str, int, int], None]
-"""(stage, done, total), called after every batch."""
 
 _JOB, _LOCK, _WHOLE = "job.json", "lock", "whole.npz"
 

@@ -1,4 +1,4 @@
-"""A generation as a frozen value: which scales run, for which rows, and how each layer attends.
+"""A generation as a frozen value: which scales run, for which rows, and what each layer does.
 
 `dense_plan` is the start; policies are functions from plan to plan. Equal plans hash equal and
 share compiled steps. Nothing here holds an array.
@@ -7,12 +7,17 @@ share compiled steps. Nothing here holds an array.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
-from sparvar_jax.plans.schedule import LayoutName, Scale, ScaleSchedule
+from sparvar_jax.plans.describe import describe
+from sparvar_jax.plans.rows import LayoutName, RowMap
+from sparvar_jax.plans.schedule import Scale, ScaleSchedule
+from sparvar_jax.plans.stores import Full, Store
 from sparvar_jax.plans.strategy import AllTokens, Attention, Dense, Place, TokenRule
+from sparvar_jax.plans.validate import validate
 
 Rows = Literal["both", "cond"]
 LAST_SCALES = 3
@@ -20,14 +25,22 @@ LAST_SCALES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """The longest run of layers that are alike: layers [start, stop)."""
+    """The longest run of layers that are alike: layers [start, stop).
+
+    tokens: which tokens run through these layers together. store: how they keep keys and values.
+    """
 
     layers: tuple[int, int]
     attention: Attention = Dense()
     tokens: TokenRule = AllTokens()
+    store: Store = Full()
 
     def __contains__(self, layer: int) -> bool:
         return self.layers[0] <= layer < self.layers[1]
+
+    def alike(self, other: Segment) -> bool:
+        """Whether two segments differ in their layers alone."""
+        return dataclasses.replace(self, layers=other.layers) == other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +60,11 @@ class Step:
     @property
     def depth(self) -> int:
         return self.segments[-1].layers[1]
+
+    @property
+    def row_factor(self) -> int:
+        """Rows that run for every picture."""
+        return 2 if self.rows == "both" else 1
 
     def segment(self, layer: int) -> Segment:
         """The segment that holds a layer."""
@@ -73,16 +91,72 @@ class Plan:
     def depth(self) -> int:
         return self.steps[0].depth
 
-    def place(self, step: int) -> Place:
-        return Place(self.schedule, self.layout, self.steps[step].scale.index)
+    @property
+    def row_factor(self) -> int:
+        """Rows of the cache for every picture."""
+        return self.steps[0].row_factor
+
+    def whole_rows(self, layer: int) -> RowMap:
+        """The rows that a layer writes, all scales together: what no token rule holds back."""
+        return self._rows[layer]
+
+    def store(self, layer: int) -> Store:
+        """How a layer keeps its rows; it knows what is read later."""
+        return self._stores[layer]
+
+    def place(self, step: int, layer: int = 0) -> Place:
+        """Where a layer stands at a step."""
+        index = self.steps[step].scale.index
+        rows = self._stores[layer].rows(self._rows[layer], index)
+        return Place(self.schedule, self.layout, index, rows=rows, kept=self._kept(step, layer))
+
+    def read_later(self, step: int, layer: int) -> frozenset[int]:
+        """The scales whose cache rows a layer reads after a step."""
+        whole = self.whole_rows(layer)
+        scales: set[int] = set()
+        for later in self.steps[step + 1 :]:
+            place = Place(self.schedule, self.layout, later.scale.index, rows=whole)
+            scales |= later.segment(layer).attention.scales(place)
+        return frozenset(scales)
 
     def live_after(self, step: int, layer: int) -> frozenset[str]:
         """State entries of a layer that a later step still reads."""
-        live: set[str] = set()
+        live: frozenset[str] = frozenset()
         for later in reversed(self.steps[step + 1 :]):
-            attention = later.segment(layer).attention
-            live = (live - attention.writes) | attention.reads
-        return frozenset(live)
+            reads, writes = state_use(later, layer)
+            live = (live - writes) | reads
+        return live
+
+    @functools.cached_property
+    def _rows(self) -> tuple[RowMap, ...]:
+        """What every layer writes."""
+        base, rest = self.schedule.layout(self.layout), len(self.schedule) - len(self.steps)
+        kept = (
+            tuple(self._kept(step, layer) for step in range(len(self.steps)))
+            for layer in range(self.depth)
+        )
+        return tuple(base.holding((*numbers, *[None] * rest)) for numbers in kept)
+
+    @functools.cached_property
+    def _stores(self) -> tuple[Store, ...]:
+        """The bound store of every layer."""
+        return tuple(
+            self.steps[0].segment(layer).store.bind(functools.partial(self.read_later, layer=layer))
+            for layer in range(self.depth)
+        )
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.schedule, self.layout, self.steps))
+
+    def __hash__(self) -> int:
+        return self._hash  # a plan is a key in every call, and large
+
+    def _kept(self, step: int, layer: int) -> int | None:
+        rule = self.steps[step].segment(layer).tokens
+        if isinstance(rule, AllTokens):
+            return None
+        return rule.tokens(Place(self.schedule, self.layout, self.steps[step].scale.index))
 
     def density(self, last: int | None = LAST_SCALES) -> float:
         """Kept over dense (query, key) pairs in the schedule's last scales (None: all scales).
@@ -90,14 +164,22 @@ class Plan:
         Counts all layers and rows, decision steps included; scales and rows not run keep nothing.
         """
         scales = self.schedule.scales[-last:] if last else self.schedule.scales
-        rows = _row_count(self.steps[0].rows)
-        dense = sum(scale.tokens * scale.end for scale in scales) * self.depth * rows
-        kept = sum(_kept_pairs(self, i) for i, s in enumerate(self.steps) if s.scale in scales)
+        dense = sum(scale.tokens * scale.end for scale in scales) * self.depth * self.row_factor
+        kept = sum(self._kept_pairs(i) for i, s in enumerate(self.steps) if s.scale in scales)
         return kept / dense
+
+    def _kept_pairs(self, index: int) -> float:
+        step = self.steps[index]
+        total = 0.0
+        for segment in step.segments:
+            places = [self.place(index, layer) for layer in range(*segment.layers)]
+            pairs = {place: segment.attention.pairs(place) for place in set(places)}
+            total += sum(pairs[place] for place in places)
+        return total * step.row_factor
 
     def describe(self) -> str:
         """A table of scale, rows, layers, strategy, tokens, keys a query and density."""
-        return _describe(self)
+        return describe(self)
 
 
 def dense_plan(
@@ -145,10 +227,10 @@ def split_at_merge(
     return tuple(pieces)
 
 
-def map_attention(
-    plan: Plan, choose: Callable[[Step, int], Attention | None], *, layout: LayoutName | None = None
+def map_segments(
+    plan: Plan, change: Callable[[Step, int, Segment], Segment], *, layout: LayoutName | None = None
 ) -> Plan:
-    """A plan whose layer attention is `choose(step, layer)`, or stays where that is None.
+    """A plan whose every layer does what `change(step, layer, its segment)` says.
 
     Runs of equal layers become one segment each. This is what policies are made of.
     """
@@ -156,111 +238,37 @@ def map_attention(
     for step in plan.steps:
         segments: list[Segment] = []
         for layer in range(plan.depth):
-            old = step.segment(layer)
-            attention = choose(step, layer) or old.attention
-            last = segments[-1] if segments else None
-            if last and (last.attention, last.tokens) == (attention, old.tokens):
-                segments[-1] = dataclasses.replace(last, layers=(last.layers[0], layer + 1))
+            new = change(step, layer, step.segment(layer))
+            new = dataclasses.replace(new, layers=(layer, layer + 1))
+            if segments and segments[-1].alike(new):
+                first = segments[-1].layers[0]
+                segments[-1] = dataclasses.replace(new, layers=(first, layer + 1))
             else:
-                segments.append(Segment((layer, layer + 1), attention, old.tokens))
+                segments.append(new)
         pieces = split_at_merge(tuple(segments), step.merge_at, plan.depth)
         steps.append(dataclasses.replace(step, segments=pieces))
     return dataclasses.replace(plan, steps=tuple(steps), layout=layout or plan.layout)
 
 
-def validate(plan: Plan) -> None:
-    """Raise ValueError, naming scale and layers, unless the plan can run."""
-    if not plan.steps:
-        raise ValueError("a plan must run at least one scale, got none")
-    ran = tuple(step.scale for step in plan.steps)
-    if ran != plan.schedule.scales[: len(ran)]:
-        raise ValueError(
-            f"steps must be the first scales of the schedule in order, got {[s.index for s in ran]}"
-        )
-    for before, after in zip(plan.steps, plan.steps[1:], strict=False):
-        if _row_count(after.rows) > _row_count(before.rows):
-            raise ValueError(
-                f"scale {after.scale.index} runs rows {after.rows!r} after {before.rows!r}: "
-                "rows dropped earlier have no cache to continue from"
-            )
-    for step in plan.steps:
-        _validate_step(plan, step)
-    _validate_state(plan)
+def map_attention(
+    plan: Plan, choose: Callable[[Step, int], Attention | None], *, layout: LayoutName | None = None
+) -> Plan:
+    """A plan whose layer attention is `choose(step, layer)`, or stays where that is None."""
+
+    def change(step: Step, layer: int, old: Segment) -> Segment:
+        return dataclasses.replace(old, attention=choose(step, layer) or old.attention)
+
+    return map_segments(plan, change, layout=layout)
 
 
-def _validate_step(plan: Plan, step: Step) -> None:
-    where = f"scale {step.scale.index}"
-    expected = 0
-    for segment in step.segments:
-        start, stop = segment.layers
-        if start != expected or stop <= start:
-            raise ValueError(
-                f"{where}: segments must tile layers 0..{plan.depth}, got {start}..{stop} "
-                f"after {expected}"
-            )
-        expected = stop
-        if plan.layout not in segment.attention.layouts:
-            raise ValueError(
-                f"{where}, layers {start}..{stop}: {segment.attention.name} cannot read the "
-                f"{plan.layout} cache layout, only {' or '.join(segment.attention.layouts)}"
-            )
-    if expected != plan.depth:
-        raise ValueError(f"{where}: segments end at layer {expected}, expected {plan.depth}")
-    if step.merge_at is not None:
-        if step.rows != "both":
-            raise ValueError(f"{where}: guidance needs both rows, got rows {step.rows!r}")
-        if step.merge_at < plan.depth and all(
-            segment.layers[1] != step.merge_at + 1 for segment in step.segments
-        ):
-            raise ValueError(f"{where}: no segment ends after the merge layer {step.merge_at}")
+def with_store(plan: Plan, store: Store, layers: tuple[int, int] | None = None) -> Plan:
+    """The plan with a store in layers [start, stop), by default in all."""
+    start, stop = layers or (0, plan.depth)
 
+    def change(step: Step, layer: int, old: Segment) -> Segment:
+        return dataclasses.replace(old, store=store) if start <= layer < stop else old
 
-def _validate_state(plan: Plan) -> None:
-    for layer in range(plan.depth):
-        written: set[str] = set()
-        for step in plan.steps:
-            attention = step.segment(layer).attention
-            missing = attention.reads - written
-            if missing:
-                raise ValueError(
-                    f"scale {step.scale.index}, layer {layer}: {attention.name} reads "
-                    f"{sorted(missing)}, which no earlier scale wrote for this layer"
-                )
-            written |= attention.writes
-
-
-def _row_count(rows: Rows) -> int:
-    return 2 if rows == "both" else 1
-
-
-def _kept_pairs(plan: Plan, index: int) -> float:
-    step, place = plan.steps[index], plan.place(index)
-    per_row = sum(
-        (segment.layers[1] - segment.layers[0]) * segment.attention.pairs(place)
-        for segment in step.segments
-    )
-    return per_row * _row_count(step.rows)
-
-
-def _describe(plan: Plan) -> str:
-    lines = ["scale  grid      rows  layers   attention             tokens   keys/query  density"]
-    for index, step in enumerate(plan.steps):
-        place = plan.place(index)
-        for segment in step.segments:
-            keys = segment.attention.pairs(place) / step.scale.tokens
-            grid = f"{step.scale.height}x{step.scale.width}"
-            layers = f"{segment.layers[0]}-{segment.layers[1] - 1}"
-            tokens = segment.tokens.tokens(place)
-            lines.append(
-                f"{step.scale.index:5d}  {grid:8s}  {step.rows:4s}  {layers:7s}  "
-                f"{segment.attention.name:20s}  {tokens:6d}  {keys:10.0f}  "
-                f"{keys / step.scale.end:7.3f}"
-            )
-    lines.append(
-        f"density {plan.density():.3f} over the last three scales, "
-        f"{plan.density(None):.3f} over all; layout {plan.layout}"
-    )
-    return "\n".join(lines)
+    return map_segments(plan, change)
 
 
 def with_implementation(plan: Plan, implementation: str | None) -> Plan:
@@ -276,3 +284,12 @@ def with_implementation(plan: Plan, implementation: str | None) -> Plan:
         return dataclasses.replace(attention, implementation=implementation)  # type: ignore[type-var]
 
     return map_attention(plan, choose)
+
+
+def state_use(step: Step, layer: int) -> tuple[frozenset[str], frozenset[str]]:
+    """(reads, writes) of a layer's state: the attention's, and the token rule's where it begins."""
+    segment = step.segment(layer)
+    reads, writes = segment.attention.reads, segment.attention.writes
+    if layer == segment.layers[0]:
+        reads, writes = reads | segment.tokens.reads, writes | segment.tokens.writes
+    return reads, writes

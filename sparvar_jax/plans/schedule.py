@@ -1,21 +1,20 @@
-"""Scale schedules, cache layouts and rotary tables: plain Python and numpy, used at trace time.
+"""Scale schedules and rotary tables: plain Python and numpy, used at trace time.
 
-A schedule is the sequence of token grids a model draws, from 1x1 to the final one. A layout says
-where each token of each scale lives in the key/value cache.
+A schedule is the sequence of token grids a model draws, from 1x1 to the final one; in some families
+a prefix of text stands before them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+import itertools
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
-LayoutName = Literal["packed", "aligned"]
-ROW_MULTIPLE = 128
-ALIGNMENT = 8
+from sparvar_jax.plans.rows import LayoutName, RowMap, row_map
+
 SIZES = {"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13}
 
 _SQUARE = "1x1 2x2 4x4 6x6 8x8 12x12 16x16 20x20 24x24 32x32 40x40 48x48 64x64"
@@ -62,12 +61,16 @@ def nearest_ratio(height_over_width: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """One token grid of a schedule. `offset` counts the tokens of all earlier scales."""
+    """One token grid of a schedule. `offset` counts the tokens of all earlier scales.
+
+    grid: False for a prefix: `width` tokens of text that form no grid.
+    """
 
     index: int
     height: int
     width: int
     offset: int
+    grid: bool = True
 
     @property
     def tokens(self) -> int:
@@ -86,27 +89,35 @@ class ScaleSchedule:
     sizes: (height, width) of every scale; grids never shrink.
     rotary_grid: the (height, width) onto which rotary positions are stretched. Infinity uses the
         last grid of the 1M schedule of the same aspect ratio for every picture size.
+    prefix: scale 0 is no grid but a row (1, n) of n tokens of text, which every later token sees.
     """
 
     sizes: tuple[tuple[int, int], ...]
     rotary_grid: tuple[int, int]
+    prefix: bool = False
 
     def __post_init__(self):
-        if not self.sizes:
+        if len(self.sizes) <= self.prefix:
             raise ValueError("a schedule needs at least one scale, got none")
-        for before, after in zip(self.sizes, self.sizes[1:], strict=False):
+        if min(min(size) for size in self.sizes) < 1:
+            raise ValueError(f"scales hold at least one token, got {self.sizes}")
+        if self.prefix and self.sizes[0][0] != 1:
+            raise ValueError(f"a prefix of n tokens has the size (1, n), got {self.sizes[0]}")
+        grids = self.sizes[self.prefix :]
+        for before, after in itertools.pairwise(grids):
             if after[0] < before[0] or after[1] < before[1]:
                 raise ValueError(f"scales must not shrink, got {before} before {after}")
 
     @classmethod
-    def of(cls, sizes: tuple[tuple[int, int], ...]) -> ScaleSchedule:
-        """A schedule whose rotary grid is its own last scale."""
+    def of(cls, sizes: tuple[tuple[int, int], ...], *, prefix: int = 0) -> ScaleSchedule:
+        """A schedule whose rotary grid is its own last scale. prefix: tokens of text before it."""
         sizes = tuple((int(h), int(w)) for h, w in sizes)
-        return cls(sizes, sizes[-1])
+        first = ((1, int(prefix)),) if prefix else ()
+        return cls(first + sizes, sizes[-1], bool(prefix))
 
     @property
     def scales(self) -> tuple[Scale, ...]:
-        return _scales(self.sizes)
+        return _scales(self.sizes, self.prefix)
 
     @property
     def final(self) -> tuple[int, int]:
@@ -120,16 +131,16 @@ class ScaleSchedule:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def layout(self, name: LayoutName = "packed") -> Layout:
+    def layout(self, name: LayoutName = "packed") -> RowMap:
         """Where the tokens of this schedule live in a cache of the named layout."""
-        return _layout(self.sizes, name)
+        return row_map(self.sizes, name, self.prefix)
 
 
 @functools.lru_cache
-def _scales(sizes: tuple[tuple[int, int], ...]) -> tuple[Scale, ...]:
+def _scales(sizes: tuple[tuple[int, int], ...], prefix: bool) -> tuple[Scale, ...]:
     scales, offset = [], 0
     for index, (height, width) in enumerate(sizes):
-        scales.append(Scale(index, height, width, offset))
+        scales.append(Scale(index, height, width, offset, grid=index > 0 or not prefix))
         offset += height * width
     return tuple(scales)
 
@@ -144,103 +155,6 @@ def infinity_schedule(height_over_width: float = 1.0, size: str = "1M") -> Scale
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
     table = ASPECT_TABLES[nearest_ratio(height_over_width)]
     return ScaleSchedule(table[: SIZES[size]], table[-1])
-
-
-class Slot(NamedTuple):
-    """Cache rows of one scale's grid: token (y, x) lives at row `start + y * pitch + x`.
-
-    clear: rows after the grid that whoever writes it zeroes, so that blocks of rows that kernels
-    read hold nothing of an earlier picture.
-    """
-
-    start: int
-    width: int
-    pitch: int
-    clear: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Physical rows of the key/value cache for every scale of a schedule.
-
-    starts: first row of every scale. pitches: rows between vertically neighbouring tokens.
-    total: allocated rows, a multiple of 128. In the packed layout row equals token index; in the
-    aligned layout every scale starts at a multiple of 8 and grid rows are padded to multiples of 8.
-    """
-
-    name: LayoutName
-    sizes: tuple[tuple[int, int], ...]
-    starts: tuple[int, ...]
-    pitches: tuple[int, ...]
-    total: int
-
-    def rows(self, scale: int) -> slice:
-        """The physical rows that one scale occupies, padding included."""
-        return slice(self.starts[scale], self.starts[scale] + self.span(scale))
-
-    def slot(self, scale: int) -> Slot:
-        """Where the grid of one scale lies; rows up to a multiple of 128 after it are cleared."""
-        clear = -self.filled(scale) % ROW_MULTIPLE
-        return Slot(self.starts[scale], self.sizes[scale][1], self.pitches[scale], clear)
-
-    def span(self, scale: int) -> int:
-        """How many physical rows one scale occupies, padding included."""
-        return self.sizes[scale][0] * self.pitches[scale]
-
-    def filled(self, scale: int) -> int:
-        """Physical rows in use once a scale is written: the kernels' `kv_length`."""
-        return self.rows(scale).stop
-
-    def padded(self, scale: int) -> bool:
-        """Whether any row below `filled(scale)` holds no token."""
-        return self.filled(scale) != _scales(self.sizes)[scale].end
-
-    def physical(self, scale: int) -> Int[np.ndarray, "tokens"]:
-        """Physical row of every logical token up to and including a scale."""
-        return _physical(self)[: _scales(self.sizes)[scale].end]
-
-    def gaps(self, scale: int) -> tuple[tuple[int, int], ...]:
-        """The [start, stop) ranges of rows below `filled(scale)` that hold no token."""
-        return _gaps(self, scale)
-
-    def valid(self, scale: int) -> Bool[np.ndarray, "rows"]:
-        """Which of the first `filled(scale)` rows hold a token."""
-        mask = np.zeros(self.filled(scale), bool)
-        mask[self.physical(scale)] = True
-        return mask
-
-
-@functools.lru_cache
-def _layout(sizes: tuple[tuple[int, int], ...], name: LayoutName) -> Layout:
-    if name not in ("packed", "aligned"):
-        raise ValueError(f"layout must be 'packed' or 'aligned', got {name!r}")
-    step = ALIGNMENT if name == "aligned" else 1
-    starts, pitches, row = [], [], 0
-    for height, width in sizes:
-        pitch = -(-width // step) * step
-        starts.append(row)
-        pitches.append(pitch)
-        row += height * pitch
-    total = -(-row // ROW_MULTIPLE) * ROW_MULTIPLE
-    return Layout(name, sizes, tuple(starts), tuple(pitches), total)
-
-
-@functools.lru_cache
-def _gaps(layout: Layout, scale: int) -> tuple[tuple[int, int], ...]:
-    edges = np.flatnonzero(np.diff(layout.valid(scale).astype(np.int8), prepend=1, append=1))
-    return tuple((int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
-
-
-@functools.lru_cache
-def _physical(layout: Layout) -> Int[np.ndarray, "tokens"]:
-    rows = [
-        start + y * pitch + np.arange(width)
-        for (height, width), start, pitch in zip(
-            layout.sizes, layout.starts, layout.pitches, strict=True
-        )
-        for y in range(height)
-    ]
-    return np.concatenate(rows).astype(np.int32)
 
 
 def rotary_positions(

@@ -19,7 +19,7 @@ from pallas_kernels.api import Implementation
 from pallas_kernels.sparsity import BlockTable
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.schedule import Scale
-from sparvar_jax.plans.strategy import LayerState, Place
+from sparvar_jax.plans.strategy import LayerState, Output, Place, ReadsAll, View
 from sparvar_jax.policies.indices import ceil_div, scale_index, unit_tokens
 from sparvar_jax.policies.routing import Layers, Policy, assign
 
@@ -29,40 +29,30 @@ QUERY_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveDecision:
+class AdaptiveDecision(ReadsAll):
     """Dense attention that measures the mass of every block pair. Leaves `adaptive.mass`."""
 
     block: int = 128
     implementation: Implementation | None = None
 
     name = "adaptive decision"
-    layouts = ("packed", "aligned")
-    reads = frozenset[str]()
     writes = frozenset({MASS})
 
-    def pairs(self, place: Place) -> float:
-        return float(place.dense_pairs)
-
     def __call__(
-        self,
-        q: Float[Array, "R H T D"],
-        k: Float[Array, "Rk H S D"],
-        v: Float[Array, "Rk H S D"],
-        place: Place,
-        state: LayerState,
-    ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
+        self, view: View, q: Float[Array, "R H T D"], place: Place, state: LayerState
+    ) -> Output:
         """Dense output and the mean attention mass [R, H, query blocks, key blocks], float32."""
         del state
         out, sums = pallas_kernels.attention_column_sums(
-            q, k, v, place.kv_length, QUERY_BLOCK, gaps=place.layout.gaps(place.index),
+            q, *view, place.kv_length, QUERY_BLOCK, gaps=place.gaps,
             logit_bound=place.logit_bound, hidden_finite=place.hidden_finite,
             implementation=self.implementation,
         )  # fmt: skip
-        return out, {MASS: block_mass(sums, self.block)}
+        return Output(out, {MASS: block_mass(sums, self.block)})
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaptiveSparse:
+class AdaptiveSparse(ReadsAll):
     """Block-sparse attention over the blocks that cover the carried mass.
 
     coverage: share of the mass to reach. cap, floor: most and fewest blocks of a query block, as
@@ -78,9 +68,7 @@ class AdaptiveSparse:
     implementation: Implementation | None = None
 
     name = "adaptive"
-    layouts = ("packed", "aligned")
     reads = frozenset({MASS})
-    writes = frozenset[str]()
 
     def __post_init__(self):
         if not 0 < self.coverage <= 1:
@@ -96,7 +84,7 @@ class AdaptiveSparse:
         """(sink blocks, fewest, most) key blocks of a query block at one scale."""
         blocks = ceil_div(place.kv_length, self.block)
         leading = min(self.sinks, place.index + 1)
-        sinks = ceil_div(place.layout.filled(leading - 1), self.block) if leading else 0
+        sinks = ceil_div(place.rows.filled(leading - 1), self.block) if leading else 0
         most = max(round(self.cap * blocks), sinks, 1)
         return sinks, min(max(round(self.floor * blocks), sinks, 1), most), most
 
@@ -120,25 +108,20 @@ class AdaptiveSparse:
         carried = carry_mass(mass, place, self.decision, self.block)
         sinks, floor, cap = self.limits(place)
         chosen, counts = choose_blocks(carried, self.coverage, sinks, floor, cap)
-        gaps = place.layout.gaps(place.index)
+        gaps = place.gaps
         return BlockTable(chosen, counts, place.kv_length, QUERY_BLOCK, self.block, gaps)
 
     def __call__(
-        self,
-        q: Float[Array, "R H T D"],
-        k: Float[Array, "Rk H S D"],
-        v: Float[Array, "Rk H S D"],
-        place: Place,
-        state: LayerState,
-    ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
+        self, view: View, q: Float[Array, "R H T D"], place: Place, state: LayerState
+    ) -> Output:
         """Attention over the chosen blocks; leaves no state."""
         out = pallas_kernels.block_sparse_attention(
-            q, k, v, self.table(state[MASS][: q.shape[0]], place),
+            q, *view, self.table(state[MASS][: q.shape[0]], place),
             logit_bound=place.logit_bound, hidden_finite=place.hidden_finite,
             implementation=self.implementation,
         )  # fmt: skip
         assert isinstance(out, jax.Array)
-        return out, {}
+        return Output(out)
 
 
 def adaptive(
@@ -204,17 +187,20 @@ def carry_matrices(
 ) -> tuple[Float[np.ndarray, "Gq2 Gq"], Float[np.ndarray, "Gk Gk2"]]:
     """(query matrix, rows sum to one; key matrix, rows sum to one or, landing nowhere, to zero).
 
-    Scale j moves to scale j + current - decision, cells keep their relative place.
+    Scale j moves to scale j + current - decision, cells keep their relative place; a prefix of text
+    stays where it is.
     """
-    scales, layout, index = place.schedule.scales, place.layout, place.index
-    shift = index - decision
-    sources = [_source_tokens(scales[j], scales[j + shift]) for j in range(decision + 1)]
+    scales, index = place.schedule.scales, place.index
+    prefix, shift = int(place.schedule.prefix), index - decision
+    sources = [_source_tokens(scales[j], scales[j + shift]) for j in range(prefix, decision + 1)]
     last = sources[-1] - scales[decision].offset
     positions = np.arange(scales[index].tokens)
     queries = _incidence(last, positions, scales[decision].tokens, query_block)
-    rows = layout.physical(index)
-    targets = rows[scales[shift].offset :]
-    keys = _incidence(rows[np.concatenate(sources)], targets, layout.filled(decision), block).T
+    rows = place.rows.physical(index)
+    text = np.arange(scales[0].tokens if prefix else 0)
+    moved = np.concatenate([rows[text], rows[scales[prefix + shift].offset :]])
+    origin = rows[np.concatenate([text, *sources])]
+    keys = _incidence(origin, moved, place.rows.filled(decision), block).T
     query_matrix = queries / queries.sum(1, keepdims=True)
     key_matrix = keys / np.maximum(keys.sum(1, keepdims=True), 1)
     return query_matrix.astype(np.float32), key_matrix.astype(np.float32)
@@ -229,7 +215,7 @@ def _source_tokens(source: Scale, target: Scale) -> Int[np.ndarray, "tokens"]:
 
 def _incidence(sources, targets, source_rows: int, block: int) -> Int[np.ndarray, "to from"]:
     """Which source blocks hold a row that lands in which target block."""
-    shape = ceil_div(int(targets[-1]) + 1, block), ceil_div(source_rows, block)
+    shape = ceil_div(int(targets.max()) + 1, block), ceil_div(source_rows, block)
     touched = np.zeros(shape, np.int64)
     touched[targets // block, sources // block] = 1
     return touched

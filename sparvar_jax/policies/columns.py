@@ -166,7 +166,7 @@ def fixed_units(place: Place, reuse: Reuse) -> tuple[Int[np.ndarray, "G F"], Int
     else:
         leading = scales[: reuse.sinks] if reuse.mapping == "relative" else ()
         sinks = sum(scale.tokens for scale in leading)
-        sink_rows = place.layout.physical(place.index)[:sinks]
+        sink_rows = place.rows.physical(place.index)[:sinks]
         sink_units = np.unique(sink_rows // selection.granularity)
         parts = [_own_units(place, reuse), [sink_units] * groups]
     return _ragged([_ordered_union(items) for items in zip(*parts, strict=True)])
@@ -238,7 +238,7 @@ def _own_units(place: Place, reuse: Reuse) -> list[Int[np.ndarray, "n"]]:
 
 def _scale_units(place: Place, reuse: Reuse, index: int) -> list[Int[np.ndarray, "n"]]:
     """Local units of every group of one scale: the released run, or the runs of 8 it touches."""
-    rows = place.layout.physical(index)
+    rows = place.rows.physical(index)
     scale, selection = place.schedule.scales[index], reuse.selection
     window = indices.window_of(reuse.windows, index, len(place.schedule))
     if selection.granularity > 1:
@@ -273,6 +273,6 @@ def _unit_map(place: Place, reuse: Reuse) -> Int[np.ndarray, "units"]:
     else:
         table = indices.relative_map(place.schedule.scales, source.index, place.index)
     middles = np.arange(0, source.kv_length, granularity) + granularity // 2
-    rows = source.layout.physical(source.index)
+    rows = source.rows.physical(source.index)
     tokens = np.searchsorted(rows, middles, side="right") - 1
-    return (place.layout.physical(place.index)[table[tokens]] // granularity).astype(np.int32)
+    return (place.rows.physical(place.index)[table[tokens]] // granularity).astype(np.int32)

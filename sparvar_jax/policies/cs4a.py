@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import pallas_kernels
 from pallas_kernels.api import Implementation
 from sparvar_jax.plans.plan import Plan
-from sparvar_jax.plans.strategy import LayerState, Place
+from sparvar_jax.plans.strategy import LayerState, Output, Place, ReadsAll, View
 from sparvar_jax.policies import columns as lists
 from sparvar_jax.policies.columns import Mapping, Reuse, Selection
 from sparvar_jax.policies.indices import scale_index, unit_tokens
@@ -30,7 +29,7 @@ WINDOWS = (7, 9)
 
 
 @dataclasses.dataclass(frozen=True)
-class Cs4aDecision:
+class Cs4aDecision(ReadsAll):
     """Dense attention that also chooses columns. Leaves `cs4a.columns` and, with the output cache,
     `cs4a.difference`: dense minus sparse output, in q's dtype.
     """
@@ -40,43 +39,33 @@ class Cs4aDecision:
     implementation: Implementation | None = None
 
     name = "cs4a decision"
-    layouts = ("packed", "aligned")
-    reads = frozenset[str]()
 
     @property
-    def writes(self) -> frozenset[str]:
+    def writes(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({COLUMNS, DIFFERENCE} if self.cache else {COLUMNS})
 
-    def pairs(self, place: Place) -> float:
-        return float(place.dense_pairs)
-
     def __call__(
-        self,
-        q: Float[Array, "R H T D"],
-        k: Float[Array, "Rk H S D"],
-        v: Float[Array, "Rk H S D"],
-        place: Place,
-        state: LayerState,
-    ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
+        self, view: View, q: Float[Array, "R H T D"], place: Place, state: LayerState
+    ) -> Output:
         """Dense output, the kept columns [R, H, G, K] and the difference [R, H, T, D]."""
         del state
         selection, cached = self.selection, _cache_options(place, self.implementation)
         out, sums = pallas_kernels.attention_column_sums(
-            q, k, v, place.kv_length, selection.group, hidden_finite=place.hidden_finite, **cached
+            q, *view, place.kv_length, selection.group, hidden_finite=place.hidden_finite, **cached
         )
         chosen = lists.select(sums, selection, place, self.implementation)
         if not self.cache:
-            return out, {COLUMNS: chosen}
+            return Output(out, {COLUMNS: chosen})
         columns, counts = lists.at_decision(chosen, selection, place)
         sparse = pallas_kernels.column_sparse_attention(
-            q, k, v, columns, counts, kv_length=place.kv_length, group=selection.group,
+            q, *view, columns, counts, kv_length=place.kv_length, group=selection.group,
             granularity=selection.granularity, **cached,
         )  # fmt: skip
-        return out, {COLUMNS: chosen, DIFFERENCE: out - sparse}
+        return Output(out, {COLUMNS: chosen, DIFFERENCE: out - sparse})
 
 
 @dataclasses.dataclass(frozen=True)
-class Cs4aSparse:
+class Cs4aSparse(ReadsAll):
     """Attention to columns chosen at an earlier scale and to the scale's own local run."""
 
     reuse: Reuse
@@ -84,11 +73,9 @@ class Cs4aSparse:
     implementation: Implementation | None = None
 
     name = "cs4a"
-    layouts = ("packed", "aligned")
-    writes = frozenset[str]()
 
     @property
-    def reads(self) -> frozenset[str]:
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({COLUMNS, DIFFERENCE} if self.cache else {COLUMNS})
 
     def pairs(self, place: Place) -> float:
@@ -104,19 +91,14 @@ class Cs4aSparse:
         return (keys * lists.group_sizes(place, selection.group)).sum(-1).mean()
 
     def __call__(
-        self,
-        q: Float[Array, "R H T D"],
-        k: Float[Array, "Rk H S D"],
-        v: Float[Array, "Rk H S D"],
-        place: Place,
-        state: LayerState,
-    ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
+        self, view: View, q: Float[Array, "R H T D"], place: Place, state: LayerState
+    ) -> Output:
         """Sparse output plus the upsampled output cache; leaves no state."""
         rows = q.shape[0]
         selection = self.reuse.selection
         columns, counts = lists.at_later_scale(state[COLUMNS][:rows], self.reuse, place)
         out = pallas_kernels.column_sparse_attention(
-            q, k, v, columns, counts, kv_length=place.kv_length, group=selection.group,
+            q, *view, columns, counts, kv_length=place.kv_length, group=selection.group,
             granularity=selection.granularity, **_cache_options(place, self.implementation),
         )  # fmt: skip
         if self.cache:
@@ -125,7 +107,7 @@ class Cs4aSparse:
                 state[DIFFERENCE][:rows], sizes[self.reuse.decision], sizes[place.index]
             )
             out = (out + missed).astype(out.dtype)
-        return out, {}
+        return Output(out)
 
 
 def cs4a(
@@ -172,7 +154,7 @@ def cs4a(
 def _cache_options(place: Place, implementation: Implementation | None) -> dict[str, Any]:
     """What every kernel call needs to know of the cache and of the model's logits."""
     return {
-        "gaps": place.layout.gaps(place.index),
+        "gaps": place.gaps,
         "logit_bound": place.logit_bound,
         "implementation": implementation,
     }

@@ -15,8 +15,8 @@ import pallas_kernels
 from pallas_kernels import boxes_table, sparsity
 from pallas_kernels.api import Implementation
 from sparvar_jax.plans.plan import Plan
-from sparvar_jax.plans.schedule import LayoutName
-from sparvar_jax.plans.strategy import LayerState, Place
+from sparvar_jax.plans.rows import LayoutName
+from sparvar_jax.plans.strategy import LayerState, Output, Place, ReadsAll, View
 from sparvar_jax.policies.indices import scale_index
 from sparvar_jax.policies.routing import Layers, Policy, assign
 
@@ -27,7 +27,7 @@ SINKS = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Csla:
+class Csla(ReadsAll):
     """Cross-scale local attention of one scale.
 
     windows: one a key scale, counted from the schedule's end; w sees w // 2 to each side of the
@@ -42,9 +42,6 @@ class Csla:
     block: int = 128
     exact: bool = False
     implementation: Implementation | None = None
-
-    reads = frozenset[str]()
-    writes = frozenset[str]()
 
     def __post_init__(self):
         if self.form not in ("blocks", "boxes"):
@@ -62,13 +59,21 @@ class Csla:
         return f"csla blocks {self.block}" if self.form == "blocks" else f"csla boxes{exact}"
 
     @property
-    def layouts(self) -> tuple[LayoutName, ...]:
+    def layouts(self) -> tuple[LayoutName, ...]:  # type: ignore[override]
         return ("packed",) if self.form == "blocks" else ("aligned", "packed")
 
     def at(self, place: Place) -> tuple[sparsity.Geometry, tuple[int, ...], int]:
         """(geometry, one window a key grid, leading sink grids) of the scale drawn."""
         windows = windows_of(self.windows, len(place.schedule))[: place.index + 1]
-        return geometry_of(place), windows, min(self.sinks, place.index + 1)
+        sinks = max(self.sinks, int(place.schedule.prefix))  # a prefix has no places to be near
+        return geometry_of(place), windows, min(sinks, place.index + 1)
+
+    def scales(self, place: Place) -> frozenset[int]:
+        """Boxes read the sinks and the windows alone; blocks touch their neighbours."""
+        if self.form == "blocks":
+            return super().scales(place)
+        _, windows, sinks = self.at(place)
+        return frozenset(i for i, window in enumerate(windows) if i < sinks or window >= 0)
 
     def pairs(self, place: Place) -> float:
         geometry, windows, sinks = self.at(place)
@@ -83,30 +88,25 @@ class Csla:
         return float((table.valid.sum(1) * queries).sum())
 
     def __call__(
-        self,
-        q: Float[Array, "R H T D"],
-        k: Float[Array, "Rk H S D"],
-        v: Float[Array, "Rk H S D"],
-        place: Place,
-        state: LayerState,
-    ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
+        self, view: View, q: Float[Array, "R H T D"], place: Place, state: LayerState
+    ) -> Output:
         """Attention under the windows; leaves no state."""
         del state
         geometry, windows, sinks = self.at(place)
         if self.form == "boxes":
             out = pallas_kernels.window_attention(
-                q, k, v, geometry, windows, sinks,
+                q, *view, geometry, windows, sinks,
                 exact=self.exact, implementation=self.implementation,
                 logit_bound=place.logit_bound,
             )  # fmt: skip
-            return out, {}
+            return Output(out)
         blocks = sparsity.csla_blocks(geometry, windows, sinks, self.block, self.block)
         out = pallas_kernels.block_sparse_attention(
-            q, k, v, blocks, implementation=self.implementation,
+            q, *view, blocks, implementation=self.implementation,
             logit_bound=place.logit_bound, hidden_finite=place.hidden_finite,
         )  # fmt: skip
         assert isinstance(out, jax.Array)
-        return out, {}
+        return Output(out)
 
 
 def csla(
@@ -144,12 +144,11 @@ def windows_of(windows: tuple[int, ...], count: int) -> tuple[int, ...]:
 
 def geometry_of(place: Place) -> sparsity.Geometry:
     """The kernels' view of the scale drawn and of every scale in the cache."""
-    layout, scale = place.layout, place.scale
     keys = tuple(
-        sparsity.KeyGrid(height, width, layout.starts[index], layout.pitches[index])
-        for index, (height, width) in enumerate(layout.sizes[: place.index + 1])
+        sparsity.KeyGrid(*span.size, span.start, span.pitch)
+        for span in place.rows.spans[: place.index + 1]
     )
-    return sparsity.Geometry(scale.height, scale.width, keys)
+    return sparsity.Geometry(place.scale.height, place.scale.width, keys)
 
 
 def token_pairs(geometry: sparsity.Geometry, windows: tuple[int, ...], sinks: int) -> float:

@@ -53,7 +53,7 @@ def kept_count(length: int, keep: float, multiple: int) -> int:
 
 def unit_tokens(place: Place, granularity: int) -> Int[np.ndarray, "units"]:
     """Tokens in every run of `granularity` cache rows filled at a place."""
-    valid = place.layout.valid(place.index)
+    valid = place.rows.valid(place.index)
     return np.pad(valid, (0, -len(valid) % granularity)).reshape(-1, granularity).sum(1)
 
 
@@ -130,11 +130,12 @@ def relative_map(scales: tuple[Scale, ...], decision: int, index: int) -> Int[np
     """Where each key up to the decision scale lies when everything moves on by `index - decision`.
 
     A token (y, x) of scale j goes to scale max(index - (decision - j), 0), to the cell
-    (floor(y * height' / height), floor(x * width' / width)).
+    (floor(y * height' / height), floor(x * width' / width)). A prefix of text stays where it is.
     """
-    parts = []
+    parts, coarsest = [], 0 if scales[0].grid else 1
     for source in scales[: decision + 1]:
-        target = scales[max(index - (decision - source.index), 0)]
+        target = scales[max(index - (decision - source.index), coarsest)]
+        target = target if source.grid else source
         y = np.arange(source.height) * target.height // source.height
         x = np.arange(source.width) * target.width // source.width
         parts.append((target.offset + y[:, None] * target.width + x).reshape(-1))

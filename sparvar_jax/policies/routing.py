@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sparvar_jax.plans.plan import Plan, Step, map_attention
-from sparvar_jax.plans.schedule import LayoutName
+from sparvar_jax.plans.rows import LayoutName
 from sparvar_jax.plans.strategy import Attention, Dense
 
 Policy = Callable[[Plan], Plan]

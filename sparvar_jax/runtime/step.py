@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from sparvar_jax.models import sampling
+from sparvar_jax.models.family import Draw, How, ScaleModel
 from sparvar_jax.models.layers import Stream
-from sparvar_jax.plans import cache as kv_cache
+from sparvar_jax.plans.attend import Attend, HeadSplit
 from sparvar_jax.plans.plan import Plan, Step
-from sparvar_jax.plans.strategy import Attention, Place
+from sparvar_jax.plans.stores import CacheShape, Store, Write
+from sparvar_jax.plans.strategy import AllTokens, Place
 
 
 @jax.tree_util.register_dataclass
@@ -22,11 +24,13 @@ from sparvar_jax.plans.strategy import Attention, Place
 class State:
     """What one scale hands to the next; its buffers are updated in place, so use it once.
 
-    cache: keys and values of every layer. strategies: the layer state of every layer.
-    code_sum: accumulated codes on the final latent grid. codes: the next scale's input codes.
+    cache: what the store of every layer keeps. shared: buffers that the layers of one store hand on
+    to each other. strategies: the layer state of every layer. code_sum: accumulated codes on the
+    final latent grid. codes: the next scale's input codes.
     """
 
-    cache: tuple[kv_cache.LayerCache, ...]
+    cache: tuple[Any, ...]
+    shared: tuple[Any, ...]
     strategies: tuple[dict[str, jax.Array], ...]
     code_sum: Float[Array, "B height width Cd"]
     codes: Float[Array, "B T N"] | None
@@ -35,136 +39,235 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScaleOutput:
-    """What one scale drew. tokens: labels or ids. captured: inner arrays, if asked for."""
+    """What one scale drew.
 
-    tokens: Int[Array, "B T ..."]
+    tokens: labels or ids. captured: inner arrays, if asked for. reports: of every layer, what its
+    attention reports.
+    """
+
+    tokens: Shaped[Array, "B T ..."]
     captured: dict[str, jax.Array]
+    reports: tuple[dict[str, jax.Array], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """Everything static about one compiled step. Equal specs share one executable."""
+    """Everything static about one compiled step. Equal specs share one executable.
+
+    places, stores: of every layer. keep: the state entries of every layer that are read later.
+    pools: the stores that share buffers, each once.
+    """
 
     step: Step
-    place: Place
+    places: tuple[Place, ...]
+    stores: tuple[Store, ...]
+    pools: tuple[Store, ...]
+    keep: tuple[frozenset[str], ...]
     following: int | None
-    live: tuple[frozenset[str], ...]
-    greedy: bool
-    capture: bool
-    forced: bool
+    how: How = "sample"
+    capture: bool = False
+    forced: bool = False
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        named = (self.following, self.how, self.capture, self.forced)
+        return hash((self.step, self.places[0], self.keep[0], *named))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 def step_spec(
-    plan: Plan,
-    index: int,
-    *,
-    logit_bound: float | None = None,
-    greedy: bool = False,
-    capture: bool = False,
-    forced: bool = False,
+    plan: Plan, index: int, *, logit_bound: float | None = None, **options: Any
 ) -> StepSpec:
-    """The static part of step `index` of a plan."""
+    """The static part of step `index` of a plan. options: `how`, `capture`, `forced`."""
+    layers = range(plan.depth)
     # Cache buffers begin as zeros, and every scale clears the rows after its own.
-    place = dataclasses.replace(plan.place(index), logit_bound=logit_bound, hidden_finite=True)
-    last = index + 1 == len(plan.steps)
-    live = tuple(plan.live_after(index, layer) for layer in range(plan.depth))
-    following = None if last else index + 1
-    return StepSpec(plan.steps[index], place, following, live, greedy, capture, forced)
+    known = {"logit_bound": logit_bound, "hidden_finite": True}
+    unique: dict[Place, Place] = {}
+    places = tuple(
+        unique.setdefault(place, place)
+        for place in (dataclasses.replace(plan.place(index, layer), **known) for layer in layers)
+    )
+    return StepSpec(
+        plan.steps[index],
+        places,
+        tuple(plan.store(layer) for layer in layers),
+        pools(plan),
+        tuple(plan.live_after(index, layer) for layer in layers),
+        None if index + 1 == len(plan.steps) else index + 1,
+        **options,
+    )
+
+
+def pools(plan: Plan) -> tuple[Store, ...]:
+    """The stores of a plan, each once, in the order of layers."""
+    return tuple(dict.fromkeys(plan.store(layer) for layer in range(plan.depth)))
 
 
 def empty_state(
-    model: Any, plan: Plan, batch: int, cache: tuple[kv_cache.LayerCache, ...] | None = None
+    model: ScaleModel, plan: Plan, batch: int, buffers: tuple[Any, Any] | None = None
 ) -> State:
-    """The state before the first scale: cache buffers, zeroed unless given; an empty code sum."""
-    config = model.config
-    rows = 2 * batch if plan.steps[0].rows == "both" else batch
-    if cache is None:
-        layout = plan.schedule.layout(plan.layout)
-        dtype = config.precision.compute
-        cache = kv_cache.allocate(config.depth, rows, config.heads, config.head_dim, layout, dtype)
-    code_sum = type(model).start_codes(config, batch, plan.schedule)
-    return State(cache, tuple({} for _ in range(config.depth)), code_sum, None)
+    """The state before the first scale: empty caches and an empty code sum.
+
+    buffers: (cache, shared) of an earlier generation to use again; a step reads rows only after
+    writing them.
+    """
+    if buffers is None:
+        config, rows = model.config, batch * plan.row_factor
+        shape = CacheShape(rows, config.heads, config.head_dim, config.precision.compute)
+        buffers = empty_buffers(plan, shape)
+    strategies: tuple[dict[str, jax.Array], ...] = tuple({} for _ in range(plan.depth))
+    return State(*buffers, strategies, model.start_codes(batch, plan.schedule), None)
 
 
-@functools.partial(jax.jit, static_argnames=("apply_block", "config", "place", "attention"))
+def empty_buffers(plan: Plan, shape: CacheShape) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(what every layer keeps, what layers share) before the first scale."""
+    layers, pooled = range(plan.depth), pools(plan)
+    first = {store: next(n for n in layers if plan.store(n) == store) for store in pooled}
+    return (
+        tuple(plan.store(layer).start(shape, plan.whole_rows(layer)) for layer in layers),
+        tuple(store.shared(shape, plan.whole_rows(first[store])) for store in pooled),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "place", "attention", "store", "heads"))
 def _layer(
-    block, stream, inputs, positions, cache, state, *, apply_block, config, place, attention
+    block, stream, inputs, positions, kept, shared, state, *, config, place, attention, store, heads
 ):
     """One block with its cache and strategy; jitted so that equal layers are traced once."""
-    left: dict[str, Any] = {}
+    left: list[Any] = []
 
-    def attend(write: kv_cache.Write) -> jax.Array:
-        q, keys, values = write(cache[0], cache[1], place.layout.slot(place.index))
-        out, update = _attend(q, keys, values, state, attention=attention, place=place)
-        left.update(cache=(keys, values), state={**state, **update})
-        return out
+    def attend(write: Write) -> jax.Array:
+        q, held = store.write(kept, shared, write, place)
+        view = store.view(held, place)
+        output = _attend(q, view, state, attention=attention, place=place)
+        left.extend((*store.keep(held, q, place), {**state, **output.state}, dict(output.report)))
+        return output.out
 
-    stream = apply_block(config, block, stream, inputs, positions, attend)
-    return stream, left["cache"], left["state"]
+    stream = block(stream, inputs, positions, Attend(attend, heads), config)
+    return stream, left
 
 
 @functools.partial(jax.jit, static_argnames=("attention", "place"))
-def _attend(q, keys, values, state, *, attention, place):
+def _attend(q, view, state, *, attention, place):
     """A strategy's attention; jitted so that layers of different structure lower it once."""
-    return attention(q.astype(keys.dtype), keys, values, place, state)
+    return attention(view, q.astype(view.k.dtype), place, state)
 
 
 def split_state(state: State) -> tuple[Any, Any]:
     """The buffers a step updates in place, to be donated, and what it only reads."""
-    return (state.cache, state.code_sum), (state.strategies, state.codes)
+    return (state.cache, state.shared, state.code_sum), (state.strategies, state.codes)
 
 
-def draw_scale(leaves, condition, donated, read, controls, keys, forced, *, treedef, spec):
+def draw_scale(
+    parameters, condition, donated, read, controls, keys, forced, *, treedef, spec, heads
+):
     """Pure body of one compiled step; see `Generator.decode_scale`."""
-    model, codebook = jax.tree.unflatten(treedef, leaves)
-    (cache, code_sum), (strategies, codes) = donated, read
-    state = State(cache, strategies, code_sum, codes)
-    place, step, config = spec.place, spec.step, model.config
-    batch = state.code_sum.shape[0]
-    rows = 2 * batch if step.rows == "both" else batch
-    captured: dict[str, jax.Array] = {}
-    x = model.embed_codes(state.codes, condition)[:rows]
-    captured["input"] = x
-    stream = Stream(model.add_level(x, place))
-    positions = model.positions(place)
-    guidance = controls.guidance[place.index]
-    caches, kept = [], []
-    for layer in range(step.depth):
-        attention: Attention = step.segment(layer).attention
-        stream, cache, left = _layer(
-            model.blocks[layer],
-            stream,
-            model.block_inputs(layer, condition),
-            positions,
-            state.cache[layer],
-            state.strategies[layer],
-            apply_block=type(model).apply_block,
-            config=config,
-            place=place,
-            attention=attention,
-        )
-        caches.append(cache)
-        kept.append({name: left[name] for name in sorted(spec.live[layer])})
-        if layer == step.merge_at:
-            mixed = sampling.mix(stream.settled(), guidance)
-            stream = Stream(jnp.concatenate([mixed, mixed]))
-        if spec.capture:
-            captured[f"hidden.{layer}"] = stream.settled()
+    model, codebook = jax.tree.unflatten(treedef, parameters)
+    (cache, shared, code_sum), (strategies, codes) = donated, read
+    step, place, batch = spec.step, spec.places[0], code_sum.shape[0]
+    rows = batch * step.row_factor
+    body = _Body(model, condition, spec, heads, controls.guidance[place.index], codes)
+    x = model.embed_codes(codes, condition)[:rows]
+    left = _Left(list(cache), list(shared), [dict(state) for state in strategies])
+    captured, stream = {"input": x}, Stream(model.add_level(x, place))
+    for segment in step.segments:
+        stream = body.segment(segment, stream, left, captured)
     x = stream.settled()
-    on_logits = step.merge_at == step.depth
-    raw = model.head_logits(x if on_logits or spec.capture else x[:batch], condition)
-    tempered = raw / controls.temperature[place.index]
-    guided = sampling.mix(tempered, guidance) if on_logits else tempered[:batch]
-    captured |= {"raw_logits": raw, "guided_logits": guided}
-    if spec.forced:
-        tokens = forced
-    else:
-        drawn = None if spec.greedy else jax.vmap(jax.random.fold_in, (0, None))(keys, place.index)
-        tokens = type(model).sample(config, guided, controls, drawn)
+    drawn_keys = None
+    if spec.how != "greedy":
+        drawn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, place.index)
+    guided = step.merge_at == step.depth
+    draw = Draw(controls, place.index, batch, drawn_keys, spec.how, guided, spec.capture, forced)
+    drawn = model.finish(x, condition, place, draw)
     scales = place.schedule.scales
     following = None if spec.following is None else scales[spec.following]
-    code_sum, codes = type(model).accumulate(
-        config, tokens, state.code_sum, place.scale, following, codebook
-    )
-    left_state = State(tuple(caches), tuple(kept), code_sum, codes)
-    return left_state, ScaleOutput(tokens, captured if spec.capture else {})
+    code_sum, codes = model.accumulate(drawn, code_sum, place.scale, following, codebook)
+    state = State(tuple(left.cache), tuple(left.shared), tuple(left.states), code_sum, codes)
+    shown = captured | drawn.captured if spec.capture else {}
+    return state, ScaleOutput(drawn.tokens, shown, tuple(left.reports))
+
+
+@dataclasses.dataclass
+class _Left:
+    """What the layers of a step leave behind, filled while it is traced."""
+
+    cache: list[Any]
+    shared: list[Any]
+    states: list[dict[str, jax.Array]]
+    reports: list[dict[str, jax.Array]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Body:
+    """The layers of one step."""
+
+    model: Any
+    condition: Any
+    spec: StepSpec
+    heads: HeadSplit
+    guidance: Float[Array, ""]
+    codes: Float[Array, "B T N"] | None
+
+    def segment(self, segment: Any, stream: Stream, left: _Left, captured: dict) -> Stream:
+        """The residual stream after a segment: its tokens are selected, run, and restored."""
+        first, last = segment.layers[0], segment.layers[1] - 1
+        place, before, kept = self.spec.places[first], None, None
+        positions = self.model.positions(self.condition, place)
+        if not isinstance(segment.tokens, AllTokens):
+            before = stream.settled()
+            kept = segment.tokens.select(before, self.codes, place, left.states[first])
+        entry = left.states[first]
+        if kept is not None:
+            stream = Stream(_take(before, kept))
+            positions = jax.tree.map(lambda table: _take(_by_row(table), kept), positions)
+        for layer in range(first, last + 1):
+            stream = self.layer(layer, segment, stream, positions, left)
+            if self.spec.capture and layer != last:
+                captured[f"hidden.{layer}"] = stream.settled()
+        if kept is not None:
+            x, more = segment.tokens.restore(before, stream.settled(), kept, place, entry)
+            stream = Stream(x)
+            left.states[first] |= {n: more[n] for n in more if n in self.spec.keep[first]}
+        if last == self.spec.step.merge_at:
+            mixed = sampling.mix(stream.settled(), self.guidance)
+            stream = Stream(jnp.concatenate([mixed, mixed]))
+        if self.spec.capture:
+            captured[f"hidden.{last}"] = stream.settled()
+        return stream
+
+    def layer(
+        self, layer: int, segment: Any, stream: Stream, positions: Any, left: _Left
+    ) -> Stream:
+        """The residual stream after one block."""
+        store = self.spec.stores[layer]
+        pool = self.spec.pools.index(store)
+        stream, (kept, shared, state, report) = _layer(
+            self.model.blocks[layer],
+            stream,
+            self.model.block_inputs(layer, self.condition),
+            positions,
+            left.cache[layer],
+            left.shared[pool],
+            left.states[layer],
+            config=self.model.config,
+            place=self.spec.places[layer],
+            attention=segment.attention,
+            store=store,
+            heads=self.heads,
+        )
+        left.cache[layer], left.shared[pool] = kept, shared
+        keep = sorted(self.spec.keep[layer])
+        left.states[layer] = {name: state[name] for name in keep if name in state}
+        left.reports.append(report)
+        return stream
+
+
+def _by_row(table: Float[Array, "... T D"]) -> Float[Array, "... T D"]:
+    return table if table.ndim == 3 else table[None]
+
+
+def _take(x: Float[Array, "... T C"], kept: Int[Array, "R T2"]) -> Float[Array, "R T2 C"]:
+    """The kept tokens of every row."""
+    return jnp.take_along_axis(x, kept[..., None], axis=1)

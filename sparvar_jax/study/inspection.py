@@ -7,8 +7,7 @@ first row (conditional) is measured. Nothing here is fast: it forms all scores, 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +17,14 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import boxes_table
 from sparvar_jax.plans.plan import Plan, map_attention
-from sparvar_jax.plans.strategy import Attention, LayerState, Place
+from sparvar_jax.plans.strategy import Attention, LayerState, Output, Place, View
 from sparvar_jax.policies.adaptive import carry_matrices
 from sparvar_jax.policies.csla import WINDOWS, geometry_of, windows_of
 from sparvar_jax.policies.indices import ceil_div
+from sparvar_jax.runtime.step import ScaleOutput
 
-_RECORDERS: dict[int, dict[tuple[int, int], dict[str, np.ndarray]]] = {}
-_numbers = itertools.count()
+Found = dict[tuple[int, int], dict[str, np.ndarray]]
+"""(scale, layer) -> what was measured there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,9 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """An attention that also reports on its layer to a recorder on the host."""
+    """An attention that also reports on its layer."""
 
     inner: Attention
-    layer: int
-    recorder: int
     options: Options
 
     @property
@@ -68,25 +66,18 @@ class Observed:
     def pairs(self, place: Place) -> float:
         return self.inner.pairs(place)
 
+    def scales(self, place: Place) -> frozenset[int]:
+        return self.inner.scales(place)
+
     def __call__(
-        self,
-        q: Float[Array, "R H T D"],
-        k: Float[Array, "Rk H S D"],
-        v: Float[Array, "Rk H S D"],
-        place: Place,
-        state: LayerState,
-    ) -> tuple[Float[Array, "R H T D"], dict[str, jax.Array]]:
-        """The inner attention's result; what was measured goes to the recorder."""
-        out, left = self.inner(q, k, v, place, state)
-        found = measure(q[:1], k[:1], place, self.options)
-        found["kept"] = kept_blocks(self.inner, q[:1], k[:1], place, state, self.options.block)
-
-        def keep(values: dict[str, np.ndarray]) -> None:
-            slot = _RECORDERS[self.recorder]
-            slot[place.index, self.layer] = {n: np.asarray(x) for n, x in values.items()}
-
-        jax.debug.callback(keep, found)
-        return out, left
+        self, view: View, q: Float[Array, "R H T D"], place: Place, state: LayerState
+    ) -> Output:
+        """The inner attention's result, with what was measured as its report."""
+        output = self.inner(view, q, place, state)
+        found = measure(q[:1], view.k[:1], place, self.options)
+        first = View(view.k[:1], view.v[:1])
+        found["kept"] = kept_blocks(self.inner, q[:1], first, place, state, self.options.block)
+        return output._replace(report=found)
 
 
 def measure(
@@ -96,7 +87,7 @@ def measure(
 
     map [H, query blocks, key blocks], rows sum to one; sinks [H]; inside [H] (windows and sinks).
     """
-    rows = place.layout.physical(place.index)
+    rows = place.rows.physical(place.index)
     keys = k[0][:, rows].astype(jnp.float32)
     heads, queries, depth = q.shape[1:]
     block = options.block
@@ -149,7 +140,7 @@ def window_mask(tile: jax.Array, place: Place, options: Options) -> Bool[Array, 
 def kept_blocks(
     attention: Attention,
     q: Float[Array, "1 H T D"],
-    k: Float[Array, "1 H S D"],
+    view: View,
     place: Place,
     state: LayerState,
     block: int,
@@ -158,7 +149,8 @@ def kept_blocks(
 
     Blocks it never reads get zero. Carried outputs ("difference") are left out.
     """
-    rows, depth = place.layout.physical(place.index), k.shape[-1]
+    rows, (k, _) = place.rows.physical(place.index), view
+    depth = k.shape[-1]
     number = np.full(k.shape[2], -1)
     number[rows] = np.arange(len(rows)) // block
     quiet = {
@@ -168,7 +160,7 @@ def kept_blocks(
     parts = []
     for first in range(0, int(number.max()) + 1, depth):
         hot = jnp.asarray(number[:, None] == first + np.arange(depth), k.dtype)
-        out = attention(q, k, jnp.broadcast_to(hot, k.shape), place, quiet)[0]
+        out = attention(View(k, jnp.broadcast_to(hot, k.shape)), q, place, quiet).out
         parts.append(out[0].astype(jnp.float32))
     mass = jnp.concatenate(parts, -1)[..., : int(number.max()) + 1]
     pad = -mass.shape[1] % block
@@ -177,23 +169,25 @@ def kept_blocks(
     return mass / jnp.maximum(mass.sum(-1, keepdims=True), 1e-9)
 
 
-def observe(plan: Plan, options: Options) -> tuple[Plan, int]:
-    """(the plan with observed attention in its last scales, the recorder's number)."""
-    number = next(_numbers)
-    _RECORDERS[number] = {}
+def observe(plan: Plan, options: Options) -> Plan:
+    """The plan with observed attention in its last scales."""
     first = len(plan.schedule) - options.scales
 
     def watch(step, layer):
         inner = step.segment(layer).attention
-        return Observed(inner, layer, number, options) if step.scale.index >= first else None
+        return Observed(inner, options) if step.scale.index >= first else None
 
-    return map_attention(plan, watch), number
+    return map_attention(plan, watch)
 
 
-def collect(number: int) -> dict[tuple[int, int], dict[str, np.ndarray]]:
-    """What a recorder got, (scale, layer) -> arrays; waits for the device, frees the recorder."""
-    jax.effects_barrier()
-    return _RECORDERS.pop(number)
+def collect(outputs: Sequence[ScaleOutput]) -> Found:
+    """What the layers of an observed generation reported."""
+    return {
+        (scale, layer): {name: np.asarray(value) for name, value in report.items()}
+        for scale, output in enumerate(outputs)
+        for layer, report in enumerate(output.reports)
+        if report
+    }
 
 
 def summarise(
@@ -207,7 +201,7 @@ def summarise(
     rows = []
     for (scale, layer), arrays in sorted(found.items()):
         step = next(i for i, s in enumerate(plan.steps) if s.scale.index == scale)
-        place = dataclasses.replace(plan.place(step), layout_name="packed")
+        place = dataclasses.replace(plan.place(step), layout_name="packed", rows=None)
         before = found.get((scale - 1, layer))
         kept = arrays["kept"] > 1e-7
         rows.append(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.plans.plan import Plan
-from sparvar_jax.study import inspection as inspect
+from sparvar_jax.study import inspection
 from sparvar_jax.study.inspection import Options
 from sparvar_jax.weights.files import whole_file
 
@@ -40,11 +40,10 @@ def inspect_prompt(
     """
     options = options or Options()
     resolved = pipe.request([prompt], plan=plan, **request)
-    watched, number = inspect.observe(resolved.plan, options)
-    code_sum, _ = pipe.generator.run(watched, resolved.condition, resolved.controls, resolved.keys)
-    np.asarray(code_sum)
-    found = inspect.collect(number)
-    rows = inspect.summarise(resolved.plan, found, options)
+    watched = inspection.observe(resolved.plan, options)
+    _, outputs = pipe.generator.run(watched, resolved.condition, resolved.controls, resolved.keys)
+    found = inspection.collect(outputs)
+    rows = inspection.summarise(resolved.plan, found, options)
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "prompt": prompt,

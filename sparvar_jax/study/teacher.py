@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparvar_jax.models.layers import Stream
-from sparvar_jax.plans.cache import Write
-from sparvar_jax.plans.schedule import Scale, ScaleSchedule, Slot
+from sparvar_jax.plans.attend import Attend
+from sparvar_jax.plans.rows import Slot
+from sparvar_jax.plans.schedule import Scale, ScaleSchedule
+from sparvar_jax.plans.stores import Write
 from sparvar_jax.plans.strategy import Place
 
 TOGETHER = 128
@@ -93,13 +95,11 @@ def teacher_forced_logits(
     layers. remat: keep only the residual stream of every block for the backward pass.
     """
     places = [Place(schedule, "packed", index) for index in range(len(codes) + 1)]
-    inputs = [model.embed_codes(None, condition)]
-    inputs += [model.embed_codes(code, condition) for code in codes]
-    x = jnp.concatenate(
-        [model.add_level(x, place) for x, place in zip(inputs, places, strict=True)], axis=1
-    )
-    rotary = zip(*(model.positions(place) for place in places), strict=True)
-    positions = tuple(jnp.concatenate(part) for part in rotary)
+    inputs = zip((None, *codes), places, strict=True)
+    entering = [model.add_level(model.embed_codes(c, condition), place) for c, place in inputs]
+    x = jnp.concatenate(entering, axis=1)
+    rotary = [model.positions(condition, place) for place in places]
+    positions = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), *rotary)
     # Kernels have no derivative.
     config = dataclasses.replace(model.config, fused="xla")
     buffer = jnp.zeros((x.shape[0], config.heads, x.shape[1], config.head_dim), config.dtype)
@@ -114,7 +114,7 @@ def teacher_forced_logits(
 
     def apply(x: Array, layer: tuple[Any, Any]) -> tuple[Array, None]:
         block, inputs = layer
-        stream = model.apply_block(config, block, Stream(x), inputs, positions, attend)
+        stream = block(Stream(x), inputs, positions, Attend(attend), config)
         return stream.settled(), None
 
     apply = jax.checkpoint(apply) if remat else apply

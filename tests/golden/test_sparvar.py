@@ -22,6 +22,7 @@ from sparvar_jax.policies.columns import Reuse, Selection
 from sparvar_jax.policies.cs4a import COLUMNS, DIFFERENCE, Cs4aDecision, Cs4aSparse
 from sparvar_jax.policies.csla import Csla
 from tests.golden.support import golden_stems, load_golden
+from tests.policies.support import attend
 
 INDEX = golden_stems("sparvar_index*")
 ATTENTION = golden_stems("sparvar_attention*")
@@ -201,7 +202,7 @@ def test_end_to_end(golden, stem):
     selection = Selection(
         sidecar["top_keys"], sidecar["query_group"], sidecar["counts_multiple_of"]
     )
-    out, state = Cs4aDecision(selection)(q[10], k, v, place(10), {})
+    out, state = attend(Cs4aDecision(selection), q[10], k, v, place(10), {})
     close(out, tensors["decision.output_dense"], sidecar)
     close(state[DIFFERENCE], tensors["decision.o_cache"], sidecar)
     reuse = Reuse(sidecar["decision_scale"], selection, tuple(sidecar["cs4a_windows_scale11_12"]))
@@ -210,7 +211,7 @@ def test_end_to_end(golden, stem):
         rows = stored.shape[0]
         lists, _ = columns.at_later_scale(state[COLUMNS][:rows], reuse, place(scale))
         assert lists.shape == stored.shape == (*stored.shape[:-1], count)
-        ours, _ = Cs4aSparse(reuse)(q[scale][:rows], k, v, place(scale), state)
+        ours, _ = attend(Cs4aSparse(reuse), q[scale][:rows], k, v, place(scale), state)
         missed = columns.upsample(
             state[DIFFERENCE][:rows], SCHEDULE.sizes[10], SCHEDULE.sizes[scale]
         )
@@ -222,6 +223,6 @@ def test_end_to_end(golden, stem):
 def test_csla_attention(golden, stem):
     sidecar, tensors = golden(stem)
     q, k, v = inputs(golden, stem)
-    out, state = Csla()(q[12], k, v, place(12), {})
+    out, state = attend(Csla(), q[12], k, v, place(12), {})
     assert not state
     close(out, tensors["csla.scale12.output"], sidecar)

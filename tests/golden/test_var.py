@@ -218,7 +218,7 @@ def test_greedy_generation_from_nothing(stem):
         condition(stem),
         generate.controls(len(data.sides), guidance=data.guidance, temperature=1.0),
         sampling.image_keys(0, len(data.tensors["labels"])),
-        greedy=True,
+        how="greedy",
     )
     for output, ids in zip(outputs, data.scales("argmax.token_ids.scale"), strict=True):
         np.testing.assert_array_equal(jax.device_get(output.tokens), ids)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparvar_jax.plans.schedule import ASPECT_TABLES, ScaleSchedule, infinity_schedule
-from sparvar_jax.plans.strategy import Place
+from sparvar_jax.plans.strategy import Place, View
 
 SMALL = ScaleSchedule.of(((1, 1), (2, 2), (3, 3), (5, 4), (8, 6), (10, 8), (13, 11)))
 VAR_256 = ScaleSchedule.of(tuple((s, s) for s in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)))
@@ -23,13 +23,19 @@ VAR = {"VAR-256": VAR_256, "VAR-512": VAR_512}
 def cache(place: Place, rows: int = 1, heads: int = 2, depth: int = 16, seed: int = 0):
     """(q, k, v) for a scale; k and v in the place's cache layout, zeros where no token lives."""
     draw = np.random.default_rng(seed)
-    layout, scale = place.layout, place.scale
+    layout, scale = place.rows, place.scale
     q = draw.normal(size=(rows, heads, scale.tokens, depth)).astype(np.float32)
     tokens = draw.normal(size=(2, rows, heads, place.schedule.tokens, depth)).astype(np.float32)
     filled = np.zeros((2, rows, heads, layout.total, depth), np.float32)
     where = layout.physical(place.index)
     filled[:, :, :, where] = tokens[:, :, :, : len(where)]
     return jnp.asarray(q), jnp.asarray(filled[0]), jnp.asarray(filled[1])
+
+
+def attend(strategy, q, k, v, place: Place, state):
+    """(output, state entries left) of an attention over a plain cache."""
+    output = strategy(View(k, v), q, place, state)
+    return output.out, dict(output.state)
 
 
 def oracle(q, k, v, mask) -> np.ndarray:

@@ -18,7 +18,7 @@ from sparvar_jax.policies.adaptive import (
     carry_matrices,
     choose_blocks,
 )
-from tests.policies.support import EVERY_INFINITY, VAR, VAR_256, cache, oracle
+from tests.policies.support import EVERY_INFINITY, VAR, VAR_256, attend, cache, oracle
 
 MIDDLE = ScaleSchedule.of(tuple((s, s) for s in (1, 2, 4, 6, 9, 12, 16)))
 
@@ -64,12 +64,12 @@ def test_choosing_by_hand():
 @pytest.mark.parametrize("layout", ["packed", "aligned"])
 def test_attention_over_chosen_blocks(layout):
     place, later = Place(MIDDLE, layout, 4), Place(MIDDLE, layout, 6)
-    _, state = AdaptiveDecision(64)(*cache(place), place, {})
+    _, state = attend(AdaptiveDecision(64), *cache(place), place, {})
     assert state[MASS].shape == (1, 2, 1, -(-place.kv_length // 64))
     np.testing.assert_allclose(state[MASS].sum(-1), 1, atol=1e-6)
     strategy = AdaptiveSparse(4, 0.6, 0.6, 0.0, 64, sinks=2)
     q, k, v = cache(later, seed=2)
-    out, left = strategy(q, k, v, later, state)
+    out, left = attend(strategy, q, k, v, later, state)
     assert left == {}
     table = strategy.table(state[MASS], later)
     blocks, counts = np.asarray(table.indices), np.asarray(table.counts)
@@ -80,7 +80,7 @@ def test_attention_over_chosen_blocks(layout):
         for key in blocks[row, head, query, : counts[row, head, query]]:
             where = np.s_[query * 128 : query * 128 + 128, key * 64 : key * 64 + 64]
             mask[row, head][where] = True
-    mask = mask[..., later.layout.physical(later.index)]
+    mask = mask[..., later.rows.physical(later.index)]
     kept = mask.sum((-1, -2)).mean()
     assert float(strategy.kept(state, later)) == pytest.approx(kept)
     assert kept <= strategy.pairs(later)
@@ -90,10 +90,10 @@ def test_attention_over_chosen_blocks(layout):
 
 def test_floor_over_everything_is_dense():
     place, later = Place(MIDDLE, "packed", 4), Place(MIDDLE, "packed", 6)
-    state = AdaptiveDecision()(*cache(place), place, {})[1]
+    state = attend(AdaptiveDecision(), *cache(place), place, {})[1]
     q, k, v = cache(later)
     strategy = AdaptiveSparse(4, cap=1.0, floor=1.0)
-    out = strategy(q, k, v, later, state)[0]
+    out = attend(strategy, q, k, v, later, state)[0]
     np.testing.assert_allclose(out, pallas_kernels.attention(q, k, v, MIDDLE.tokens), atol=1e-5)
     assert strategy.pairs(later) == later.dense_pairs
 

@@ -11,7 +11,7 @@ from sparvar_jax.plans.strategy import Place
 from sparvar_jax.policies import columns, cs4a
 from sparvar_jax.policies.columns import Reuse, Selection
 from sparvar_jax.policies.cs4a import COLUMNS, DIFFERENCE, Cs4aDecision, Cs4aSparse
-from tests.policies.support import EVERY_INFINITY, SMALL, VAR, cache, oracle
+from tests.policies.support import EVERY_INFINITY, SMALL, VAR, attend, cache, oracle
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 SELECTION = Selection(keep=0.3, group=24, multiple=8)
@@ -120,7 +120,7 @@ def test_attention_over_lists(layout, granularity, mapping):
     selection = Selection(0.3, 24, 8, granularity, ranked=mapping == "relative")
     place, later = Place(SMALL, layout, 4), Place(SMALL, layout, 6)
     q, k, v = cache(place)
-    dense, state = Cs4aDecision(selection)(q, k, v, place, {})
+    dense, state = attend(Cs4aDecision(selection), q, k, v, place, {})
     flat_q, flat_k, flat_v = cache(Place(SMALL, "packed", 4))
     everything = np.ones((place.scale.tokens, place.scale.end), bool)
     exact = oracle(flat_q, flat_k, flat_v, everything)
@@ -132,7 +132,7 @@ def test_attention_over_lists(layout, granularity, mapping):
 
     reuse = Reuse(4, selection, (3, 5), mapping, sinks=3)
     q, k, v = cache(later, seed=1)
-    out, left = Cs4aSparse(reuse)(q, k, v, later, state)
+    out, left = attend(Cs4aSparse(reuse), q, k, v, later, state)
     assert left == {}
     flat_q, flat_k, flat_v = cache(Place(SMALL, "packed", 6), seed=1)
     mask = mask_of(*columns.at_later_scale(state[COLUMNS], reuse, later), selection, later)
@@ -152,7 +152,7 @@ def mask_of(lists, counts, selection: Selection, place: Place) -> np.ndarray:
         for unit in lists[row, head, group, : counts[row, head, group]]:
             keys = slice(unit * selection.granularity, (unit + 1) * selection.granularity)
             mask[row, head, queries, keys] = True
-    return mask[..., place.layout.physical(place.index)]
+    return mask[..., place.rows.physical(place.index)]
 
 
 def test_selection_takes_the_heaviest_runs():
@@ -180,7 +180,7 @@ def test_budgets_over_everything_are_dense(granularity):
         q, k, v = cache(place, seed=index)
         reuse = Reuse(4, selection, (99,))
         strategy = Cs4aDecision(selection) if index == 4 else Cs4aSparse(reuse)
-        out, left = strategy(q, k, v, place, state)
+        out, left = attend(strategy, q, k, v, place, state)
         state |= left
         dense = pallas_kernels.attention(q, k, v, place.scale.end)
         np.testing.assert_allclose(out, dense, **CLOSE)
@@ -190,10 +190,10 @@ def test_budgets_over_everything_are_dense(granularity):
 def test_dropped_rows_are_ignored():
     """After the unconditional rows are gone, state of both halves serves the first rows."""
     place, later = Place(SMALL, "packed", 4), Place(SMALL, "packed", 5)
-    state = Cs4aDecision(SELECTION)(*cache(place, rows=2), place, {})[1]
+    state = attend(Cs4aDecision(SELECTION), *cache(place, rows=2), place, {})[1]
     q, k, v = cache(later, rows=2)
-    both = Cs4aSparse(Reuse(4, SELECTION, (3,)))(q, k, v, later, state)[0]
-    first = Cs4aSparse(Reuse(4, SELECTION, (3,)))(q[:1], k, v, later, state)[0]
+    both = attend(Cs4aSparse(Reuse(4, SELECTION, (3,))), q, k, v, later, state)[0]
+    first = attend(Cs4aSparse(Reuse(4, SELECTION, (3,))), q[:1], k, v, later, state)[0]
     np.testing.assert_allclose(first, both[:1], **CLOSE)
 
 

@@ -9,7 +9,7 @@ from sparvar_jax.plans.schedule import infinity_schedule
 from sparvar_jax.plans.strategy import Place
 from sparvar_jax.policies import csla
 from sparvar_jax.policies.csla import WINDOWS, Csla, windows_of
-from tests.policies.support import EVERY_RATIO, SMALL, VAR, cache, oracle
+from tests.policies.support import EVERY_RATIO, SMALL, VAR, attend, cache, oracle
 
 SMALL_WINDOWS = (-1, -1, -1, 1, 3, 5, 7)
 # float32 attention with scores of a few units: tens of roundings of 2^-24.
@@ -38,7 +38,7 @@ def test_exact_boxes_follow_the_token_rule(sinks):
     mask = rule(place, SMALL_WINDOWS, sinks)
     strategy = Csla(SMALL_WINDOWS, sinks, "boxes", exact=True)
     assert strategy.pairs(place) == mask.sum()
-    out, left = strategy(*cache(place), place, {})
+    out, left = attend(strategy, *cache(place), place, {})
     assert left == {}
     q, k, v = cache(Place(SMALL, "packed", 6))
     np.testing.assert_allclose(out, oracle(q, k, v, mask), **CLOSE)
@@ -48,7 +48,7 @@ def test_boxes_agree_between_layouts():
     outs = []
     for layout in ("packed", "aligned"):
         place = Place(SMALL, layout, 6)
-        outs.append(Csla(SMALL_WINDOWS, 3, "boxes")(*cache(place), place, {})[0])
+        outs.append(attend(Csla(SMALL_WINDOWS, 3, "boxes"), *cache(place), place, {})[0])
     np.testing.assert_allclose(*outs, **CLOSE)
 
 
@@ -64,14 +64,16 @@ def test_blocks_keep_every_block_the_rule_touches(block):
     strategy = Csla(SMALL_WINDOWS, 3, block=block)
     assert strategy.pairs(place) == pytest.approx(kept.sum())
     q, k, v = cache(place)
-    np.testing.assert_allclose(strategy(q, k, v, place, {})[0], oracle(q, k, v, kept), **CLOSE)
+    np.testing.assert_allclose(
+        attend(strategy, q, k, v, place, {})[0], oracle(q, k, v, kept), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("form", ["blocks", "boxes"])
 def test_windows_over_everything_are_dense(form):
     place = Place(SMALL, "aligned" if form == "boxes" else "packed", 6)
     q, k, v = cache(place)
-    out = Csla((99,) * 7, 0, form)(q, k, v, place, {})[0]
+    out = attend(Csla((99,) * 7, 0, form), q, k, v, place, {})[0]
     q, k, v = cache(Place(SMALL, "packed", 6))
     dense = pallas_kernels.attention(q, k, v, SMALL.tokens)
     np.testing.assert_allclose(out, dense, **CLOSE)

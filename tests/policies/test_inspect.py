@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from sparvar_jax.plans.strategy import Place
+from sparvar_jax.plans.strategy import Place, View
 from sparvar_jax.policies.csla import Csla
-from sparvar_jax.study import inspection as inspect
+from sparvar_jax.study import inspection
 from sparvar_jax.study.inspection import Options
 from tests.policies.support import SMALL, cache
 from tests.policies.test_csla import SMALL_WINDOWS, rule
@@ -19,8 +19,8 @@ def test_measures(layout):
     options = Options(block=32, windows=SMALL_WINDOWS, sinks=3)
     place = Place(SMALL, layout, 6)
     q, k, _ = cache(place)
-    found = inspect.measure(q, k, place, options)
-    scores = np.asarray(q[0] @ k[0].swapaxes(1, 2)[..., place.layout.physical(6)], np.float64)
+    found = inspection.measure(q, k, place, options)
+    scores = np.asarray(q[0] @ k[0].swapaxes(1, 2)[..., place.rows.physical(6)], np.float64)
     mass = np.exp(scores - scores.max(-1, keepdims=True))
     mass /= mass.sum(-1, keepdims=True)
     mask = rule(place, SMALL_WINDOWS, 3)
@@ -32,8 +32,8 @@ def test_measures(layout):
     blocks = padded.reshape(2, rows // 32, 32, keys // 32, 32).sum((2, 4))
     shares = blocks / blocks.sum(-1, keepdims=True)
     np.testing.assert_allclose(found["map"], shares, atol=1e-5)
-    kept = inspect.kept_blocks(
-        Csla(SMALL_WINDOWS, 3, "boxes", exact=True), q, k, place, {}, options.block
+    kept = inspection.kept_blocks(
+        Csla(SMALL_WINDOWS, 3, "boxes", exact=True), q, View(k, k), place, {}, options.block
     )
     padded[:, : mass.shape[1], : mass.shape[2]] = mask
     read = padded.reshape(2, rows // 32, 32, keys // 32, 32).any((2, 4))
@@ -42,10 +42,10 @@ def test_measures(layout):
 
 def test_likeness_of_a_map_with_itself_carried():
     place = Place(SMALL, "packed", 6)
-    queries, keys = inspect.carry_matrices(place, 5, 32, 32)
+    queries, keys = inspection.carry_matrices(place, 5, 32, 32)
     before = np.random.default_rng(0).random((2, queries.shape[1], keys.shape[0]))
     now = np.einsum("Aa,hab,bB->hAB", queries, before, keys)
-    np.testing.assert_allclose(inspect.likeness(before, now, place, 32), 1, atol=1e-9)
+    np.testing.assert_allclose(inspection.likeness(before, now, place, 32), 1, atol=1e-9)
 
 
 def test_inspecting_a_generation(tmp_path):

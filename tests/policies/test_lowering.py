@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels import support
 from sparvar_jax.plans.schedule import infinity_schedule
+from sparvar_jax.plans.strategy import View
 from sparvar_jax.policies import parse_plan
 
 LOGIT_BOUND = 100.0
@@ -41,14 +42,14 @@ def test_plans_lower(text, ratio, head_dim):
                 continue
             rows = 2 if step.rows == "both" else 1
             q = jax.ShapeDtypeStruct((rows, 1, step.scale.tokens, head_dim), jnp.bfloat16)
-            k = jax.ShapeDtypeStruct((2, 1, place.layout.total, head_dim), jnp.bfloat16)
+            k = jax.ShapeDtypeStruct((2, 1, place.rows.total, head_dim), jnp.bfloat16)
             state = states[segment.layers[0]]
 
             def attend(q, k, v, state, attention=attention, place=place):
-                return attention(q, k, v, place, state)
+                return attention(View(k, v), q, place, state)
 
             traced = jax.jit(attend).trace(q, k, k, state)
-            out, left = traced.out_info
+            out, left, _ = traced.out_info
             assert (out.shape, out.dtype) == (q.shape, q.dtype)
             assert set(left) == attention.writes
             if place.index != plan.steps[-2].scale.index:

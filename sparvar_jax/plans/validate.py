@@ -1,0 +1,99 @@
+"""Whether a plan can run: complaints name the scale and the layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparvar_jax.plans.strategy import AllTokens
+
+if TYPE_CHECKING:
+    from sparvar_jax.plans.plan import Plan, Step
+
+
+def validate(plan: Plan) -> None:
+    """Raise ValueError, naming scale and layers, unless the plan can run."""
+    if not plan.steps:
+        raise ValueError("a plan must run at least one scale, got none")
+    ran = tuple(step.scale for step in plan.steps)
+    if ran != plan.schedule.scales[: len(ran)]:
+        raise ValueError(
+            f"steps must be the first scales of the schedule in order, got {[s.index for s in ran]}"
+        )
+    for before, after in zip(plan.steps, plan.steps[1:], strict=False):
+        if after.row_factor > before.row_factor:
+            raise ValueError(
+                f"scale {after.scale.index} runs rows {after.rows!r} after {before.rows!r}: "
+                "rows dropped earlier have no cache to continue from"
+            )
+    for step in plan.steps:
+        _validate_segments(plan, step)
+    for index in range(len(plan.steps)):
+        _validate_rows(plan, index)
+    for layer in range(plan.depth):
+        _validate_state(plan, layer)
+
+
+def _validate_segments(plan: Plan, step: Step) -> None:
+    where = f"scale {step.scale.index}"
+    expected = 0
+    for segment in step.segments:
+        start, stop = segment.layers
+        if start != expected or stop <= start:
+            raise ValueError(
+                f"{where}: segments must tile layers 0..{plan.depth}, got {start}..{stop} "
+                f"after {expected}"
+            )
+        expected = stop
+    if expected != plan.depth:
+        raise ValueError(f"{where}: segments end at layer {expected}, expected {plan.depth}")
+    if step.merge_at is not None:
+        if step.rows != "both":
+            raise ValueError(f"{where}: guidance needs both rows, got rows {step.rows!r}")
+        if step.merge_at < plan.depth and all(
+            segment.layers[1] != step.merge_at + 1 for segment in step.segments
+        ):
+            raise ValueError(f"{where}: no segment ends after the merge layer {step.merge_at}")
+
+
+def _validate_rows(plan: Plan, index: int) -> None:
+    """Token rules run a possible number of tokens; attentions can read what stores show."""
+    step = plan.steps[index]
+    for segment in step.segments:
+        start, stop = segment.layers
+        where = f"scale {step.scale.index}, layers {start}..{stop}"
+        for layer in range(start, stop):
+            if segment.store != plan.steps[0].segment(layer).store:
+                raise ValueError(
+                    f"{where}: the store is {segment.store.name}, at scale 0 it was "
+                    f"{plan.steps[0].segment(layer).store.name}: a layer keeps one store"
+                )
+            place = plan.place(index, layer)
+            if not isinstance(segment.tokens, AllTokens) and not (
+                0 < place.queries <= step.scale.tokens
+            ):
+                raise ValueError(
+                    f"{where}: the token rule {segment.tokens.name} runs {place.queries} of "
+                    f"{step.scale.tokens} tokens"
+                )
+            if place.rows.name not in segment.attention.layouts:
+                raise ValueError(
+                    f"{where}: {segment.attention.name} cannot read the {place.rows.name} cache "
+                    f"layout, only {' or '.join(segment.attention.layouts)}"
+                )
+
+
+def _validate_state(plan: Plan, layer: int) -> None:
+    from sparvar_jax.plans.plan import state_use
+
+    written: frozenset[str] = frozenset()
+    for step in plan.steps:
+        reads, writes = state_use(step, layer)
+        if reads - written:
+            segment = step.segment(layer)
+            missing = segment.attention.reads - written
+            part = segment.attention if missing else segment.tokens
+            raise ValueError(
+                f"scale {step.scale.index}, layer {layer}: {part.name} reads "
+                f"{sorted(reads - written)}, which no earlier scale wrote for this layer"
+            )
+        written |= writes
