@@ -19,7 +19,7 @@ from benchmarks import models
 from benchmarks.models import Parts
 from sparvar_jax.models import bsq_vae, sampling
 from sparvar_jax.models.var_parts import guidance_ramp
-from sparvar_jax.pipelines.class_pipeline import ClassDefaults
+from sparvar_jax.pipelines.class_requests import ClassDefaults
 from sparvar_jax.pipelines.pipeline import code_sum_shape
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.plans.plan import Plan
@@ -62,7 +62,7 @@ def schedule_of(ratio: float, size: str) -> ScaleSchedule:
 
 def setting_of(parts: Parts, size: str | None) -> Setting:
     """The schedule, guidance and sampling of a model; a class-conditional one has one size."""
-    if parts.is_class_model:
+    if parts.draws_classes:
         schedule, defaults = parts.transformer.config.schedule, ClassDefaults()
         guidance = guidance_ramp(1.5, len(schedule))
         kept = {"top_k": defaults.top_k, "top_p": defaults.top_p}
@@ -90,11 +90,11 @@ class Bench:
     ):
         self.parts, self.batch, self.setting = parts, batch, setting_of(parts, size)
         self.keys = sampling.image_keys(0, batch)
-        self.generator = Generator(parts.transformer, getattr(parts.tokenizer, "codebook", None))
+        self.generator = Generator(parts.transformer, parts.codebook)
         self._text = text
-        self._embedding = _embed_classes if parts.is_class_model else _embed_text
-        self._embed = Bound(parts.transformer, self._embedding)
-        self._decode = Bound(parts.tokenizer, _decode)
+        self._embedding = _embed_classes if parts.draws_classes else _embed_text
+        self._embed = Bound(lambda: parts.transformer, self._embedding)
+        self._decode = Bound(lambda: parts.tokenizer, _decode)
         self._specs: set[StepSpec] = set()
 
     def plan(self, name: str) -> Plan:
@@ -166,7 +166,7 @@ class Bench:
     def plain_condition(self) -> Any:
         """The same from the model without kernels of ours, in its plain form."""
         plain = models.without_kernels(self.parts.transformer)
-        return Bound(plain, self._embedding)(*self._features())
+        return Bound(lambda: plain, self._embedding)(*self._features())
 
     def _features(self) -> tuple[Any, ...]:
         if isinstance(self._text, TextEncoder):
@@ -183,7 +183,7 @@ class Bench:
     @functools.cached_property
     def _inputs(self) -> tuple[Any, ...]:
         config = self.parts.transformer.config
-        if self.parts.is_class_model:
+        if self.parts.draws_classes:
             return (jnp.arange(self.batch) % config.classes,)
         if isinstance(self._text, TextFeatures):
             return tuple(self._text)

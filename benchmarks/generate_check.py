@@ -89,7 +89,7 @@ class Check:
 
 def tolerance(parts: Parts) -> Tolerance:
     """What rounding may do to the tokens and the cache of this model."""
-    if parts.is_class_model:
+    if parts.draws_classes:
         return CLASSES
     return INFINITY if parts.weights == "random" else TRAINED
 

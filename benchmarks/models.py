@@ -25,7 +25,7 @@ from sparvar_jax.models.text_tokens import Tokenizer, padded_length
 from sparvar_jax.models.var import Var
 from sparvar_jax.models.var_parts import VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
-from sparvar_jax.pipelines import class_pipeline, loading
+from sparvar_jax.pipelines import loading
 from sparvar_jax.pipelines.memory import parameter_bytes
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.weights import checkpoint
@@ -56,8 +56,13 @@ class Parts:
     ratio: float = 1.0
 
     @property
-    def is_class_model(self) -> bool:
+    def draws_classes(self) -> bool:
         return isinstance(self.transformer, Var)
+
+    @property
+    def codebook(self) -> Any:
+        """What turns tokens into codes where that needs weights, else None."""
+        return getattr(self.tokenizer, "codebook", None)
 
 
 def build(name: str, *, dtype: str | None = None, fused: Any = None) -> Parts:
@@ -89,12 +94,12 @@ def _from_preset(name: str, dtype: str) -> Parts:
 
 
 def _from_directory(folder: Path, dtype: str) -> Parts:
-    if class_pipeline.is_class_model(folder):
-        classes = class_pipeline.load_class_model(folder, dtype=dtype)
-        return Parts(folder.name, classes.transformer, classes.tokenizer, "checkpoint")
     model = loading.load_model(folder, dtype=dtype, text_encoder=False)
-    size, ratio = model.defaults.size, 1 / model.defaults.aspect_ratio
-    return Parts(folder.name, model.transformer, model.tokenizer, "checkpoint", size, ratio)
+    parts = Parts(folder.name, model.transformer, model.tokenizer, "checkpoint")
+    if parts.draws_classes:
+        return parts
+    defaults = model.defaults
+    return dataclasses.replace(parts, size=defaults.size, ratio=1 / defaults.aspect_ratio)
 
 
 def text_encoder(name: str, *, dtype: str | None = None) -> TextEncoder:
@@ -108,7 +113,8 @@ def text_encoder(name: str, *, dtype: str | None = None) -> TextEncoder:
     pieces = list(range(2, TEXT_TOKENS + 1))
     tokenizer = Tokenizer("made up", config.vocab, lambda prompt: pieces)
     encoder = randomise(abstract(T5Encoder, config), 2)
-    return TextEncoder(encoder, tokenizer, InfinityConfig.preset(name).text_max_length)  # type: ignore[arg-type]
+    longest = InfinityConfig.preset(name).text_max_length
+    return TextEncoder(lambda: encoder, tokenizer, longest)  # type: ignore[arg-type,return-value]
 
 
 def text_features(batch: int, width: int, longest: int) -> TextFeatures:

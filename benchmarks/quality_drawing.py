@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from sparvar_jax.models import bsq_vae
-from sparvar_jax.pipelines.pipeline import Pipeline, resolve_plan, resolve_schedule
+from sparvar_jax.pipelines.pipeline import Pipeline
+from sparvar_jax.pipelines.requests import resolve_plan, resolve_schedule
 from sparvar_jax.plans.plan import LAST_SCALES, Plan, with_implementation
 from sparvar_jax.runtime.bound import Bound
 
@@ -31,7 +32,8 @@ class Drawing:
         self.pipe = pipe
         self.schedule = resolve_schedule(pipe.model, **shape)
         self._decode = Bound(
-            pipe.model.tokenizer, lambda model, codes: bsq_vae.to_uint8(model.decode(codes))
+            lambda: pipe.model.tokenizer,
+            lambda model, codes: bsq_vae.to_uint8(model.decode(codes)),
         )
         dense = self.plan("dense")
         self.requests = [

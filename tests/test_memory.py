@@ -5,7 +5,7 @@ import pytest
 
 from sparvar_jax.pipelines import loading
 from sparvar_jax.pipelines.memory import estimate
-from sparvar_jax.pipelines.pipeline import resolve_plan, resolve_schedule
+from sparvar_jax.pipelines.requests import resolve_plan, resolve_schedule
 from sparvar_jax.runtime.generate import Generator
 from tests.tiny_model import write_tiny_model
 

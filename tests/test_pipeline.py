@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 
 from sparvar_jax.pipelines import loading
-from sparvar_jax.pipelines.pipeline import (
-    Pipeline,
-    TextEncoder,
-    parse_ratio,
-    picture_size,
-    resolve_schedule,
-)
+from sparvar_jax.pipelines.numbers import parse_ratio
+from sparvar_jax.pipelines.pipeline import Pipeline, TextEncoder
+from sparvar_jax.pipelines.requests import picture_size, resolve_schedule
 from sparvar_jax.policies import parse_plan
 from sparvar_jax.weights import checkpoint
 from tests.tiny_model import DEFAULTS, TEXT, write_tiny_model
+from tests.tiny_var import tiny_pipe
 
 PROMPTS = ["a red apple", "a blue owl wearing a green triangle on the photograph of the circle"]
 
@@ -88,10 +85,10 @@ def test_warming_up_compiles_all_that_a_call_runs(folder, pipe):
     for one in (abstract, Pipeline(pipe.model)):
         one.warm_up(["an owl"], plan="skip_last_scales(5)", negative="a circle")
         assert len(one.generator._steps._jobs) == 2
-        assert len(one._decode._compiled) == len(one._condition[False]._compiled) == 1
+        assert len(one._decode._compiled) == len(one.subject._conditions[False]._compiled) == 1
     one(["a red apple"], plan="skip_last_scales(5)", negative="an owl")
     assert len(one.generator._steps._jobs) == 2
-    assert len(one._decode._compiled) == len(one._condition[False]._compiled) == 1
+    assert len(one._decode._compiled) == len(one.subject._conditions[False]._compiled) == 1
 
 
 def test_progress_is_reported_by_stage(folder):
@@ -185,3 +182,54 @@ def test_numbers_of_other_libraries_draw_the_same(pipe):
     np.testing.assert_array_equal(usual, same)
     with pytest.raises(ValueError, match="whole number"):
         pipe(PROMPTS[:1], seed=0.5)
+
+
+def test_names_of_other_libraries_are_accepted(pipe):
+    usual = pipe(["an owl", "an owl"], guidance=2.0, negative="a circle", seed=[3, 4])
+    theirs = pipe(
+        prompt="an owl",
+        guidance_scale=np.float32(2),
+        negative_prompt="a circle",
+        num_images_per_prompt=2,
+        seed=3,
+    )
+    np.testing.assert_array_equal(usual, theirs)
+    with pytest.warns(UserWarning, match="nearest to 24x44"):
+        assert pipe(["an owl"], height=24, width=44).shape[1:3] == (22, 44)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 3}, "has no option steps: use plan, seed"),
+        ({"height": 0}, "height and width must be positive"),
+        ({"height": 32, "size": "0.06M"}, "not both"),
+        ({"num_images_per_prompt": 0}, "at least 1"),
+        ({"prompt": "another"}, "give them once, got 2"),
+        ({"guidance": "much"}, "guidance must be a number"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_by_name(pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.request(["an owl"], **options)
+
+
+def test_guidance_off_is_one_word_in_every_family(pipe):
+    off = pipe.request(["an owl"], guidance="off")
+    assert {step.rows for step in off.plan.steps} == {"cond"}
+    assert off.plan == pipe.request(["an owl"], guidance=1).plan
+    classes = tiny_pipe()
+    assert classes.request([1], guidance="off").plan == classes.request([1], guidance=0).plan
+
+
+def test_prompts_that_are_no_text_are_refused(pipe):
+    for wrong in (7, [7], [None], []):
+        with pytest.raises(ValueError, match=r"prompt"):
+            pipe.request(wrong)
+
+
+def test_one_size_models_say_their_size():
+    with pytest.raises(ValueError, match="draws 24x24 alone, got 24x32"):
+        tiny_pipe().request([1], height=24, width=32)
+    with pytest.raises(ValueError, match="cannot encode"):
+        tiny_pipe().encode_text("an owl")

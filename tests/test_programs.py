@@ -222,6 +222,6 @@ def test_folders_and_files_that_others_may_write_are_not_loaded(folder, found):
 
 def test_a_cache_that_is_an_address_holds_no_executables_of_ours(monkeypatch):
     monkeypatch.setattr(programs, "KEPT_ON", ("cpu", "gpu"))
-    monkeypatch.setitem(jax.config.values, CACHE, "gs://bucket/cache")
     traced = jax.jit(lambda x: x + 1).trace(1.0)
-    assert programs.place("outline", None, traced) is None
+    with configured("gs://bucket/cache", keep_after=1e9):
+        assert programs.place("outline", None, traced) is None

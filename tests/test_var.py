@@ -16,8 +16,8 @@ from sparvar_convert.side_by_side import Options
 from sparvar_jax.models import vocabulary
 from sparvar_jax.models.var import VarConfig, guidance_ramp
 from sparvar_jax.models.vqvae import VqvaeConfig
-from sparvar_jax.pipelines import class_pipeline, loading
-from sparvar_jax.pipelines.class_pipeline import ClassPipeline
+from sparvar_jax.pipelines import loading
+from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.plans.plan import dense_plan
 from sparvar_jax.runtime import generate
 from sparvar_jax.weights import checkpoint
@@ -31,8 +31,8 @@ TOLERANCE = 1e-4
 def test_released_files_convert_and_return_bit_for_bit(tmp_path, changes):
     config = dataclasses.replace(CONFIG, **changes)
     model, pair = write_model(tmp_path, config)
-    assert class_pipeline.is_class_model(model)
-    pipe = ClassPipeline.from_checkpoint(model, dtype="float32")
+    assert loading.family_in(model).draws == "classes"
+    pipe = Pipeline.from_checkpoint(model, dtype="float32")
     assert pipe.model.transformer.config == config
     assert pipe.model.tokenizer.config == TOKENIZER
     for part, twin in zip(("transformer", "tokenizer"), pair, strict=True):
@@ -152,7 +152,8 @@ def test_presets_have_the_released_sizes():
         ({"labels": [5]}, "classes must lie"),
         ({"labels": []}, "at least one class"),
         ({"labels": [1], "seed": [1, 2]}, "2 seeds for 1"),
-        ({"labels": [1], "seed": -1}, "seeds must lie"),
+        ({"labels": [1], "seed": -1}, "seed must lie"),
+        ({"labels": [1], "seed": [-1]}, "seeds must lie"),
         ({"labels": [1], "guidance": (1.0, 2.0)}, "guidance needs"),
         ({"labels": [1], "top_p": 2.0}, "top_p"),
         ({"labels": [1], "plan": "nonsense"}, "unknown policy"),
@@ -226,7 +227,7 @@ def test_mixtures_sharpen_into_samples():
 
 
 def test_bfloat16_decodes_near_float32_and_encodes_exactly():
-    full, half = tiny_pipe(), ClassPipeline.from_checkpoint(tiny_model()[0], dtype="bfloat16")
+    full, half = tiny_pipe(), Pipeline.from_checkpoint(tiny_model()[0], dtype="bfloat16")
     shapes = checkpoint.abstract_parameters(half.model.tokenizer)
     islands = {path for path, leaf in shapes.items() if leaf.dtype == "float32"}
     kept = ("encoder.", "quant_conv.", "codebook.", "decoder.conv_out.")
@@ -282,7 +283,7 @@ def test_d16_in_the_released_container(tmp_path):
     """The released shapes: converts, draws and returns every bit."""
     config = VarConfig.preset("var_d16", dtype="float32")
     model, pair = write_model(tmp_path, config, VqvaeConfig())
-    pipe = ClassPipeline.from_checkpoint(model, dtype="float32")
+    pipe = Pipeline.from_checkpoint(model, dtype="float32")
     assert pipe.model.transformer.config == config
     assert pipe([207]).shape == (1, 256, 256, 3)
     for part, twin in zip(("transformer", "tokenizer"), pair, strict=True):

@@ -11,7 +11,7 @@ from sparvar_convert.torch_twin.vqvae import VqvaeTwin
 
 from sparvar_jax.models.var import VarConfig
 from sparvar_jax.models.vqvae import VqvaeConfig
-from sparvar_jax.pipelines.class_pipeline import ClassPipeline
+from sparvar_jax.pipelines.pipeline import Pipeline
 
 SIDES = (1, 4, 8, 12)
 CONFIG = VarConfig(2, 128, 2, sides=SIDES, classes=5, vocab=48, code_width=8, dtype="float32")
@@ -48,6 +48,6 @@ def tiny_model() -> tuple[Path, tuple[VarTwin, VqvaeTwin]]:
 
 
 @functools.cache
-def tiny_pipe() -> ClassPipeline:
+def tiny_pipe() -> Pipeline:
     """One pipeline for all tests of a process, so that they share compiled steps."""
-    return ClassPipeline.from_checkpoint(tiny_model()[0], dtype="float32")
+    return Pipeline.from_checkpoint(tiny_model()[0], dtype="float32")

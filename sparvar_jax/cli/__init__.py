@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,9 +34,18 @@ def options(
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where an error came from instead of one line.")
     ] = False,
+    policies_from: Annotated[
+        Path | None,
+        typer.Option("--policies-from", help="Python file that registers policies; it is run."),
+    ] = None,
 ) -> None:
     """Fast visual autoregressive generation in JAX, with SparVAR's sparse attention."""
     console.show_tracebacks(traceback)
+    from sparvar_jax.policies import registry
+
+    registry.load_entry_points()
+    if policies_from is not None:
+        registry.load_policies(policies_from)
 
 
 def main(arguments: list[str] | None = None) -> int:

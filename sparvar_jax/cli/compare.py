@@ -38,7 +38,7 @@ def compare(
     from sparvar_convert.compare import compare_source, write_report
     from sparvar_convert.side_by_side import Options
 
-    from sparvar_jax.pipelines.pipeline import parse_ratio
+    from sparvar_jax.pipelines.numbers import parse_ratio
 
     if out.suffix != ".json":
         raise ValueError(f"--out must name a .json file, got {out}")

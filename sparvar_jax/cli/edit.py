@@ -76,14 +76,15 @@ def _run(asked: Asked, out: Path, drawing: dict[str, Any]) -> int:
     """Write the edited picture; its side in pixels."""
     from sparvar_jax.pipelines import edit as editing
     from sparvar_jax.pipelines import metadata
-    from sparvar_jax.pipelines.class_pipeline import ClassPipeline
+    from sparvar_jax.pipelines.pipeline import Pipeline
     from sparvar_jax.weights.files import whole_file
 
     console.use_compilation_cache()
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {out}")
     with whole_file(out) as opened, console.progress() as report:
-        pipe = ClassPipeline.from_checkpoint(asked.model, dtype=asked.dtype, progress=report)
+        options.check_draws(asked.model, "classes")
+        pipe = Pipeline.from_checkpoint(asked.model, dtype=asked.dtype, progress=report)
         side = pipe.picture_side
         pictures = _load(asked.picture, side, "RGB")[None]
         result = editing.edit(pipe, pictures, asked.region(side), asked.label, **drawing)

@@ -31,13 +31,12 @@ class Order:
         The text encoder may be loaded, used and freed before the rest is loaded.
         """
         from sparvar_jax.pipelines import loading
-        from sparvar_jax.pipelines.class_pipeline import ClassPipeline, is_class_model
         from sparvar_jax.pipelines.pipeline import Pipeline
 
-        if is_class_model(self.model):
+        folder = loading.model_folder(self.model)
+        if loading.family_in(folder).draws == "classes":
             self._check_class_model()
-            folder = loading.model_folder(self.model)
-            pipe = ClassPipeline.from_checkpoint(folder, dtype=self.dtype, progress=report)
+            pipe = Pipeline.from_checkpoint(folder, dtype=self.dtype, progress=report)
             return pipe, [self.label] * self.num, self.drawing
         if self.label is not None or self.prompt is None:
             raise ValueError("Missing argument: this model draws prompts, give one and no --class")

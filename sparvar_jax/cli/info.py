@@ -23,23 +23,16 @@ def info(
 ) -> None:
     """Show a model's parts, its plan scale by scale, and an estimate of device memory."""
     from sparvar_jax.pipelines import loading
-    from sparvar_jax.pipelines.class_pipeline import (
-        ClassOptions,
-        describe_class_model,
-        is_class_model,
-    )
     from sparvar_jax.pipelines.memory import estimate
-    from sparvar_jax.pipelines.pipeline import Options
 
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
-    if is_class_model(folder):
+    described = loading.describe_model(folder, precision)
+    asked = {"plan": plan, "aspect_ratio": aspect, "size": size}
+    if described.family.draws == "classes":
         options.refuse(folder, aspect=aspect, size=size)
-        described: Any = describe_class_model(folder, precision)
-        chosen, _ = ClassOptions(plan=plan).resolve(described)
-    else:
-        described = loading.describe_model(folder, precision)
-        chosen, _ = Options(plan=plan, aspect_ratio=aspect, size=size).resolve(described)
+        asked = {"plan": plan}
+    chosen, _ = described.family.options(**asked).resolve(described)
     needed = estimate(described, chosen, num)
 
     height, width = (side * described.stride for side in chosen.schedule.final)

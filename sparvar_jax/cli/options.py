@@ -33,8 +33,7 @@ Precision = Annotated[
 ]
 Num = Annotated[int, typer.Option("--num", min=1, help="How many pictures, drawn as one batch.")]
 Guidance = Annotated[
-    float | None,
-    typer.Option("--guidance", help="Guidance strength; 1 is off (0 for class-conditional)."),
+    str | None, typer.Option("--guidance", help="Guidance strength, or off.", metavar="FLOAT|off")
 ]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="Sampling temperature.")]
 ClassModel = Annotated[Path, typer.Option("--model", help="Class-conditional model directory.")]
@@ -43,6 +42,16 @@ ClassModel = Annotated[Path, typer.Option("--model", help="Class-conditional mod
 def name_of(dtype: Dtype | None) -> str | None:
     """The dtype as the library names it."""
     return dtype.value if dtype else None
+
+
+def check_draws(model: Path | None, wanted: str) -> None:
+    """ValueError unless a model draws what a command is for: "classes" or "prompts"."""
+    from sparvar_jax.pipelines import loading
+
+    folder = loading.model_folder(model)
+    family = loading.family_in(folder)
+    if family.draws != wanted:
+        raise ValueError(f"{folder} draws {family.draws}: give a model that draws {wanted}")
 
 
 def refuse(model: Path | None, **given: object) -> None:

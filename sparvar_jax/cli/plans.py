@@ -20,7 +20,7 @@ def plans(
     size: options.Size = None,
 ) -> None:
     """List the plans, or show what one runs, scale by scale."""
-    from sparvar_jax.pipelines.pipeline import parse_ratio
+    from sparvar_jax.pipelines.numbers import parse_ratio
     from sparvar_jax.plans.schedule import infinity_schedule
     from sparvar_jax.policies import parse_plan, registry
 

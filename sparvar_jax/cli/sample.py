@@ -62,11 +62,12 @@ class Asked:
 def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple[int, bool]:
     """How many pictures the file holds, and whether any was drawn."""
     from sparvar_jax.pipelines import sampling_jobs
-    from sparvar_jax.pipelines.class_pipeline import ClassPipeline
+    from sparvar_jax.pipelines.pipeline import Pipeline
 
     console.use_compilation_cache()
     with console.progress() as report:
-        pipe = ClassPipeline.from_checkpoint(model, dtype=asked.dtype, progress=report)
+        options.check_draws(model, "classes")
+        pipe = Pipeline.from_checkpoint(model, dtype=asked.dtype, progress=report)
         settings = {**drawing, "dtype": asked.dtype, "model": _fingerprint(model)}
         job = sampling_jobs.SampleJob(
             sampling_jobs.parse_classes(asked.classes, pipe.model.transformer.config.classes),

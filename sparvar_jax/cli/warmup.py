@@ -26,26 +26,20 @@ def warmup(
 ) -> None:
     """Compile all programs of a plan into the compile cache; no weights are loaded."""
     from sparvar_jax.pipelines import loading
-    from sparvar_jax.pipelines.class_pipeline import (
-        ClassPipeline,
-        describe_class_model,
-        is_class_model,
-    )
     from sparvar_jax.pipelines.pipeline import Pipeline
 
     cache, watch = console.use_compilation_cache(), console.Stopwatch()
     folder = loading.model_folder(model)
-    described = loading.compute_dtype(options.name_of(dtype))
-    drawing = {"plan": plan, "guidance": guidance}
+    precision = loading.compute_dtype(options.name_of(dtype))
+    pipe = Pipeline(loading.describe_model(folder, precision))
+    drawing, subject = {"plan": plan, "guidance": guidance}, [prompt] * num
+    if pipe.model.family.draws == "classes":
+        options.refuse(folder, negative=negative, aspect=aspect, size=size)
+        subject = [None] * num
+    else:
+        drawing |= {"negative": negative, "aspect_ratio": aspect, "size": size}
     with console.progress() as report:
-        if is_class_model(folder):
-            options.refuse(folder, negative=negative, aspect=aspect, size=size)
-            pipe = ClassPipeline(describe_class_model(folder, described))
-            pipe.warm_up([None] * num, progress=report, **drawing)
-        else:
-            drawing |= {"negative": negative, "aspect_ratio": aspect, "size": size}
-            pipe = Pipeline(loading.describe_model(folder, described))
-            pipe.warm_up([prompt] * num, progress=report, **drawing)
+        pipe.warm_up(subject, progress=report, **drawing)
     watch.lap("compiled")
     watch.tell()
     console.output.print(f"programs of {pipe.model.name} are in {cache}", highlight=False)

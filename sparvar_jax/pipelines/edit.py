@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sparvar_jax.models.family import Forced
 from sparvar_jax.models.quantizer import resize_matrix
-from sparvar_jax.pipelines.class_pipeline import ClassPipeline
+from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.pipelines.requests import Request
 from sparvar_jax.runtime.step import ScaleOutput
 
@@ -59,7 +59,7 @@ def drawn_tokens(
 
 
 def edit(
-    pipe: ClassPipeline,
+    pipe: Pipeline,
     pictures: UInt8[np.ndarray, "B height width 3"],
     region: Bool[np.ndarray, "height width"],
     labels: int | Sequence[int | None] | None = None,
@@ -67,7 +67,6 @@ def edit(
     threshold: float = 0.5,
     keep_scales: int = 1,
     paste: bool = False,
-    smooth: bool = False,
     **options: Any,
 ) -> UInt8[np.ndarray, "B height width 3"]:
     """Draw a region of pictures anew; everything outside keeps its tokens.
@@ -76,7 +75,7 @@ def edit(
     margin for out-painting, an object's box for editing by class.
     labels: classes of what is drawn, one or one a picture; None draws without a class.
     paste: put the pictures' own pixels back outside the region; else they pass the tokenizer.
-    Other options are those of `ClassPipeline.request` and `drawn_tokens`.
+    Other options are those of `ClassOptions` and `drawn_tokens`.
     """
     pictures = np.asarray(pictures)
     if pictures.ndim != 4 or pictures.dtype != np.uint8 or pictures.shape[-1] != 3:
@@ -93,17 +92,16 @@ def edit(
     drawn = drawn_tokens(region, config.sides, threshold=threshold, keep_scales=keep_scales)
     known = pipe.tokenise(pictures).tokens
     request = pipe.request(list(classes), **options)
-    code_sum, _ = draw(pipe, request, known, drawn, smooth)
+    code_sum, _ = draw(pipe, request, known, drawn)
     result = pipe.decode(code_sum)
     return np.where(region[None, :, :, None], result, pictures) if paste else result
 
 
 def draw(
-    pipe: ClassPipeline,
+    pipe: Pipeline,
     request: Request,
     known: Sequence[Int[Array, "B _"]],
     drawn: Sequence[Bool[np.ndarray, "_"]],
-    smooth: bool = False,
 ) -> tuple[Float[Array, "B height width N"], tuple[ScaleOutput, ...]]:
     """(sum of codes, what every scale drew) with known tokens where nothing is to be drawn."""
     batch = request.keys.shape[0]
@@ -117,5 +115,5 @@ def draw(
         request.controls,
         request.keys,
         forced=forced,
-        how="smooth" if smooth else "sample",
+        how=request.how,
     )

@@ -1,82 +1,66 @@
-"""A model directory in memory: the three parts, checked against each other, and its defaults."""
+"""A model directory in memory: its parts, checked against each other, and its defaults."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
-from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
-from sparvar_jax.models.infinity import Infinity, InfinityConfig
-from sparvar_jax.models.t5 import T5Config, T5Encoder
 from sparvar_jax.models.text_tokens import Tokenizer, load_tokenizer
-from sparvar_jax.models.var import Var, VarConfig
-from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
+from sparvar_jax.pipelines.family import Family, families, family_of
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.weights import checkpoint
 
 DEMO = Path(__file__).parents[1] / "demo"
-KINDS: dict[str, dict[str, tuple[type, type]]] = {
-    "transformer": {"infinity": (Infinity, InfinityConfig), "var": (Var, VarConfig)},
-    "tokenizer": {"bsq_vae": (BsqVae, BsqVaeConfig), "vqvae": (Vqvae, VqvaeConfig)},
-    "text": {"t5": (T5Encoder, T5Config)},
-}
-"""Part -> kind named in `config.json` -> module and config classes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Defaults:
-    """What a call uses where it does not say; the `defaults` of `config.json`.
-
-    guidance, temperature: one value, or one a scale. aspect_ratio: width / height.
-    """
-
-    plan: str = "dense"
-    guidance: float | tuple[float, ...] = 3.0
-    temperature: float | tuple[float, ...] = 0.5
-    top_p: float = 0.97
-    size: str = "1M"
-    aspect_ratio: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The loaded parts of one model directory."""
+    """The loaded parts of one model directory; parts that its family lacks are None.
 
-    transformer: Infinity
-    tokenizer: BsqVae
-    text_encoder: T5Encoder
-    text_tokenizer: Tokenizer
-    defaults: Defaults = Defaults()
+    Raises ValueError where the parts do not fit together.
+    """
+
+    family: Family
+    transformer: Any
+    tokenizer: Any
+    text_encoder: Any = None
+    text_tokenizer: Tokenizer | None = None
+    defaults: Any = None
     name: str = "model"
 
     def __post_init__(self) -> None:
-        config, codes = self.transformer.config, self.tokenizer.config.code_width
-        if self.text_encoder.config.width != config.text_width:
-            raise ValueError(
-                f"{self.name}: the transformer expects text features of width {config.text_width}, "
-                f"the text encoder gives {self.text_encoder.config.width}: convert the text "
-                "encoder this transformer was trained with"
-            )
-        if config.code_width != codes:
-            raise ValueError(
-                f"{self.name}: the transformer draws codes of width {config.code_width}, the "
-                f"tokenizer has {codes}: convert the tokenizer this transformer was trained with"
-            )
+        if self.defaults is None:
+            object.__setattr__(self, "defaults", self.family.defaults())
+        self.family.agree(self)
 
     @property
     def parts(self) -> dict[str, Any]:
         """Module of every part."""
         modules = (self.transformer, self.tokenizer, self.text_encoder)
-        return dict(zip(checkpoint.PARTS, modules, strict=True))
+        named = zip(checkpoint.PARTS, modules, strict=True)
+        return {part: module for part, module in named if part in self.family.parts}
+
+    def with_parts(self, parts: Mapping[str, Any]) -> Model:
+        """The model with other modules in place of some parts."""
+        names = {"text": "text_encoder"}
+        return dataclasses.replace(
+            self, **{names.get(part, part): module for part, module in parts.items()}
+        )
 
     @property
     def stride(self) -> int:
         """Pixels of a side that one token covers."""
-        return self.tokenizer.config.stride * (2 if self.transformer.config.patchify else 1)
+        return self.family.stride(self)
+
+    @property
+    def codebook(self) -> Any:
+        """What turns tokens into codes where that needs weights, else None."""
+        return getattr(self.tokenizer, "codebook", None)
 
 
 def model_folder(directory: str | Path | None) -> Path:
@@ -91,13 +75,22 @@ def model_folder(directory: str | Path | None) -> Path:
     return DEMO
 
 
+def family_in(folder: Path) -> Family:
+    """The family of a model directory."""
+    return family_of(checkpoint.read_config(folder))
+
+
 def part_config(config: dict[str, Any], part: str, dtype: str | None = None) -> tuple[type, Any]:
     """Module class and config of one part; `dtype` overrides the stored compute dtype."""
     entry = config.get(part)
     if not isinstance(entry, dict):
         raise ValueError(f"the model has no {part}: add it with `sparvar convert SOURCE --into`")
-    kinds = KINDS[part]
-    if entry.get("kind") not in kinds:
+    kinds = {
+        kind: classes
+        for family in families()
+        for kind, classes in family.parts.get(part, {}).items()
+    }
+    if not isinstance(entry.get("kind"), str) or entry["kind"] not in kinds:
         raise ValueError(
             f"unknown kind {entry.get('kind')!r} of {part}, expected {' or '.join(kinds)}"
         )
@@ -140,18 +133,13 @@ def load_model(
     config = checkpoint.read_config(folder)
     # Everything cheap first: a model that does not fit together is found before any weights.
     model = describe_model(folder, dtype)
-    loaded = checkpoint.PARTS if text_encoder else ("transformer", "tokenizer")
-    parts = model.parts
-    for done, part in enumerate(loaded, 1):
+    wanted = [part for part in model.parts if text_encoder or part != "text"]
+    parts = {}
+    for done, part in enumerate(wanted, 1):
         parts[part] = load_part(folder, config, part, dtype)
         if progress:
-            progress("load", done, len(loaded))
-    return dataclasses.replace(
-        model,
-        transformer=parts["transformer"],
-        tokenizer=parts["tokenizer"],
-        text_encoder=parts["text"],
-    )
+            progress("load", done, len(wanted))
+    return model.with_parts(parts)
 
 
 def compute_dtype(dtype: str | None) -> str:
@@ -169,12 +157,14 @@ def compute_dtype(dtype: str | None) -> str:
 def describe_model(folder: Path, dtype: str | None = None) -> Model:
     """The model with shapes and dtypes in place of weights; dtype None is the stored one."""
     config = checkpoint.read_config(folder)
-    transformer, tokenizer, text = (abstract_part(config, part, dtype) for part in checkpoint.PARTS)
+    family = family_of(config)
+    parts = {part: abstract_part(config, part, dtype) for part in family.parts}
     return Model(
-        transformer,
-        tokenizer,
-        text,
-        load_tokenizer(folder / "text"),
-        checkpoint.config_from_json(Defaults, config.get("defaults", {})),
+        family,
+        parts["transformer"],
+        parts["tokenizer"],
+        parts.get("text"),
+        load_tokenizer(folder / "text") if "text" in parts else None,
+        checkpoint.config_from_json(family.defaults, config.get("defaults", {})),
         folder.name,
     )

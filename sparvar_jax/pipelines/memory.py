@@ -8,7 +8,6 @@ import math
 import jax
 import numpy as np
 
-from sparvar_jax.pipelines.class_pipeline import ClassModel
 from sparvar_jax.pipelines.loading import Model
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.stores import CacheShape
@@ -38,7 +37,7 @@ class Estimate:
         return max(text, self.peak - text)
 
 
-def estimate(model: Model | ClassModel, plan: Plan, batch: int) -> Estimate:
+def estimate(model: Model, plan: Plan, batch: int) -> Estimate:
     """What drawing `batch` pictures with a plan holds at once; `model` may be abstract.
 
     step: the widest activations of the largest scale. decode: the tokenizer's maps at full size.

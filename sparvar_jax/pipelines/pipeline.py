@@ -1,72 +1,49 @@
-"""Prompt to picture: text encoder, plan, generation loop and tokenizer behind one call."""
+"""Prompts or classes to pictures: plan, generation loop and tokenizer behind one call."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float, UInt8
 
-from sparvar_jax.models import bsq_vae, sampling
+from sparvar_jax.models import bsq_vae
 from sparvar_jax.models.family import How
+from sparvar_jax.models.vqvae import Tokenised
 from sparvar_jax.pipelines import loading
 from sparvar_jax.pipelines.loading import Model
-from sparvar_jax.pipelines.requests import (
-    Options,
-    PerScale,
-    Prompts,
-    Request,
-    parse_ratio,
-    picture_size,
-    resolve_plan,
-    resolve_schedule,
-)
+from sparvar_jax.pipelines.numbers import image_keys, whole_numbers
+from sparvar_jax.pipelines.requests import Options, Request, shape_of
+from sparvar_jax.pipelines.subjects import Jobs
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.plans.plan import Plan
-from sparvar_jax.runtime import generate
 from sparvar_jax.runtime.bound import Bound, to_host
-from sparvar_jax.runtime.generate import Generator, Progress
+from sparvar_jax.runtime.generate import Generator, ScaleOutput, State
+from sparvar_jax.runtime.progress import Progress
 
-__all__ = [
-    "Options",
-    "PerScale",
-    "Pipeline",
-    "Request",
-    "TextEncoder",
-    "TextFeatures",
-    "parse_ratio",
-    "picture_size",
-    "resolve_plan",
-    "resolve_schedule",
-]
-SEEDS = 1 << 32
-Jobs = list[Callable[[], Any]]
+__all__ = ["Options", "Pipeline", "Request", "TextEncoder", "TextFeatures"]
+ALIASES = {"guidance_scale": "guidance", "negative_prompt": "negative"}
+"""Names other libraries give to options of ours."""
 
 
 class Pipeline:
-    """Text to picture with one loaded model.
+    """Draws with one loaded model.
 
     Compiled steps and functions are kept, so the second call with the same plan, batch size and
-    length bucket of the prompts compiles nothing.
+    length bucket of the prompts compiles nothing. Weights are read at every call: what is changed
+    in place, or put in by setting `model`, shows in the next picture.
     """
 
     def __init__(self, model: Model, *, text_encoder: bool = True):
-        self.model = model
-        self.generator = Generator(model.transformer)
-        longest = model.transformer.config.text_max_length
-        self._text = (
-            TextEncoder(model.text_encoder, model.text_tokenizer, longest) if text_encoder else None
-        )
-        self._condition = {
-            learned: Bound(model.transformer, condition)
-            for learned, condition in ((True, _with_learned_guidance), (False, _with_guidance))
-        }
-        self._decode = Bound(model.tokenizer, _decode)
+        self._model = model
+        self.generator = Generator(model.transformer, model.codebook)
+        self.subject = model.family.subject(lambda: self.model, text_encoder=text_encoder)
+        self._decode = Bound(lambda: self.model.tokenizer, _decode)
 
     @classmethod
     def from_checkpoint(
@@ -77,7 +54,7 @@ class Pipeline:
         text_encoder: bool = True,
         progress: Progress | None = None,
     ) -> Pipeline:
-        """Load a model directory; None is the demo model.
+        """Load a model directory of any family; None is the demo model.
 
         text_encoder: False loads none, for calls with features of a `TextEncoder` used before.
         Other arguments as in `loading.load_model`.
@@ -87,97 +64,159 @@ class Pipeline:
         )
         return cls(model, text_encoder=text_encoder)
 
-    def __call__(
-        self, prompts: Prompts, *, progress: Progress | None = None, **options: Any
-    ) -> UInt8[np.ndarray, "B height width 3"]:
-        """Draw one RGB picture per prompt, or per row of text features.
+    @property
+    def model(self) -> Model:
+        """The model drawn with; another one may be set."""
+        return self._model
 
-        Options are those of `requests.Options`. progress: called as (stage, done, total) with the
-        stages "compile" and "draw".
+    @model.setter
+    def model(self, model: Model) -> None:
+        if model.family != self._model.family:
+            raise ValueError(
+                f"this pipeline draws {self._model.family.draws} with a {self._model.family.kind} "
+                f"model, got a {model.family.kind} model: make a pipeline of its own"
+            )
+        self._model = model
+        self.generator.model, self.generator.codebook = model.transformer, model.codebook
+
+    def __call__(
+        self, subject: Any = None, *, progress: Progress | None = None, **options: Any
+    ) -> UInt8[np.ndarray, "B height width 3"]:
+        """Draw one RGB picture per prompt, or row of text features, or class.
+
+        subject: what is drawn; `prompt`, `prompts` or `labels` may name it.
+
+        Options are those of the family: `requests.Options`, `class_requests.ClassOptions`.
+        progress: called as (stage, done, total) with the stages "compile" and "draw".
         """
-        request = self.request(prompts, **options)
+        request = self.request(subject, **options)
         self._compile(request, progress)
-        code_sum, total = None, len(request.plan.steps)
-        for done, (state, _) in enumerate(self._steps(request), 1):
+        code_sum: Any = None
+        total = len(request.plan.steps)
+        for done, (state, _) in enumerate(self.steps(request), 1):
             code_sum = state.code_sum
             if progress:
                 jax.block_until_ready(code_sum)
                 progress("draw", done, total)
-        return to_host(self._decode(code_sum))
+        return self.decode(code_sum)
 
     def stream(
-        self, prompts: Prompts, *, progress: Progress | None = None, **options: Any
+        self, subject: Any = None, *, progress: Progress | None = None, **options: Any
     ) -> Iterator[UInt8[np.ndarray, "B height width 3"]]:
         """The decoded pictures after every scale; the last ones equal those of a plain call.
 
         What cannot be drawn is refused at once, not at the first picture.
         """
-        return self._stream(self.request(prompts, **options), progress)
+        return self._stream(self.request(subject, **options), progress)
 
     def _stream(
         self, request: Request, progress: Progress | None
     ) -> Iterator[UInt8[np.ndarray, "B height width 3"]]:
         self._compile(request, progress)
-        for state, _ in self._steps(request):
-            yield to_host(self._decode(state.code_sum))
+        for state, _ in self.steps(request):
+            yield self.decode(state.code_sum)
 
-    def request(self, prompts: Prompts, **options: Any) -> Request:
-        """Resolve a call: plan, controls, condition and random keys, as `Options` say.
+    def request(self, subject: Any = None, **options: Any) -> Request:
+        """Resolve a call: plan, controls, condition and random keys, as the options say.
 
         Raises ValueError for anything that cannot be drawn.
         """
-        asked, prompts = Options(**options), _listed(prompts)
+        subject, asked = self._asked(subject, options)
         plan, controls = asked.resolve(self.model)
-        batch = _batch(prompts, asked.seed)
-        learned, arguments = _condition_arguments(prompts, asked.negative, plan, self.encode_text)
-        condition = self._condition[learned](*arguments)
-        return Request(plan, condition, controls, sampling.image_keys(asked.seed, batch))
+        keys = image_keys(asked.seed, self.subject.count(subject))
+        condition = self.subject.condition(subject, asked, plan)
+        return Request(plan, condition, controls, keys, asked.how(self.model))
 
     def warm_up(
-        self, prompts: Prompts, *, progress: Progress | None = None, **options: Any
+        self, subject: Any = None, *, progress: Progress | None = None, **options: Any
     ) -> None:
         """Compile all that a call with these arguments runs, in parallel, and draw nothing.
 
-        Of the prompts only their number and length bucket matter. Works without weights as well.
+        Of prompts only their number and length bucket matter, of classes their number. Works
+        without weights as well.
         """
-        asked, prompts, jobs = Options(**options), _listed(prompts), []
+        subject, asked = self._asked(subject, options)
         plan, _ = asked.resolve(self.model)
-        batch = _batch(prompts, asked.seed)
-        learned, arguments = _condition_arguments(
-            prompts, asked.negative, plan, lambda texts: self._text_shape(texts, jobs)
+        batch = self.subject.count(subject)
+        image_keys(asked.seed, batch)  # complains before the work
+        condition, jobs = self.subject.shape(subject, asked, plan)
+        total = code_sum_shape(self.model.transformer, plan, batch)
+        jobs = [*jobs, lambda: self._decode.compile(total)]
+        compile_all(self.generator, plan, condition, batch, jobs, progress, asked.how(self.model))
+
+    def steps(self, request: Request) -> Iterator[tuple[State, ScaleOutput]]:
+        """State and output after every scale of a request."""
+        return self.generator.steps(
+            request.plan, request.condition, request.controls, request.keys, how=request.how
         )
-        condition = self._condition[learned]
-        jobs += [lambda: condition.compile(*arguments)]
-        jobs += [lambda: self._decode.compile(code_sum_shape(self.model.transformer, plan, batch))]
-        compile_all(self.generator, plan, condition.shape(*arguments), batch, jobs, progress)
 
-    def encode_text(self, prompts: Prompts) -> TextFeatures:
-        """Text features of prompts; features are returned as they are."""
-        if isinstance(prompts, TextFeatures):
-            return prompts
-        return self._encoder()(_listed(prompts))
+    def decode(self, code_sum: Float[Array, "B h w Cd"]) -> UInt8[np.ndarray, "B height width 3"]:
+        """Pictures from sums of codes."""
+        return to_host(self._decode(code_sum))
 
-    def _text_shape(self, prompts: Prompts, jobs: Jobs) -> TextFeatures:
-        if isinstance(prompts, TextFeatures):
-            return prompts
-        features, job = self._encoder().shape(prompts)
-        jobs.append(job)
-        return features
+    def encode_text(self, prompts: Any) -> TextFeatures:
+        """Text features of prompts, for models that draw such; features are left as they are."""
+        return self._ability("encode")(prompts)
 
-    def _encoder(self) -> TextEncoder:
-        if self._text is None:
+    def tokenise(self, pictures: UInt8[np.ndarray, "B height width 3"]) -> Tokenised:
+        """RGB pictures of the model's own size as token maps, for models that draw classes."""
+        return self._ability("tokenise")(pictures)
+
+    @property
+    def picture_side(self) -> int:
+        """Pixels of a side of the pictures of a model that draws one square size."""
+        return self.model.transformer.config.schedule.final[0] * self.model.stride
+
+    def _ability(self, name: str) -> Any:
+        found = getattr(self.subject, name, None)
+        if found is None:
+            draws = self.model.family.draws
+            raise ValueError(f"{self.model.name} draws {draws}: it cannot {name}")
+        return found
+
+    def _asked(self, subject: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+        """What is drawn, and the options by our own names."""
+        options = {ALIASES.get(name, name): value for name, value in options.items()}
+        given = [options.pop(name) for name in self.subject.names if name in options]
+        given += [] if subject is None else [subject]
+        if len(given) != 1:
+            draws = self.model.family.draws
+            raise ValueError(f"{self.model.name} draws {draws}: give them once, got {len(given)}")
+        subject = self.subject.listed(given[0])
+        (count,) = whole_numbers("num_images_per_prompt", options.pop("num_images_per_prompt", 1))
+        if not count or count < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {count}")
+        subject = subject if count == 1 else self.subject.repeated(subject, count)
+        pixels = [options.pop(name, None) for name in ("height", "width")]
+        if any(side is not None for side in pixels):
+            options |= self._shape(pixels[0], pixels[1], options)
+        known = [field.name for field in dataclasses.fields(self.model.family.options)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
             raise ValueError(
-                "this pipeline has no text encoder: give it the features of a TextEncoder, or load "
-                "it with text_encoder=True"
+                f"{self.model.name} draws {self.model.family.draws} and has no option "
+                f"{', '.join(unknown)}: use {', '.join(known)}"
             )
-        return self._text
+        return subject, self.model.family.options(**options)
+
+    def _shape(self, height: Any, width: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """The options that ask for pictures of so many pixels; one side alone asks for a square."""
+        height, width = (height or width, width or height)
+        if self.model.family.draws == "classes":
+            if (height, width) != (self.picture_side,) * 2:
+                side = self.picture_side
+                raise ValueError(f"this model draws {side}x{side} alone, got {height}x{width}")
+            return {}
+        if options.keys() & {"aspect_ratio", "size"}:
+            raise ValueError("give height and width, or aspect_ratio and size, not both")
+        ratio, size = shape_of(self.model, height, width)
+        return {"aspect_ratio": ratio, "size": size}
 
     def _compile(self, request: Request, progress: Progress | None) -> None:
         batch = request.keys.shape[0]
-        self.generator.compile(request.plan, request.condition, batch, progress=progress)
-
-    def _steps(self, request: Request) -> Iterator[tuple[generate.State, generate.ScaleOutput]]:
-        return self.generator.steps(request.plan, request.condition, request.controls, request.keys)
+        self.generator.compile(
+            request.plan, request.condition, batch, how=request.how, progress=progress
+        )
 
 
 def compile_all(
@@ -202,51 +241,5 @@ def code_sum_shape(transformer: Any, plan: Plan, batch: int) -> Any:
     return jax.eval_shape(lambda: transformer.start_codes(batch, plan.schedule))
 
 
-def count(prompts: Sequence[str] | TextFeatures) -> int:
-    """How many pictures prompts or their features ask for."""
-    return len(prompts.lengths) if isinstance(prompts, TextFeatures) else len(prompts)
-
-
-def _batch(prompts: Sequence[str] | TextFeatures, seed: int) -> int:
-    """How many pictures, each of which must have a seed."""
-    batch = count(prompts)
-    try:
-        seed = operator.index(seed)
-    except TypeError:
-        raise ValueError(f"seed must be a whole number, got {seed!r}") from None
-    if not 0 <= seed <= SEEDS - batch:
-        raise ValueError(f"seed must lie in 0..{SEEDS - batch}, got {seed}")
-    return batch
-
-
-def _listed(prompts: Prompts) -> Any:
-    if isinstance(prompts, str):
-        return [prompts]
-    return prompts if isinstance(prompts, TextFeatures) else list(prompts)
-
-
-def _condition_arguments(
-    prompts: Any, negative: Prompts | None, plan: Plan, encode: Callable[[Any], TextFeatures]
-) -> tuple[bool, tuple[Any, ...]]:
-    """Whether guidance is learned, and what the transformer is told: text, lengths, negative."""
-    text, guided = encode(prompts), plan.steps[0].rows == "both"
-    if negative is None:
-        return guided, (*text, None)
-    if not guided:
-        raise ValueError("a negative prompt works through guidance, which is off: raise it")
-    others = [negative] * count(prompts) if isinstance(negative, str) else _listed(negative)
-    if count(others) != count(prompts):
-        raise ValueError(f"got {count(others)} negative prompts for {count(prompts)} prompts")
-    return False, (*text, encode(others))
-
-
-def _with_learned_guidance(model: Any, text: Array, lengths: Array, _: None) -> Any:
-    return model.embed_condition(text, lengths, "learned")
-
-
-def _with_guidance(model: Any, text: Array, lengths: Array, other: Any) -> Any:
-    return model.embed_condition(text, lengths, other)
-
-
-def _decode(tokenizer: bsq_vae.BsqVae, code_sum: Array) -> UInt8[Array, "B height width 3"]:
+def _decode(tokenizer: Any, code_sum: Array) -> UInt8[Array, "B height width 3"]:
     return bsq_vae.to_uint8(tokenizer.decode(code_sum))

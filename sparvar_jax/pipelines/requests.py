@@ -1,4 +1,4 @@
-"""What a call of the pipeline asks for, and its resolution to schedule, plan and controls."""
+"""What a call asks for that draws prompts, and its resolution to schedule, plan and controls."""
 
 from __future__ import annotations
 
@@ -7,44 +7,67 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from sparvar_jax.models import sampling
-from sparvar_jax.pipelines.loading import Model
+from sparvar_jax.models.family import How
+from sparvar_jax.pipelines.numbers import (
+    PerScale,
+    guidance_of,
+    numbers,
+    parse_ratio,
+    whole_numbers,
+)
 from sparvar_jax.pipelines.text_encoder import TextFeatures
 from sparvar_jax.plans.plan import Plan
-from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
+from sparvar_jax.plans.schedule import SIZES, ScaleSchedule, infinity_schedule
 from sparvar_jax.policies import parse_plan
-from sparvar_jax.runtime import generate
+from sparvar_jax.runtime.controls import controls as make_controls
 
-PerScale = float | Sequence[float]
 Prompts = str | Sequence[str] | TextFeatures
 RATIO_TOLERANCE = 1.15  # of the asked for to the nearest ratio, beyond which a call warns
+
+OFF = 1.0  # the weight of the conditional logits that leaves them alone
 
 # Making a sparse plan takes longer than dispatching its steps.
 cached_plan = functools.lru_cache(maxsize=64)(parse_plan)
 
 
 @dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What a call uses where it does not say; the `defaults` of `config.json`.
+
+    guidance, temperature: one value, or one a scale. aspect_ratio: width / height.
+    """
+
+    plan: str = "dense"
+    guidance: float | tuple[float, ...] = 3.0
+    temperature: float | tuple[float, ...] = 0.5
+    top_p: float = 0.97
+    size: str = "1M"
+    aspect_ratio: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Request:
-    """Everything one generation runs on. condition: of the whole batch. keys: one per image."""
+    """Everything one generation runs on. condition: of the whole batch. keys: one an image."""
 
     plan: Plan
     condition: Any
     controls: sampling.Controls
-    keys: Array
+    keys: Key[Array, "B"]
+    how: How = "sample"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to draw; None takes the model's default.
+    """How to draw prompts; None takes the model's default.
 
     plan: a Plan, or text such as "dense" or "sparvar-fast+drop_uncond(3)".
-    seed: image b draws from seed + b, whatever else is in the batch.
-    guidance, temperature: one value, or one a scale; guidance 1 is off.
+    seed: image b draws from seed + b, or one seed an image; nothing else in the batch matters.
+    guidance, temperature: one value, or one a scale; guidance 1, or "off", is none.
     guidance_layer: mix the hidden state after this block instead of the logits.
     aspect_ratio: "W:H" or width / height, snapped to the nearest supported one.
     size: "0.06M", "0.25M", "0.60M" or "1M" of the model's largest picture.
@@ -53,8 +76,8 @@ class Options:
     """
 
     plan: Plan | str | None = None
-    seed: int = 0
-    guidance: PerScale | None = None
+    seed: int | Sequence[int] = 0
+    guidance: PerScale | Literal["off"] | None = None
     guidance_layer: int | None = None
     temperature: PerScale | None = None
     top_p: float | None = None
@@ -62,26 +85,31 @@ class Options:
     size: str | None = None
     negative: Prompts | None = None
 
-    def resolve(self, model: Model) -> tuple[Plan, sampling.Controls]:
+    def resolve(self, model: Any) -> tuple[Plan, sampling.Controls]:
         """The plan and the sampling controls; ValueError for what cannot be drawn."""
         defaults = model.defaults
-        guide = numbers(defaults.guidance if self.guidance is None else self.guidance)
-        temper = numbers(defaults.temperature if self.temperature is None else self.temperature)
+        guide = guidance_of(defaults.guidance if self.guidance is None else self.guidance, OFF)
+        temper = defaults.temperature if self.temperature is None else self.temperature
         plan = self._plan(model, guide)
         depth = model.transformer.config.depth
         if plan.depth != depth:
             raise ValueError(
                 f"the plan has {plan.depth} layers, the model {depth}: make the plan for this model"
             )
-        controls = generate.controls(
+        controls = make_controls(
             len(plan.schedule),
             guidance=guide,
-            temperature=temper,
+            temperature=numbers("temperature", temper),
             top_p=defaults.top_p if self.top_p is None else self.top_p,
         )
         return plan, controls
 
-    def _plan(self, model: Model, guidance: float | tuple[float, ...]) -> Plan:
+    def how(self, model: Any) -> How:
+        """How tokens are drawn."""
+        del model
+        return "sample"
+
+    def _plan(self, model: Any, guidance: float | tuple[float, ...]) -> Plan:
         shape = (self.aspect_ratio, self.size)
         if not isinstance(self.plan, Plan):
             schedule = resolve_schedule(model, *shape)
@@ -92,7 +120,7 @@ class Options:
 
 
 def resolve_schedule(
-    model: Model, aspect_ratio: float | str | None = None, size: str | None = None
+    model: Any, aspect_ratio: float | str | None = None, size: str | None = None
 ) -> ScaleSchedule:
     """The scales of a picture; None takes the model's defaults. Warns of a ratio far away."""
     defaults = model.defaults
@@ -108,42 +136,37 @@ def resolve_schedule(
 
 
 def resolve_plan(
-    model: Model,
+    model: Any,
     plan: str | None,
     schedule: ScaleSchedule,
     guidance: PerScale | None = None,
     guidance_layer: int | None = None,
 ) -> Plan:
     """The plan that a text (None: the model's default) names, with guidance where it is not 1."""
-    guide = numbers(model.defaults.guidance if guidance is None else guidance)
+    guide = guidance_of(model.defaults.guidance if guidance is None else guidance, OFF)
     flags = tuple(g != 1 for g in guide) if isinstance(guide, tuple) else guide != 1
     name = model.defaults.plan if plan is None else plan
     depth = model.transformer.config.depth
     return cached_plan(name, schedule, depth, guidance=flags, merge_at=guidance_layer)
 
 
-def picture_size(model: Model, schedule: ScaleSchedule) -> tuple[int, int]:
+def picture_size(model: Any, schedule: ScaleSchedule) -> tuple[int, int]:
     """(height, width) in pixels of the pictures of a schedule."""
     return schedule.final[0] * model.stride, schedule.final[1] * model.stride
 
 
-def parse_ratio(ratio: float | str) -> float:
-    """Width / height from a number or from "W:H"; ValueError for anything else."""
-    try:
-        if isinstance(ratio, str) and ":" in ratio:
-            width, height = (float(part) for part in ratio.split(":"))
-            value = width / height
-        else:
-            value = float(ratio)
-    except (ValueError, ZeroDivisionError, TypeError):
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"aspect ratio must be W:H such as 16:9, or a positive number: {ratio!r}")
-    return value
+def shape_of(model: Any, height: int, width: int) -> tuple[float, str]:
+    """(width / height, size) whose pictures come nearest to so many pixels.
 
-
-def numbers(value: PerScale) -> float | tuple[float, ...]:
-    """A float, or a tuple of them: one a scale. Scalars of numpy and jax are numbers as well."""
-    if isinstance(value, Sequence) or np.ndim(value):
-        return tuple(float(v) for v in value)  # type: ignore[union-attr]
-    return float(value)
+    Raises ValueError for a side that is not a positive whole number. Warns where the pictures that
+    can be drawn differ.
+    """
+    (high,), (wide,) = whole_numbers("height", height), whole_numbers("width", width)
+    if min(high or 0, wide or 0) < 1:
+        raise ValueError(f"height and width must be positive numbers of pixels, got {high}x{wide}")
+    sizes = {size: picture_size(model, infinity_schedule(high / wide, size)) for size in SIZES}
+    size = min(sizes, key=lambda name: abs(math.log(math.prod(sizes[name]) / (high * wide))))
+    if sizes[size] != (high, wide):
+        near = "{}x{}".format(*sizes[size])
+        warnings.warn(f"the supported size nearest to {high}x{wide} is {near}", stacklevel=3)
+    return wide / high, size

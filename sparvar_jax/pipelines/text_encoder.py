@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 
 from sparvar_jax.models import t5
 from sparvar_jax.models.text_tokens import Tokenizer, load_tokenizer
-from sparvar_jax.pipelines import loading
 from sparvar_jax.runtime.bound import Bound
 from sparvar_jax.weights import checkpoint
 
@@ -24,7 +23,7 @@ class TextFeatures(NamedTuple):
 
 
 class TextEncoder:
-    """Tokenizer and T5 encoder behind one call.
+    """Tokenizer and T5 encoder behind one call. encoder: gives the module as it is now.
 
     Where memory is short, compute the features first; the encoder is freed with this object:
 
@@ -32,7 +31,7 @@ class TextEncoder:
         pictures = Pipeline.from_checkpoint(folder, text_encoder=False)(text)
     """
 
-    def __init__(self, encoder: t5.T5Encoder, tokenizer: Tokenizer, max_length: int):
+    def __init__(self, encoder: Callable[[], t5.T5Encoder], tokenizer: Tokenizer, max_length: int):
         self._encode = Bound(encoder, t5.encode)
         self._tokenizer, self._max_length = tokenizer, max_length
 
@@ -41,11 +40,13 @@ class TextEncoder:
         cls, directory: str | Path | None = None, *, dtype: str | None = None
     ) -> TextEncoder:
         """Load the text encoder of a model directory and nothing else; None is the demo model."""
+        from sparvar_jax.pipelines import loading  # which knows all families, and they this class
+
         folder = loading.model_folder(directory)
         config = checkpoint.read_config(folder)
         _, transformer = loading.part_config(config, "transformer")
         encoder = loading.load_part(folder, config, "text", loading.compute_dtype(dtype))
-        return cls(encoder, load_tokenizer(folder / "text"), transformer.text_max_length)
+        return cls(lambda: encoder, load_tokenizer(folder / "text"), transformer.text_max_length)
 
     def __call__(self, prompts: Sequence[str]) -> TextFeatures:
         """Features of prompts; ValueError for an empty one, a warning for one that is cut."""

@@ -8,6 +8,7 @@ from sparvar_jax.policies.registry import (
     parse_policies,
     parse_policy,
     preset_names,
+    register_policy,
 )
 from sparvar_jax.policies.routing import Policy
 from sparvar_jax.policies.scales import drop_uncond, skip_last_scales
@@ -23,6 +24,7 @@ __all__ = [
     "parse_policies",
     "parse_policy",
     "preset_names",
+    "register_policy",
     "skip_last_scales",
     "sparvar",
 ]

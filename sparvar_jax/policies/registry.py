@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.metadata
 import re
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pallas_kernels.api import Implementation
@@ -18,6 +21,7 @@ from sparvar_jax.policies.routing import Policy
 from sparvar_jax.policies.scales import drop_uncond, skip_last_scales
 from sparvar_jax.policies.sparvar import released_boundary, sparvar
 
+_NAME = r"[a-z_][\w-]*"
 FAST_COLUMNS = (("granularity", 8), ("multiple", 64))
 
 
@@ -54,6 +58,45 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "skip_last_scales": skip_last_scales,
     "drop_uncond": drop_uncond,
 }
+_OWN = frozenset({**PRESETS, **POLICIES})
+
+
+def register_policy(name: str, make: Callable[..., Policy], *, preset: bool = False) -> None:
+    """Give a policy a name for plan texts: `make(...)` returns a function from plan to plan.
+
+    preset: list it among whole plans; `make` then takes no arguments. A name given before is given
+    anew. Raises ValueError for one that cannot stand in a plan text or that is this package's own.
+    """
+    if re.fullmatch(_NAME, name) is None:
+        raise ValueError(
+            f"a policy's name is small letters, digits, - and _, beginning with a letter or _, "
+            f"got {name!r}"
+        )
+    if name in _OWN:
+        raise ValueError(f"there is a policy named {name!r} already: choose another name")
+    (PRESETS if preset else POLICIES)[name] = make
+
+
+def load_policies(file: Path) -> None:
+    """Run a Python file that registers policies, as `--policies-from` asks for. It is code.
+
+    Raises ValueError where there is no such file or running it fails.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} is no file: give a Python file that calls register_policy")
+    try:
+        runpy.run_path(str(file), run_name="policies")
+    except Exception as error:  # whatever a user's file raises is told by file and reason
+        raise ValueError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
+
+
+def load_entry_points() -> None:
+    """Register what installed packages offer: entry points of the group `sparvar_jax.policies`.
+
+    Each names a function that makes a policy; its entry's name is the policy's.
+    """
+    for entry in importlib.metadata.entry_points(group="sparvar_jax.policies"):
+        register_policy(entry.name, entry.load())
 
 
 def preset_names() -> tuple[str, ...]:
@@ -66,7 +109,7 @@ def parse_policy(text: str) -> Policy:
 
     Raises ValueError for unknown names, non-literal arguments or arguments a policy does not take.
     """
-    match = re.fullmatch(r"\s*([a-z_][\w-]*)\s*(\(.*\))?\s*", text, re.DOTALL)
+    match = re.fullmatch(rf"\s*({_NAME})\s*(\(.*\))?\s*", text, re.DOTALL)
     known = {**PRESETS, **POLICIES}
     if match is None or match[1] not in known:
         raise ValueError(f"unknown policy {text.strip()!r}: use one of {', '.join(known)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,36 +13,58 @@ from sparvar_jax.runtime.compiling import compile_lowered
 
 
 class Bound:
-    """`function(module, *args)` compiled; the module is flattened once, not at every call.
+    """`function(module, *args)` compiled; `module()` gives the module as it is at the call.
 
-    With an abstract module it can still be compiled, which fills the persistent cache.
+    Its weights are arguments, so that changed ones need no compiling. With an abstract module it
+    can still be compiled, which fills the persistent cache.
     """
 
-    def __init__(self, module: Any, function: Callable[..., Any]):
-        self._leaves, treedef = jax.tree.flatten(module)
+    def __init__(self, module: Callable[[], Any], function: Callable[..., Any]):
+        self._module, self._function = module, function
+        self._structure: Any = None
+        self._reading = threading.Lock()
+        self._jitted: Any = None
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        leaves = self._leaves()
+        return self._executable(leaves, args)(leaves, *args)
+
+    def shape(self, *args: Any) -> Any:
+        """The result with shapes and dtypes instead of arrays; arguments may be such as well."""
+        leaves = self._leaves()
+        return jax.eval_shape(self._jitted, leaves, *args)
+
+    def compile(self, *args: Any) -> Any:
+        """The executable for arguments of these shapes; they may be abstract."""
+        return self._executable(self._leaves(), args)
+
+    def _leaves(self) -> list[Any]:
+        """The weights as they are now; another structure of the module starts anew."""
+        leaves, treedef = jax.tree.flatten(self._module())
+        structure = treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
+        with self._reading:
+            if structure != self._structure:
+                self._jitted, self._compiled = jax.jit(self._caller(treedef)), {}
+                self._structure = structure
+        return leaves
+
+    def _caller(self, treedef: Any) -> Callable[..., Any]:
+        function = self._function
 
         def call(leaves: Any, *args: Any) -> Any:
             return function(jax.tree.unflatten(treedef, leaves), *args)
 
-        call.__name__ = function.__name__.strip("_")
-        self._function = jax.jit(call)
-        self._compiled: dict[Any, Any] = {}
+        call.__name__ = function.__name__.strip("_<>")
+        return call
 
-    def __call__(self, *args: Any) -> Any:
-        return self.compile(*args)(self._leaves, *args)
-
-    def shape(self, *args: Any) -> Any:
-        """The result with shapes and dtypes instead of arrays; arguments may be such as well."""
-        return jax.eval_shape(self._function, self._leaves, *args)
-
-    def compile(self, *args: Any) -> Any:
-        """The executable for arguments of these shapes; they may be abstract."""
-        leaves, treedef = jax.tree.flatten(args)
-        name = (treedef, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
+    def _executable(self, leaves: list[Any], args: tuple[Any, ...]) -> Any:
+        flat, treedef = jax.tree.flatten(args)
+        name = (treedef, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in flat))
         if name not in self._compiled:
             # From shapes alone, so that programs made without weights are found in the cache.
-            shapes = jax.tree.map(_abstract, (self._leaves, *args))
-            self._compiled[name] = compile_lowered(self._function.lower(*shapes))
+            shapes = jax.tree.map(_abstract, (leaves, *args))
+            self._compiled[name] = compile_lowered(self._jitted.lower(*shapes))
         return self._compiled[name]
 
 

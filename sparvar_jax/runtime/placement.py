@@ -88,8 +88,8 @@ class Placement:
     def state(self, state: State) -> State:
         """Shapes of a state, as it lies on the mesh."""
         cache = NamedSharding(self.mesh, self._cache)
-        kept = _shaped((state.cache, state.shared, state.strategies), cache)
-        return State(*kept, self.by_rows(state.code_sum), self.by_rows(state.codes))
+        kept, shared, left = _shaped((state.cache, state.shared, state.strategies), cache)
+        return State(kept, shared, left, self.by_rows(state.code_sum), self.by_rows(state.codes))
 
     def put_parameters(self, parameters: Any) -> Any:
         """Weights on every device of the mesh; those that are there already stay."""

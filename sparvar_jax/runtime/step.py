@@ -213,12 +213,12 @@ class _Body:
     def segment(self, segment: Any, stream: Stream, left: _Left, captured: dict) -> Stream:
         """The residual stream after a segment: its tokens are selected, run, and restored."""
         first, last = segment.layers[0], segment.layers[1] - 1
-        place, before, kept = self.spec.places[first], None, None
+        place, rule, entry = self.spec.places[first], segment.tokens, left.states[first]
         positions = self.model.positions(self.condition, place)
-        if not isinstance(segment.tokens, AllTokens):
+        kept, before = None, stream.x
+        if not isinstance(rule, AllTokens):
             before = stream.settled()
-            kept = segment.tokens.select(before, self.codes, place, left.states[first])
-        entry = left.states[first]
+            kept = rule.select(before, self.codes, place, entry)
         if kept is not None:
             stream = Stream(_take(before, kept))
             positions = jax.tree.map(lambda table: _take(_by_row(table), kept), positions)
@@ -227,7 +227,7 @@ class _Body:
             if self.spec.capture and layer != last:
                 captured[f"hidden.{layer}"] = stream.settled()
         if kept is not None:
-            x, more = segment.tokens.restore(before, stream.settled(), kept, place, entry)
+            x, more = rule.restore(before, stream.settled(), kept, place, entry)
             stream = Stream(x)
             left.states[first] |= {n: more[n] for n in more if n in self.spec.keep[first]}
         if last == self.spec.step.merge_at:
