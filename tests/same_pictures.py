@@ -26,7 +26,6 @@ from flax import nnx
 
 from sparvar_jax.models.var import Var, VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
-from sparvar_jax.pipelines.class_pipeline import ClassPipeline
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.weights import checkpoint
 
@@ -63,7 +62,7 @@ Drawing = tuple[np.ndarray, tuple[np.ndarray, ...]]
 
 
 @functools.cache
-def pipe(family: str) -> Pipeline | ClassPipeline:
+def pipe(family: str) -> Pipeline:
     """The demo model, or a class-conditional one whose weights no library's draws decide."""
     if family == "text":
         return Pipeline.from_checkpoint(None, dtype="float32")
@@ -80,7 +79,7 @@ def pipe(family: str) -> Pipeline | ClassPipeline:
                 source={"made": "from the names of parameters"},
                 form="safetensors",
             )
-        return ClassPipeline.from_checkpoint(folder, dtype="float32")
+        return Pipeline.from_checkpoint(folder, dtype="float32")
 
 
 def _parameters(module: type, config, gain: float) -> dict[str, np.ndarray]:
@@ -101,15 +100,13 @@ def _parameters(module: type, config, gain: float) -> dict[str, np.ndarray]:
 def draw(family: str, plan: str) -> Drawing:
     """Two pictures of one plan, and the tokens that the loop returns for the same call."""
     asked = {"plan": PLANS[family][plan], "seed": SEED}
-    model = pipe(family)
-    if isinstance(model, Pipeline):
+    model, subject = pipe(family), PROMPTS if family == "text" else LABELS
+    if family == "text":
         asked |= {"size": "0.06M", "guidance": 2.0, "temperature": 0.7, "top_p": 0.95}
-        request, pictures = model.request(PROMPTS, **asked), model(PROMPTS, **asked)
-        run = model.generator.run
     else:
         asked |= {"guidance": 1.5, "top_k": 20, "top_p": 0.9}
-        request, pictures = model.request(LABELS, **asked), model(LABELS, **asked)
-        run = model.generator().run
+    request, pictures = model.request(subject, **asked), model(subject, **asked)
+    run = model.generator.run
     _, outputs = run(request.plan, request.condition, request.controls, request.keys)
     return pictures, tuple(np.asarray(output.tokens) for output in outputs)
 
