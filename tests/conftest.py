@@ -4,6 +4,7 @@ import os
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Workers of `-n` on a machine with a GPU share its memory.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -37,6 +38,19 @@ def pytest_collection_modifyitems(config, items):
         for mark, skip in skips.items():
             if item.get_closest_marker(mark):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def compile_cache_of_its_own(tmp_path_factory, monkeypatch):
+    """Commands switch the compile cache on for their process: no test sees that of another."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    yield
+    for name, value in before.items():
+        if jax.config.values[name] != value:
+            jax.config.update(name, value)
+            compilation_cache.reset_cache()  # it keeps the folder of its first use
 
 
 def pytest_terminal_summary(terminalreporter):

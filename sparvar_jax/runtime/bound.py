@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from sparvar_jax.runtime.compiling import compile_lowered
+from sparvar_jax.runtime.parameters import Parameters
 
 
 class Bound:
@@ -22,7 +23,7 @@ class Bound:
     def __init__(self, module: Callable[[], Any], function: Callable[..., Any]):
         self._module, self._function = module, function
         self._structure: Any = None
-        self._reading = threading.Lock()
+        self._parameters, self._starting = Parameters(), threading.Lock()
         self._jitted: Any = None
         self._compiled: dict[Any, Any] = {}
 
@@ -41,11 +42,10 @@ class Bound:
 
     def _leaves(self) -> list[Any]:
         """The weights as they are now; another structure of the module starts anew."""
-        leaves, treedef = jax.tree.flatten(self._module())
-        structure = treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
-        with self._reading:
-            if structure != self._structure:
-                self._jitted, self._compiled = jax.jit(self._caller(treedef)), {}
+        leaves, structure = self._parameters.read((self._module(),))
+        with self._starting:
+            if structure is not self._structure:
+                self._jitted, self._compiled = jax.jit(self._caller(structure[0])), {}
                 self._structure = structure
         return leaves
 
@@ -53,7 +53,8 @@ class Bound:
         function = self._function
 
         def call(leaves: Any, *args: Any) -> Any:
-            return function(jax.tree.unflatten(treedef, leaves), *args)
+            (module,) = jax.tree.unflatten(treedef, leaves)
+            return function(module, *args)
 
         call.__name__ = function.__name__.strip("_<>")
         return call

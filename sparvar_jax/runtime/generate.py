@@ -17,6 +17,7 @@ from sparvar_jax.models.family import Forced, How, ScaleModel
 from sparvar_jax.models.sampling import Controls
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime.controls import controls
+from sparvar_jax.runtime.parameters import Parameters
 from sparvar_jax.runtime.placement import Placement
 from sparvar_jax.runtime.pool import CachePool
 from sparvar_jax.runtime.progress import Progress
@@ -39,7 +40,7 @@ class Generator:
         self.model, self.codebook, self.placement = model, codebook, placement
         self._steps: Steps | None = None
         self._structure: Any = None
-        self._pool = CachePool()
+        self._pool, self._parameters = CachePool(), Parameters()
 
     def start(self, plan: Plan, batch: int) -> State:
         """The state before the first scale.
@@ -154,9 +155,8 @@ class Generator:
 
     def _current(self) -> tuple[Steps, list[Any]]:
         """(steps for the model's structure as it is now, its weights as they are now)."""
-        parameters, treedef = jax.tree.flatten((self.model, self.codebook))
-        structure = treedef, [(leaf.shape, leaf.dtype) for leaf in parameters]
-        if self._steps is None or structure != self._structure:
+        parameters, structure = self._parameters.read((self.model, self.codebook))
+        if self._steps is None or structure is not self._structure:
             self._steps = Steps((self.model, self.codebook), self.placement)
             self._structure = structure
         return self._steps, parameters
