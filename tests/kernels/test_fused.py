@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels import fused, support
 from sparvar_jax.models import layers
-from sparvar_jax.plans import cache as kv_cache
+from sparvar_jax.plans.stores import write_rows
 from tests.kernels.fused_cases import (
     assert_near,
     check_first_row_alone,
@@ -101,8 +101,8 @@ def test_rotary_reference_gives_the_bits_of_plain_layers(layout_name):
     k = rotate(layers.unit(k), *positions)
     want = (
         q.astype(jnp.bfloat16),
-        kv_cache.write(operands["k_cache"], k.astype(jnp.bfloat16), layout.slot(1)),
-        kv_cache.write(operands["v_cache"], v, layout.slot(1)),
+        write_rows(operands["k_cache"], k.astype(jnp.bfloat16), layout.slot(1)),
+        write_rows(operands["v_cache"], v, layout.slot(1)),
     )
     for got, wanted in zip(fused.rotary_to_cache(**operands, **place), want, strict=True):
         np.testing.assert_array_equal(got, wanted)
