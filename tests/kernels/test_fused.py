@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import fused, support
+from pallas_kernels.hopper import reasons
 from sparvar_jax.models import layers
 from sparvar_jax.plans.stores import write_rows
 from tests.kernels.fused_cases import (
@@ -161,8 +162,8 @@ def test_cross_attention_refuses_what_does_not_fit():
 
 
 def test_a_named_kernel_fails_loudly_without_its_device():
-    if not support.device_reason():
+    if not reasons.device_reason(support.device_of()):
         pytest.skip("this device runs the kernels")
     inputs = norm_inputs()
-    with pytest.raises(NotImplementedError, match="Mosaic kernels need"):
-        norm_calls(inputs, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match="Hopper kernels need"):
+        norm_calls(inputs, implementation="hopper")
