@@ -17,6 +17,7 @@ from sparvar_jax.models.text_tokens import Tokenizer, load_tokenizer
 from sparvar_jax.models.var import Var, VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
 from sparvar_jax.weights import checkpoint
+from sparvar_jax.weights.told import told
 
 DEMO = Path(__file__).parents[1] / "demo"
 KINDS: dict[str, dict[str, tuple[type, type]]] = {
@@ -102,7 +103,7 @@ def part_config(config: dict[str, Any], part: str, dtype: str | None = None) -> 
     kinds = KINDS[part]
     if entry.get("kind") not in kinds:
         raise ValueError(
-            f"unknown kind {entry.get('kind')!r} of {part}, expected {' or '.join(kinds)}"
+            f"unknown kind {told(entry.get('kind'), 60)} of {part}, expected {' or '.join(kinds)}"
         )
     module, config_class = kinds[entry["kind"]]
     values = checkpoint.config_from_json(config_class, entry)
@@ -120,6 +121,7 @@ def load_part(folder: Path, config: dict[str, Any], part: str, dtype: str | None
     abstract = abstract_part(config, part, dtype)
     shapes = checkpoint.abstract_parameters(abstract)
     stored = checkpoint.part_reader(folder, part).shapes
+    checkpoint.require_fit(abstract, stored)  # before anything of the sizes in the file is read
     tree = checkpoint.load_part(
         folder, part, dtype=lambda path: shapes.get(path, stored[path]).dtype
     )
