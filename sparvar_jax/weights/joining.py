@@ -67,7 +67,10 @@ def new_part(model: str | Path, part: str) -> Iterator[NewPart]:
         with _stage(model) as stage:
             building = NewPart(stage / part)
             yield building
-            _join(model, part, building, stage)
+            try:
+                _join(model, part, building, stage)
+            except OSError as error:
+                raise _no_writing(model, error) from error
 
 
 def _require_free(model: Path, part: str) -> None:

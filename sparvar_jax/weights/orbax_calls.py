@@ -8,8 +8,9 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from sparvar_jax.weights.told import told
 
@@ -24,31 +25,38 @@ def quiet() -> Iterator[None]:
     Answers of a failed write arrive after its event loop is gone, some after this block: those are
     kept out for the rest of the process.
     """
-    log, before = logging.getLogger("absl"), threading.excepthook
+    log, thread_hook, hook = logging.getLogger("absl"), threading.excepthook, sys.unraisablehook
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
     threading.excepthook = lambda args: None
+    sys.unraisablehook = _without_late_answers(hook)
+    logging.getLogger("asyncio").addFilter(_of_others)
     try:
         yield
-    except Exception:
-        _drop_late_answers()
-        raise
+        sys.unraisablehook = hook
+        logging.getLogger("asyncio").removeFilter(_of_others)
     finally:
         log.setLevel(level)
-        threading.excepthook = before
+        threading.excepthook = thread_hook
 
 
-def _drop_late_answers() -> None:
-    inner = sys.excepthook
-    if getattr(inner, "drops_late_answers", False):
-        return
+def _of_others(record: logging.LogRecord) -> bool:
+    """Whether a record is none of a failed task of Orbax, which nobody asked for its result."""
+    text = record.getMessage()
+    return not ("never retrieved" in text and "orbax" in text)
 
-    def hook(kind, error, trace) -> None:
-        if not (kind is RuntimeError and str(error) == _LATE):
-            inner(kind, error, trace)
 
-    hook.drops_late_answers = True  # type: ignore[attr-defined]
-    sys.excepthook = hook
+def _without_late_answers(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The hook for errors nobody can catch, which answers to a closed event loop do not reach."""
+    if getattr(hook, "passes_over", None) == _LATE:
+        return hook
+
+    def passing_over(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, RuntimeError) or str(unraisable.exc_value) != _LATE:
+            hook(unraisable)
+
+    passing_over.passes_over = _LATE  # type: ignore[attr-defined]
+    return passing_over
 
 
 def reason(error: Exception) -> str:
