@@ -24,17 +24,12 @@ from sparvar_convert.pickles import distributed, foreign_name, foreign_names, st
 from sparvar_convert.rules import ConversionError
 from sparvar_jax.weights.files import refuse_pointer
 from sparvar_jax.weights.json_file import read_json
+from sparvar_jax.weights.storage import SAFETENSORS_DTYPES
 from sparvar_jax.weights.told import listed, told
 
 _MOST_INDEX = 256 << 20  # a million names
 _MOST_SHARED = 16
 _OTHER_PROTOCOL = "Unsupported operand"
-_SAFETENSORS_DTYPES = {"BOOL": "bool", "BF16": "bfloat16"} | {
-    f"{letter}{bits}": f"{name}{bits}"
-    for letter, name in (("F", "float"), ("I", "int"), ("U", "uint"))
-    for bits in (8, 16, 32, 64)
-    if (letter, bits) != ("F", 8)
-}
 
 
 def load_torch(file: Path) -> Any:
@@ -164,9 +159,9 @@ class SafetensorsReader:
 
     def dtype(self, key: str) -> np.dtype:
         name = self._file.get_slice(key).get_dtype()
-        if name not in _SAFETENSORS_DTYPES:
+        if name not in SAFETENSORS_DTYPES:
             raise ConversionError(f"{key} is stored as {name}: convert it to bfloat16 first")
-        return np.dtype(_SAFETENSORS_DTYPES[name])
+        return np.dtype(SAFETENSORS_DTYPES[name])
 
     def read(self, key: str) -> np.ndarray:
         return self._file.get_tensor(key)

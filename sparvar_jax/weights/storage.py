@@ -27,6 +27,13 @@ from sparvar_jax.weights.files import refuse_pointer
 from sparvar_jax.weights.told import told
 
 SAFETENSORS = "weights.safetensors"
+SAFETENSORS_DTYPES = {"BOOL": "bool", "BF16": "bfloat16"} | {
+    f"{letter}{bits}": f"{name}{bits}"
+    for letter, name in (("F", "float"), ("I", "int"), ("U", "uint"))
+    for bits in (8, 16, 32, 64)
+    if (letter, bits) != ("F", 8)
+}
+"""Names of dtypes in safetensors files -> names of numpy and ml_dtypes."""
 SCALE_SUFFIX = ".__scale"
 BATCH_BYTES = 256 << 20
 _MIN_INT8_SIZE = 1024
@@ -220,8 +227,11 @@ class PartReader:
                         continue
                     scaled = name + SCALE_SUFFIX in names
                     part = file.get_slice(name)
-                    dtype = np.float32 if scaled else file.get_tensor(name).dtype
-                    shapes[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), np.dtype(dtype))
+                    stored = SAFETENSORS_DTYPES.get(part.get_dtype())
+                    if stored is None:
+                        raise ValueError(f"{self._file} has {part.get_dtype()}: make it again")
+                    dtype = np.dtype("float32" if scaled else stored)
+                    shapes[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{self._file} is damaged: {told(error, 160)}; fetch or make it again"
