@@ -43,10 +43,9 @@ def unwrap(reader: Reader, name: str) -> tuple[Reader, str]:
     names = list(reader.names())
     steps = [_bare(key.split(".")) for key in names]
     taken = {step for key in names for step in key.split(".") if step in _ANYWHERE}
-    while steps and len({path[0] for path in steps}) == 1 and steps[0][0] == _SHARED:
-        if any(len(path) == 1 for path in steps):
-            break
-        steps = [path[1:] for path in steps]
+    shared = min(map(_leading, steps), default=0)
+    if shared:
+        steps = [path[shared:] for path in steps]
         taken.add(_SHARED)
     if not taken:
         return reader, ""
@@ -58,6 +57,12 @@ def unwrap(reader: Reader, name: str) -> tuple[Reader, str]:
             f"{name}: keys are the same without wrappers: {listed(twice)}; save one set of weights"
         )
     return Unwrapped(reader, keys), f"keys without {', '.join(f'{s}.' for s in sorted(taken))}"
+
+
+def _leading(path: list[str]) -> int:
+    """How many steps at the beginning, the last one apart, are the shared wrapper's."""
+    others = (index for index, step in enumerate(path[:-1]) if step != _SHARED)
+    return next(others, len(path) - 1)
 
 
 def _bare(path: list[str]) -> list[str]:

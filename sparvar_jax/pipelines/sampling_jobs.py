@@ -143,7 +143,8 @@ def run_job(job: SampleJob, draw: Draw, out: str | Path, progress: Progress | No
             sample_parts.save(folder, index, pictures)
             if progress:
                 progress("sample", done, job.batches)
-        _join(job, folder, folder / _WHOLE)
+        with whole_file(folder / _WHOLE) as temporary:
+            _join(job, folder, temporary)
         os.replace(folder / _WHOLE, out)
         sync(out.parent)
         shutil.rmtree(folder)
@@ -226,7 +227,6 @@ def _join(job: SampleJob, folder: Path, target: Path) -> None:
         for name, array in (("arr_1", job.labels), ("job", np.array(job.describe()))):
             with archive.open(f"{name}.npy", "w") as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
-    sync(target)
 
 
 def _job_of(out: Path) -> str | None:

@@ -13,11 +13,13 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 _PART = ".part"
+_PATIENCE = 100
 _TEMPORARY = re.compile(r"\.sparvar-[0-9a-f]{16}\.part")
 # Earlier versions named the stage after its part.
 _STAGES = re.compile(r"\.(stage|transformer|tokenizer|text)-\w+")
@@ -82,13 +84,31 @@ def stage(folder: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
+        try:
+            _remove_folder(place)
+        except BaseException:  # a signal, which must not leave it behind
+            _remove_folder(place)
+            raise
+
+
+def _remove_folder(place: Path) -> None:
+    """Remove a folder into which threads of a call that was stopped may still be writing."""
+    for _ in range(_PATIENCE):
         shutil.rmtree(place, ignore_errors=True)
+        if not place.exists():
+            return
+        time.sleep(0.02)
+
+
+def is_stage(name: str) -> bool:
+    """Whether a name is one that `stage` gives."""
+    return _STAGES.fullmatch(name) is not None
 
 
 def remove_stages(folder: Path) -> None:
     """Remove the stages that killed processes left in a folder that we hold locked."""
     for entry in list(os.scandir(folder)):
-        if _STAGES.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+        if is_stage(entry.name) and entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path, ignore_errors=True)
 
 

@@ -28,6 +28,7 @@ from sparvar_jax.weights.description import (
 )
 from sparvar_jax.weights.json_file import JsonObject, read_json, require_objects
 from sparvar_jax.weights.locks import locked
+from sparvar_jax.weights.told import told
 
 _LOCK, _JOURNAL = ".lock", ".joining.json"
 _BUILT = "_CHECKPOINT_METADATA"  # a file of every part that `convert` wrote
@@ -183,8 +184,8 @@ def _read_journal(model: Path) -> JsonObject | None:
         return None
     journal = read_json(file, "remove it and convert the part again")
     require_objects(journal, _ENTRIES)
-    stage = journal.get("stage")
+    stage = told(journal.get("stage"), 60)
     known = journal.get("part") in PARTS and all(name in journal for name in _ENTRIES)
-    if not known or not isinstance(stage, str) or Path(stage).name != stage:
+    if not known or not files.is_stage(stage):
         raise ValueError(f"{file} is damaged: remove it and convert the part again")
     return journal

@@ -61,6 +61,16 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "guidance": (-1e6, 1e6),
     "temperature": (0, 1e6),
     "aspect_ratio": (1e-3, 1e3),
+    # Names of Hugging Face for the sizes of a text encoder.
+    "vocab_size": _VOCABULARY,
+    "d_model": _WIDTH,
+    "d_kv": _WIDTH,
+    "d_ff": (1, 1 << 19),
+    "num_layers": _COUNT,
+    "num_heads": (1, 1024),
+    "relative_attention_num_buckets": _WIDTH,
+    "relative_attention_max_distance": (1, 1 << 20),
+    "layer_norm_epsilon": (0, 1),
 }
 """Smallest and largest value of every number in a configuration, by field name.
 

@@ -64,11 +64,11 @@ def text_folder(folder: Path, width: int = 128) -> Path:
     return folder
 
 
-def write_tokenizer(file: Path) -> None:
-    """A tokenizer with T5's control tokens and a piece for every small letter."""
+def write_tokenizer(file: Path, letters: str = "abcdefghijklmnopqrstuvwxyz") -> None:
+    """A tokenizer with T5's control tokens and a piece for every letter."""
     from tokenizers import Tokenizer, models
 
-    pieces = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
+    pieces = ["<pad>", "</s>", "<unk>", *letters]
     vocabulary = [(piece, -float(number)) for number, piece in enumerate(pieces)]
     Tokenizer(models.Unigram(vocabulary, unk_id=2)).save(str(file))
 

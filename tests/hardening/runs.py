@@ -13,7 +13,7 @@ from pathlib import Path
 from sparvar_jax.weights import checkpoint
 
 _CODE = """
-import json, os, signal, sys
+import json, os, resource, signal, sys
 import sparvar_convert.export, sparvar_convert.run, orbax.checkpoint
 from sparvar_jax.cli import main
 from sparvar_jax.weights import files, joining
@@ -40,6 +40,8 @@ while line := sys.stdin.readline():
     if not child:
         out = os.open(job["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1), os.dup2(out, 2)
+        if job["limit"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
         if job["step"] is not None:
             stop_at(job["step"])
         try:
@@ -68,12 +70,15 @@ class Runner:
         )
         assert self._server.stdout.readline() == "ready\n"
 
-    def __call__(self, *args, after: float | None = None, number=signal.SIGKILL, step=None) -> int:
+    def __call__(
+        self, *args, after: float | None = None, number=signal.SIGKILL, step=None, limit=None
+    ) -> int:
         """Exit code of a command; negative is the signal that ended it.
 
-        after: seconds until it gets the signal. step: of joining, at which it dies.
+        after: seconds until it gets the signal. step: of joining, at which it dies. limit: most
+        bytes of any file it writes.
         """
-        job = {"args": list(map(str, args)), "out": str(self._out), "step": step}
+        job = {"args": list(map(str, args)), "out": str(self._out), "step": step, "limit": limit}
         process = int(self._ask(json.dumps(job)))
         if after is not None:
             time.sleep(after)
