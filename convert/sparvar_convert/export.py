@@ -15,7 +15,7 @@ from sparvar_convert.families import family_of
 from sparvar_convert.rules import ConversionError
 from sparvar_convert.stream import export_tensors
 from sparvar_jax.weights import checkpoint
-from sparvar_jax.weights.files import whole_file
+from sparvar_jax.weights.large_file import large_file
 from sparvar_jax.weights.told import told
 
 _BATCH = 32
@@ -59,12 +59,14 @@ def save_state_dict(model: str | Path, part: str, file: str | Path) -> int:
         raise ConversionError(f"{file} must end in .safetensors or .pth")
     tensors = dict(export_part(model, part))
     kind = checkpoint.read_config(model)[part]["kind"]
-    with whole_file(file) as temporary:
+    with large_file(file) as temporary:
         try:
             if file.suffix == ".safetensors":
                 save_file(tensors, temporary)
             else:
-                torch.save({"vae": tensors} if kind == "bsq_vae" else tensors, temporary)
+                content = {"vae": tensors} if kind == "bsq_vae" else tensors
+                with temporary.open("wb") as stream:  # a path's name would be in the file
+                    torch.save(content, stream)
         except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, mostly
             raise ConversionError(f"cannot write {file} ({error}): check space") from error
     return len(tensors)

@@ -54,20 +54,27 @@ def whole_file(path: str | Path, *, private: bool = False) -> Iterator[Path]:
 def _make_beside(path: Path) -> Path:
     """A new empty file of a random name in the folder of `path`, for this user alone."""
     temporary = path.with_name(f".sparvar-{secrets.token_hex(8)}{_PART}") if path.name else path
-    try:
+    with writing(path):
         if path.is_dir():
             raise ValueError(f"{path} is a folder: expected the name of a file to write")
         with contextlib.suppress(FileNotFoundError):
             path.lstat()  # a name that is too long for the disk is found here
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
         os.close(os.open(temporary, flags, 0o600))
+    return temporary
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """ValueError that `path` cannot be written where the system says so in the block."""
+    try:
+        yield
     except FileNotFoundError:
         raise ValueError(f"cannot write {path}: folder {path.parent} does not exist") from None
     except OSError as error:
         raise ValueError(
             f"cannot write {path}: {error.strerror or error}; choose a folder you may write to"
         ) from None
-    return temporary
 
 
 def _umask() -> int:
@@ -78,20 +85,20 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def stage(folder: Path) -> Iterator[Path]:
+def stage(folder: Path, prefix: str = ".stage-") -> Iterator[Path]:
     """A new folder inside `folder` to build in; it goes away when the block ends."""
-    place = Path(tempfile.mkdtemp(prefix=".stage-", dir=folder))
+    place = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
     try:
         yield place
     finally:
         try:
-            _remove_folder(place)
+            remove_folder(place)
         except BaseException:  # a signal, which must not leave it behind
-            _remove_folder(place)
+            remove_folder(place)
             raise
 
 
-def _remove_folder(place: Path) -> None:
+def remove_folder(place: Path) -> None:
     """Remove a folder into which threads of a call that was stopped may still be writing."""
     for _ in range(_PATIENCE):
         shutil.rmtree(place, ignore_errors=True)

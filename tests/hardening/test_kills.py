@@ -78,6 +78,24 @@ def test_sigterm_cleans_up_like_an_interrupt(tmp_path, runner, released):
     assert not model.exists() or leftovers(model) == []
 
 
+@pytest.mark.parametrize("name", ["back.pth", "back.safetensors"])
+def test_kills_of_an_export_leave_nothing_behind(tmp_path, runner, released, name):
+    model, place = tmp_path / "model", tmp_path / "place"
+    place.mkdir()
+    convert_all(runner, released, model)
+    start, draw, ended = time.perf_counter(), random.Random(2), []
+    assert runner("convert", model, "--export", place / name) == 0
+    longest, whole = time.perf_counter() - start, (place / name).read_bytes()
+    for _ in range(4):
+        after = draw.uniform(0, longest)
+        ended.append(runner("convert", model, "--export", place / name, after=after))
+    ended.append(runner("convert", model, "--export", place / name, step=1))
+    assert any(ended)
+    assert runner("convert", model, "--export", place / name) == 0
+    assert [file.name for file in place.iterdir()] == [name]
+    assert (place / name).read_bytes() == whole
+
+
 def test_what_an_earlier_version_left_is_removed_and_replaced(tmp_path, runner, released):
     model = tmp_path / "model"
     convert_all(runner, released, model)
