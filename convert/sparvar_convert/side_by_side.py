@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from flax import nnx
 from jaxtyping import Float
 
 from sparvar_convert.export import to_torch
@@ -66,7 +65,7 @@ class Sides:
     source: Source
     family: Family
     config: Any
-    load: Callable[[], nnx.Module]
+    load: Callable[[], Any]
 
 
 def fill_twin(twin: torch.nn.Module, sides: Sides) -> torch.nn.Module:
