@@ -17,7 +17,7 @@ from sparvar_jax.plans.plan import dense_plan
 from sparvar_jax.plans.rows import Slot
 from sparvar_jax.plans.schedule import ASPECT_TABLES, Scale, ScaleSchedule
 from sparvar_jax.plans.strategy import Place
-from sparvar_jax.policies import adaptive, columns, cs4a, parse_plan
+from sparvar_jax.policies import adaptive, columns, cs4a, indices, parse_plan
 from sparvar_jax.policies.adaptive import MASS, AdaptiveDecision, AdaptiveSparse
 from sparvar_jax.policies.columns import Reuse, Selection
 from sparvar_jax.policies.cs4a import COLUMNS, DIFFERENCE, Cs4aDecision, Cs4aSparse
@@ -68,12 +68,15 @@ def test_every_policy_plans_over_a_prefix(text):
     assert plan.steps[-1].scale.end <= 300 + sum(h * w for h, w in ASPECT_TABLES[1.0])
 
 
-@pytest.mark.parametrize("policy", [adaptive, cs4a])
+@pytest.mark.parametrize("policy", [adaptive(first_scale=0), cs4a(0)])
 def test_nothing_is_decided_at_the_prefix(policy):
-    with pytest.raises(ValueError, match="scale 0 is a prefix of text"):
-        policy(first_scale=0)(dense_plan(MIDDLE, 2)) if policy is adaptive else policy(0)(
-            dense_plan(MIDDLE, 2)
-        )
+    with pytest.raises(ValueError, match=r"scale 0 is a prefix of text.* scales 1\.\.6"):
+        policy(dense_plan(MIDDLE, 2))
+
+
+def test_columns_move_behind_the_text():
+    """Three words stay; 4 keys behind them go to 12: by 12 / 4 from the third on."""
+    assert indices.scale_map(7, 15, 3).tolist() == [0, 1, 2, 3, 6, 9, 12]
 
 
 def windows_rule(place: Place, windows, sinks: int) -> np.ndarray:
@@ -237,7 +240,7 @@ def one_pass(model, condition, codes, schedule) -> Float[Array, "R T logits"]:
 @pytest.fixture(scope="module")
 def drawn():
     """(model, condition, schedule, input codes, outputs) of a picture drawn after its text."""
-    schedule = ScaleSchedule.of(((1, 1), (2, 2), (3, 4), (6, 8)), prefix=7)
+    schedule = ScaleSchedule.of(((1, 1), (2, 2), (4, 6)), prefix=7)
     graph, weights = nnx.split(TextFirst(CONFIG, rngs=nnx.Rngs(0)))
     lively = jax.tree.map(lambda leaf: leaf * (6 if leaf.ndim > 1 else 1), weights)
     generator = generate.Generator(nnx.merge(graph, lively))
@@ -255,7 +258,7 @@ def drawn():
 def test_a_picture_drawn_after_its_text(drawn):
     """Two blocks of about ten sums of at most 256 products: 20 * sqrt(256) roundings of 2^-24."""
     model, condition, schedule, codes, outputs = drawn
-    assert [output.tokens.shape[1] for output in outputs] == [1, 1, 4, 12, 48]
+    assert [output.tokens.shape[1] for output in outputs] == [1, 1, 4, 24]
     raw = np.asarray(outputs[-1].captured["raw_logits"])
     again = jax.jit(lambda *arrays: one_pass(*arrays, schedule))(model, condition, codes)
     assert np.abs(raw).max() > 0.5
