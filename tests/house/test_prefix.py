@@ -156,7 +156,7 @@ def test_chosen_columns_hold_the_prefix(layout, granularity, mapping):
 
 
 def lists_mask(lists, counts, selection: Selection, place: Place) -> np.ndarray:
-    """[R, H, T, tokens] mask of lists of cache rows, which name no row twice and all of the text."""
+    """[R, H, T, tokens] mask of lists of cache rows; they name none twice and all of the text."""
     lists, size = np.asarray(lists), selection.granularity
     counts = np.broadcast_to(np.asarray(counts), lists.shape[:3])
     mask = np.zeros((*lists.shape[:2], place.scale.tokens, place.kv_length), bool)
