@@ -1,5 +1,8 @@
 """Attention on a padded key/value cache: dense, block-sparse, windowed and column-sparse."""
 
+from pallas_kernels import backends as _backends
+from pallas_kernels import calls as _calls
+from pallas_kernels import cudnn as _cudnn
 from pallas_kernels.api import (
     attention,
     attention_column_sums,
@@ -16,6 +19,7 @@ from pallas_kernels.fused import (
     text_memory,
     text_offsets,
 )
+from pallas_kernels.hopper import backend as _hopper
 from pallas_kernels.sparsity import (
     BlockTable,
     Geometry,
@@ -26,6 +30,12 @@ from pallas_kernels.sparsity import (
     dense_blocks,
     token_rule,
 )
+from pallas_kernels.xla import backend as _xla
+
+# The best one first. Filled here, so that no module of the package sees the table without them.
+for _op in _calls.OPS:
+    _rooms = (_hopper.SERVED, _cudnn.SERVED, _xla.SERVED)
+    _backends.declare(_op, *(_room[_op] for _room in _rooms if _op in _room))
 
 __all__ = [
     "BlockTable",

@@ -1,13 +1,16 @@
 """Public attention operations on one layer's cache, with a choice of implementation.
 
 All take `q: [R', H, T, D]` and padded cache buffers `k, v: [R, H, S, D]` with R' <= R (the first
-rows are used), accumulate in float32 and return q's dtype. `implementation`: "mosaic" (Hopper
-kernels) or "xla" fail loudly with NotImplementedError when they cannot serve; None takes the best
-that can. `implementation_used` tells which one that is.
+rows are used), accumulate in float32 and return q's dtype. `implementation` names a backend:
+"hopper" (our kernels for that GPU), "cudnn" (dense attention only), "xla", or one that was added
+with `backends.register`. It fails loudly with NotImplementedError when it cannot serve the call,
+and with ValueError when nobody has heard of it; None takes the best backend that can serve.
+`implementation_used` tells which one that is. What the choice depends on is the call and the device
+that it will run on (`support.device_of`).
 
 `logit_bound` promises that absolute scaled logits stay below it, as those of cosine attention do
 (100), and that every query sees one key with a logit above `logit_bound - 156`. The kernels then
-need no running maximum, which is 10 % faster in bfloat16; other implementations ignore it.
+need no running maximum, which is 10 % faster in bfloat16; other backends ignore it.
 
 `hidden_finite` promises that rows of v without tokens (in gaps, and from `kv_length` up to the next
 multiple of 128) hold finite numbers, as `rotary_to_cache(clear=...)` leaves them. The kernels then
@@ -16,13 +19,15 @@ make no copy of the last block of values to keep NaN out.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import support, tuning, xla
-from pallas_kernels.selection import select_top
+from pallas_kernels import backends, calls, support
+from pallas_kernels.backends import Implementation
+from pallas_kernels.shapes import ceil_div
 from pallas_kernels.sparsity import (
     BlockTable,
     Gaps,
@@ -32,64 +37,78 @@ from pallas_kernels.sparsity import (
     validate_windows,
 )
 
-Implementation = Literal["mosaic", "xla"]
-OPS = (
-    "attention",
-    "block_sparse_attention",
-    "window_attention",
-    "attention_column_sums",
-    "column_sparse_attention",
-)
-
-
-def choose(requested: Implementation | None, reason: str) -> Implementation:
-    """The implementation to run, given why Mosaic cannot serve ("" when it can)."""
-    if requested not in (None, "mosaic", "xla"):
-        raise ValueError(f"implementation must be None, 'mosaic' or 'xla'. Got {requested!r}.")
-    if requested == "mosaic" and reason:
-        raise NotImplementedError(reason)
-    if requested is None:
-        return "xla" if reason else "mosaic"
-    return requested
-
-
-def _mosaic_ops():
-    """The kernel wrappers; imported late, because they need a jax that has Mosaic GPU."""
-    from pallas_kernels import mosaic_ops
-
-    return mosaic_ops
-
-
-def _kernel_reason(op: str, q: Array, k: Array, v: Array) -> str:
-    if op not in OPS:
-        raise ValueError(f"op must be one of {OPS}. Got {op!r}.")
-    return support.device_reason() or support.operand_reason(q, k, v)
+Operand = Array | jax.ShapeDtypeStruct
 
 
 def implementation_used(
     op: str,
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Operand, "R2 H T D"],
+    k: Float[Operand, "R H S D"],
+    v: Float[Operand, "R H S D"],
     *,
     implementation: Implementation | None = None,
     blocks: BlockTable | None = None,
     group: int = 192,
+    gaps: Gaps = (),
+    return_lse: bool = False,
+    geometry: Geometry | None = None,
 ) -> str:
-    """Name of what serves `op` on these operands: "mosaic", "cudnn" or "xla".
+    """Name of the backend that serves attention `op` on these operands: one to ask for by name.
 
-    cuDNN serves dense calls without gaps and without a log-sum-exp; the others go through XLA.
-    `blocks` and `group` are those of the call, where the op has them.
+    Operands may be arrays or shapes. The other arguments are those of the call, where the op has
+    them and where it is not a plain one. Raises ValueError for an unknown op or implementation,
+    NotImplementedError where the implementation asked for cannot serve.
     """
-    reason = _kernel_reason(op, q, k, v)
-    if op == "block_sparse_attention" and blocks is not None:
-        reason = reason or support.block_reason(blocks, q.shape[-1])
-    if op == "column_sparse_attention" or op == "attention_column_sums":
-        reason = reason or support.group_reason(group)
-    chosen = choose(implementation, reason)
-    if chosen == "xla" and op == "attention" and implementation is None:
-        return "xla" if support.cudnn_reason(q) else "cudnn"
-    return chosen
+    chosen: list[str] = []
+    device = support.device_of(q, k, v)
+
+    def choose(q: Array, k: Array, v: Array) -> None:
+        call = _example(
+            op, device, q, k, v, blocks=blocks, group=group, gaps=gaps, return_lse=return_lse,
+            geometry=geometry,
+        )  # fmt: skip
+        chosen.append(backends.select(call, implementation).name)
+
+    jax.eval_shape(choose, q, k, v)
+    return chosen[0]
+
+
+def _example(
+    op: str,
+    device: support.Device,
+    q: Float[Array, "R2 H T D"],
+    k: Float[Array, "R H S D"],
+    v: Float[Array, "R H S D"],
+    *,
+    blocks: BlockTable | None,
+    group: int,
+    gaps: Gaps,
+    return_lse: bool,
+    geometry: Geometry | None,
+) -> calls.Call:
+    """A call of `op` on these operands; what is not given is plain: all keys, one grid."""
+    rows, heads, queries, _ = q.shape
+    lists, cached = (rows, heads, ceil_div(queries, group)), k.shape[2]
+    given: dict[str, Any] = dict(device=device, q=q, k=k, v=v)
+    if op == "attention":
+        return calls.Attention(**given, kv_length=cached, gaps=gaps, return_lse=return_lse)
+    if op == "block_sparse_attention":
+        blocks = dense_blocks(queries, cached) if blocks is None else blocks
+        return calls.BlockSparseAttention(**given, blocks=blocks, return_lse=return_lse)
+    if op == "window_attention":
+        geometry = geometry or Geometry.packed(((1, queries),))
+        windows = (-1,) * len(geometry.keys)
+        return calls.WindowAttention(**given, geometry=geometry, windows=windows, sinks=0)
+    if op == "attention_column_sums":
+        lse = jnp.zeros(q.shape[:3])
+        return calls.AttentionColumnSums(**given, lse=lse, kv_length=cached, group=group, gaps=gaps)
+    if op == "column_sparse_attention":
+        columns, counts = jnp.zeros((*lists, 1), jnp.int32), jnp.zeros(lists, jnp.int32)
+        return calls.ColumnSparseAttention(
+            **given, columns=columns, counts=counts, kv_length=cached, group=group, granularity=8,
+            gaps=gaps,
+        )  # fmt: skip
+    raise ValueError(f"op must be the name of an attention operation. Got {op!r}.")
 
 
 def attention(
@@ -110,22 +129,13 @@ def attention(
     Cache rows at and beyond `kv_length` (static) and in `gaps`, static [start, stop) row ranges
     without tokens, may hold anything, NaN included.
     """
-    support.validate_operands(q, k, v, kv_length)
-    used = implementation_used("attention", q, k, v, implementation=implementation)
-    if used == "cudnn" and not return_lse and not gaps:
-        return xla.attention_cudnn(q, k, v, kv_length, scale=scale)
-    if used == "mosaic":
-        config = tuning.block_list_config("dense", q.shape[-1], logit_bound is not None)
-        blocks = dense_blocks(
-            q.shape[2], kv_length, block_q=config.block_q, block_k=config.block_k, gaps=gaps
-        )
-        out, lse = _mosaic_ops().attend_blocks(
-            q, k, v, blocks, config, scale=scale, logit_bound=logit_bound,
-            hidden_finite=hidden_finite,
-        )  # fmt: skip
-    else:
-        out, lse = xla.attention(q, k, v, kv_length, gaps=gaps, scale=scale)
-    return (out, lse) if return_lse else out
+    support.validate_operands(q, k, v, kv_length, gaps)
+    call = calls.Attention(
+        device=support.device_of(q, k, v), q=q, k=k, v=v, kv_length=kv_length,
+        return_lse=return_lse, gaps=gaps, scale=scale, logit_bound=logit_bound,
+        hidden_finite=hidden_finite,
+    )  # fmt: skip
+    return backends.serve(call, implementation)
 
 
 def block_sparse_attention(
@@ -143,19 +153,11 @@ def block_sparse_attention(
     """Softmax over the keys of the kept blocks; a query block without blocks gives zeros."""
     support.validate_operands(q, k, v, blocks.kv_length)
     validate_blocks(blocks, q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    used = implementation_used(
-        "block_sparse_attention", q, k, v, implementation=implementation, blocks=blocks
-    )
-    if used == "mosaic":
-        bounded = logit_bound is not None
-        config = tuning.block_list_config("blocks", q.shape[-1], bounded, blocks.block_k)
-        out, lse = _mosaic_ops().attend_blocks(
-            q, k, v, blocks, config, scale=scale, logit_bound=logit_bound,
-            hidden_finite=hidden_finite,
-        )  # fmt: skip
-    else:
-        out, lse = xla.block_sparse_attention(q, k, v, blocks, scale=scale)
-    return (out, lse) if return_lse else out
+    call = calls.BlockSparseAttention(
+        device=support.device_of(q, k, v, blocks), q=q, k=k, v=v, blocks=blocks,
+        return_lse=return_lse, scale=scale, logit_bound=logit_bound, hidden_finite=hidden_finite,
+    )  # fmt: skip
+    return backends.serve(call, implementation)
 
 
 def window_attention(
@@ -184,14 +186,11 @@ def window_attention(
             f"q must hold the {geometry.height}x{geometry.width} query grid. "
             f"Got {q.shape[2]} tokens."
         )
-    used = implementation_used("window_attention", q, k, v, implementation=implementation)
-    if used == "mosaic":
-        config = tuning.gather_config("windows", q.shape[-1], logit_bound is not None)
-        return _mosaic_ops().attend_windows(
-            q, k, v, geometry, windows, sinks, config, exact=exact, scale=scale,
-            logit_bound=logit_bound,
-        )  # fmt: skip
-    return xla.window_attention(q, k, v, geometry, windows, sinks, exact=exact, scale=scale)
+    call = calls.WindowAttention(
+        device=support.device_of(q, k, v), q=q, k=k, v=v, geometry=geometry, windows=windows,
+        sinks=sinks, exact=exact, scale=scale, logit_bound=logit_bound,
+    )  # fmt: skip
+    return backends.serve(call, implementation)
 
 
 def attention_column_sums(
@@ -211,17 +210,16 @@ def attention_column_sums(
 
     The sums are float32 [R', H, ceil(T / group), kv_length]; the last group may be ragged.
     """
-    support.validate_operands(q, k, v, kv_length)
-    used = implementation_used(
-        "attention_column_sums", q, k, v, implementation=implementation, group=group
-    )
+    support.validate_operands(q, k, v, kv_length, gaps)
     out, lse = attention(
         q, k, v, kv_length, implementation=implementation, return_lse=True, gaps=gaps,
         scale=scale, logit_bound=logit_bound, hidden_finite=hidden_finite,
     )  # fmt: skip
-    if used == "mosaic":
-        return out, _mosaic_ops().column_sums(q, k, lse, kv_length, group, gaps=gaps, scale=scale)
-    return out, xla.column_sums(q, k, lse, kv_length, group, gaps=gaps, scale=scale)
+    call = calls.AttentionColumnSums(
+        device=support.device_of(q, k, v), q=q, k=k, v=v, lse=lse, kv_length=kv_length,
+        group=group, gaps=gaps, scale=scale,
+    )  # fmt: skip
+    return out, backends.serve(call, implementation)
 
 
 def select_columns(
@@ -238,9 +236,10 @@ def select_columns(
     runs = -(-sums.shape[-1] // granularity)
     if not 0 < count <= runs:
         raise ValueError(f"count must lie in 1..{runs}, the number of runs. Got {count}.")
-    used = choose(implementation, support.device_reason())
-    find = _mosaic_ops().row_thresholds if used == "mosaic" else None
-    return select_top(sums, count, granularity, find)
+    call = calls.SelectColumns(
+        device=support.device_of(sums), sums=sums, count=count, granularity=granularity
+    )
+    return backends.serve(call, implementation)
 
 
 def column_sparse_attention(
@@ -264,8 +263,8 @@ def column_sparse_attention(
     Lists must not repeat a run: a key listed twice would count twice. Keys at and beyond
     `kv_length` or inside `gaps` are masked.
     """
-    support.validate_operands(q, k, v, kv_length)
-    groups = -(-q.shape[2] // group)
+    support.validate_operands(q, k, v, kv_length, gaps)
+    groups = ceil_div(q.shape[2], group)
     if columns.shape[:3] != (*q.shape[:2], groups):
         raise ValueError(
             f"columns must be {(*q.shape[:2], groups, 'K')} for groups of {group} queries. "
@@ -274,16 +273,9 @@ def column_sparse_attention(
     if granularity not in (1, 8):
         raise ValueError(f"granularity must be 1 or 8. Got {granularity}.")
     counts = jnp.broadcast_to(jnp.asarray(counts, jnp.int32), columns.shape[:3])
-    used = implementation_used(
-        "column_sparse_attention", q, k, v, implementation=implementation, group=group
-    )
-    if used == "mosaic":
-        config = tuning.gather_config("columns", q.shape[-1], logit_bound is not None, group)
-        return _mosaic_ops().attend_columns(
-            q, k, v, columns, counts, config, kv_length=kv_length, granularity=granularity,
-            gaps=gaps, scale=scale, logit_bound=logit_bound,
-        )  # fmt: skip
-    return xla.column_sparse_attention(
-        q, k, v, columns, counts, kv_length=kv_length, group=group, granularity=granularity,
-        gaps=gaps, scale=scale,
+    call = calls.ColumnSparseAttention(
+        device=support.device_of(q, k, v, columns), q=q, k=k, v=v, columns=columns, counts=counts,
+        kv_length=kv_length, group=group, granularity=granularity, gaps=gaps, scale=scale,
+        logit_bound=logit_bound,
     )  # fmt: skip
+    return backends.serve(call, implementation)

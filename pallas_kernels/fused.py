@@ -1,8 +1,8 @@
 """Public fused element-wise operations of a transformer block, with a choice of implementation.
 
-Each reads its inputs once and writes its outputs once. `implementation`: "mosaic" (Hopper kernels)
-fails with NotImplementedError where it cannot serve; "xla" is the reference, which leaves the
-fusion to the compiler; None takes the kernels for 16-bit results where they can serve.
+Each reads its inputs once and writes its outputs once. `implementation` names a backend, as in
+`api`: "hopper" fails with NotImplementedError where it cannot serve; "xla" is the reference, which
+leaves the fusion to the compiler; None takes the kernels for 16-bit results where they can serve.
 """
 
 from __future__ import annotations
@@ -10,17 +10,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels import fused_xla, support
-from pallas_kernels.api import Implementation, choose
+from pallas_kernels import backends, calls, support
+from pallas_kernels.backends import Implementation
 from pallas_kernels.fused_shapes import MAX_LOG_TEMPERATURE, Rows, VectorLike, as_vector
 
 __all__ = ["cross_attention", "residual_norm", "rotary_to_cache", "text_memory", "text_offsets"]
-
-_HALVES = (jnp.bfloat16, jnp.float16)
-
-
-def _chosen(requested: Implementation | None, reason: str) -> Implementation:
-    return choose(requested, support.device_reason() or reason)
 
 
 def residual_norm(
@@ -53,21 +47,11 @@ def residual_norm(
         for name, value in given.items()
         if value is not None
     }
-    reason = ""
-    if x.dtype != jnp.float32:
-        reason = f"the fused norm takes a float32 residual stream; got {x.dtype}"
-    elif width % 128 or width > 4096:
-        reason = f"the fused norm takes widths up to 4096 in steps of 128; got {width}"
-    elif implementation is None and dtype not in _HALVES:
-        reason = "float32 results are left to the compiler, which rounds as everywhere else"
-    if _chosen(implementation, reason) == "xla":
-        return fused_xla.residual_norm(x, branch, vectors, one_plus=one_plus, dtype=dtype)
-    from pallas_kernels import fused_norm
-
-    config = fused_norm.norm_config(width)
-    return fused_norm.residual_norm(
-        x, branch, vectors, one_plus=one_plus, dtype=dtype, config=config
-    )
+    call = calls.ResidualNorm(
+        device=support.device_of(x, branch, vectors), x=x, branch=branch, vectors=vectors,
+        one_plus=one_plus, dtype=dtype,
+    )  # fmt: skip
+    return backends.serve(call, implementation)
 
 
 def rotary_to_cache(
@@ -110,28 +94,20 @@ def rotary_to_cache(
             f"{tokens} tokens must fill a grid {width} wide whose rows, {pitch} apart from row "
             f"{start} on, and {clear} cleared ones fit the cache's {cached} rows."
         )
-    reason = ""
-    if qkv.dtype not in _HALVES or not qkv.dtype == k_cache.dtype == v_cache.dtype:
-        reason = f"the fused rotary takes one 16-bit dtype; got {qkv.dtype} and {k_cache.dtype}"
-    elif head_dim not in (64, 128) or heads * head_dim % 128:
-        reason = f"the fused rotary takes head dims 64 and 128; got {heads} heads of {head_dim}"
-    operands = (
-        qkv.reshape(rows, tokens, 3, heads, head_dim),
-        q_bias.reshape(heads, head_dim),
-        v_bias.reshape(heads, head_dim),
-        log_temperature,
-        cos,
-        sin,
-        k_cache,
-        v_cache,
-        place,
-        max_log_temperature,
+    call = calls.RotaryToCache(
+        device=support.device_of(qkv, k_cache, v_cache, q_bias, v_bias),
+        qkv=qkv.reshape(rows, tokens, 3, heads, head_dim),
+        q_bias=q_bias.reshape(heads, head_dim),
+        v_bias=v_bias.reshape(heads, head_dim),
+        log_temperature=log_temperature,
+        cos=cos,
+        sin=sin,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        place=place,
+        max_log_temperature=max_log_temperature,
     )
-    if _chosen(implementation, reason) == "xla":
-        return fused_xla.rotary_to_cache(*operands)
-    from pallas_kernels import fused_rotary
-
-    return fused_rotary.rotary_to_cache(*operands, fused_rotary.RotaryConfig())
+    return backends.serve(call, implementation)
 
 
 def text_offsets(
@@ -165,27 +141,11 @@ def text_memory(
 ) -> tuple[Float[Array, "R H M2 D"], Float[Array, "R H M2 D"], Float[Array, "R H M2"]]:
     """Keys, values and offsets for `cross_attention`, once for all scales.
 
-    For the kernel they are padded here to the length it takes, so that no call has to.
+    A kernel's backend lays them out here as the kernel takes them, so that no call has to.
     """
     offsets = text_offsets(mask, k, q_bias)
-    if _chosen(implementation, _cross_reason(k.dtype, k, v)) == "xla":
-        return k, v, offsets
-    from pallas_kernels import fused_cross
-
-    return fused_cross.pad_text(k, v, offsets)
-
-
-def _cross_reason(dtype: jnp.dtype, k: Array, v: Array) -> str:
-    """Why the kernel cannot attend to a text of these keys and values."""
-    keys, head_dim = k.shape[2:]
-    if dtype not in _HALVES or not dtype == k.dtype == v.dtype:
-        return f"fused cross attention takes one 16-bit dtype; got {dtype} and {k.dtype}"
-    if head_dim not in (64, 128) or keys > 128:
-        return (
-            "fused cross attention takes up to 128 keys and head dims 64 and 128; got "
-            f"{keys} keys of {head_dim}"
-        )
-    return ""
+    call = calls.TextMemory(device=support.device_of(k, v), k=k, v=v, offsets=offsets)
+    return backends.serve(call, implementation)
 
 
 def cross_attention(
@@ -200,8 +160,8 @@ def cross_attention(
     """Attention of every token to a prompt's M tokens, token-major in and out.
 
     Softmax over M of `scale * q k + offsets` (see `text_offsets`; scale defaults to 1 / sqrt(D)),
-    accumulated in float32. The kernel pads M to a multiple of 64; what `text_memory` made for it
-    is padded already. The text may have more rows than q: the first are meant.
+    accumulated in float32. The Hopper kernel pads M to a multiple of 64; what `text_memory` made
+    for it is padded already. The text may have more rows than q: the first are meant.
     """
     rows, heads, _, head_dim = k.shape
     if q.shape[0] > rows or q.shape[2] != heads * head_dim or v.shape != k.shape:
@@ -212,8 +172,7 @@ def cross_attention(
     if offsets.shape != k.shape[:3]:
         raise ValueError(f"offsets must be {k.shape[:3]}. Got {offsets.shape}.")
     factor = float(head_dim) ** -0.5 if scale is None else scale
-    if _chosen(implementation, _cross_reason(q.dtype, k, v)) == "xla":
-        return fused_xla.cross_attention(q, k, v, offsets, factor)
-    from pallas_kernels import fused_cross
-
-    return fused_cross.cross_attention(q, k, v, offsets, factor, fused_cross.CrossConfig())
+    call = calls.CrossAttention(
+        device=support.device_of(q, k, v), q=q, k=k, v=v, offsets=offsets, scale=factor
+    )
+    return backends.serve(call, implementation)

@@ -1,93 +1,103 @@
-"""What each kernel can serve, as reasons: an empty string means supported."""
+"""Where a call will run, and whether its operands belong together."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.core import Tracer
+from jaxtyping import Array
 
-from pallas_kernels.sparsity import BlockTable
+from pallas_kernels.sparsity import Gaps, visible_rows
 
-_KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
-
-
-@functools.cache
-def device_reason() -> str:
-    """Why the default device cannot run Mosaic kernels for Hopper."""
-    device = jax.devices()[0]
-    if device.platform not in ("gpu", "cuda"):
-        return f"Mosaic kernels need a Hopper GPU; the default device is {device.platform}"
-    capability = getattr(device, "compute_capability", "")
-    if str(capability) != "9.0":
-        return f"Mosaic kernels need compute capability 9.0; this device has {capability}"
-    return mosaic_reason()
+# Of an H100: what persistent kernels are laid out for where nobody knows the device.
+MULTIPROCESSORS = 132
 
 
-@functools.cache
-def multiprocessors() -> int:
-    """Streaming multiprocessors of the default device; an H100's where there is none (lowering)."""
-    return int(getattr(jax.devices()[0], "core_count", 0) or 0) if not device_reason() else 132
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a kernel may depend on.
 
+    platform: "cpu", "gpu" or another name of jax. kind: the device's full name.
+    capability: CUDA's (major, minor); None elsewhere.
+    """
 
-@functools.cache
-def mosaic_reason() -> str:
-    """Why this jax cannot build the kernels."""
-    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
-    if version < (0, 11):
-        return f"Mosaic kernels need jax 0.11 or newer; this is {jax.__version__}"
-    return ""
+    platform: str
+    kind: str = ""
+    capability: tuple[int, int] | None = None
+    multiprocessors: int = MULTIPROCESSORS
 
+    @property
+    def is_cuda(self) -> bool:
+        """Whether it runs CUDA programs."""
+        return self.capability is not None
 
-def operand_reason(
-    q: Float[Array, "R2 H T D"], k: Float[Array, "R H S D"], v: Float[Array, "R H S D"]
-) -> str:
-    """Why the operands do not suit a kernel: dtype, head dim or cache rows."""
-    if q.dtype not in _KERNEL_DTYPES:
-        return f"kernels take bfloat16 or float16 queries; got {q.dtype}"
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"kernels need one dtype for q, k and v; got {q.dtype}, {k.dtype}, {v.dtype}"
-    if q.shape[-1] not in (64, 128):
-        return f"kernels serve head dims 64 and 128; got {q.shape[-1]}"
-    if k.shape[2] % 8:
-        return f"kernels need a cache whose row count is a multiple of 8; got {k.shape[2]}"
-    return ""
-
-
-def block_reason(blocks: BlockTable, head_dim: int) -> str:
-    """Why a block table does not suit the block-list kernel."""
-    if blocks.block_q != 128 or blocks.block_k not in (64, 128):
-        return (
-            "the block-list kernel takes query blocks of 128 and key blocks of 64 or 128; got "
-            f"{blocks.block_q}x{blocks.block_k}"
+    @classmethod
+    def of(cls, device: jax.Device) -> Device:
+        """A device of jax."""
+        numbers = str(getattr(device, "compute_capability", "")).split(".")
+        cuda = len(numbers) == 2 and all(number.isdigit() for number in numbers)
+        return cls(
+            device.platform,
+            device.device_kind,
+            (int(numbers[0]), int(numbers[1])) if cuda else None,
+            int(getattr(device, "core_count", 0) or 0) or MULTIPROCESSORS,
         )
-    return ""
 
 
-def group_reason(group: int) -> str:
-    """Why a query group does not suit the column kernels."""
-    if group not in (64, 128, 192):
-        return f"the column kernels take query groups of 64, 128 or 192; got {group}"
-    return ""
+def device_of(*operands: Any) -> Device:
+    """The device that a call on these operands will run on.
+
+    The first operand that names one decides: an array that is committed to a device, a shape with
+    a sharding, or a traced array whose sharding has a mesh. Else the mesh in use does, and else the
+    default device. A traced array that is not spread over a mesh does not say where it lives: to
+    trace for a device that is not the default one, set `jax.default_device`.
+    """
+    for leaf in jax.tree.leaves(operands):
+        if (found := _named_by(leaf)) is not None:
+            return found
+    return _of_mesh(jax.sharding.get_abstract_mesh()) or Device.of(_default_device())
 
 
-def cudnn_reason(q: Float[Array, "R2 H T D"]) -> str:
-    """Why cuDNN's attention cannot serve."""
-    device = jax.devices()[0]
-    if device.platform not in ("gpu", "cuda"):
-        return f"cuDNN needs a CUDA device; the default device is {device.platform}"
-    if float(getattr(device, "compute_capability", "0") or 0) < 8.0:
-        return "cuDNN attention needs compute capability 8.0 or newer"
-    if q.dtype not in _KERNEL_DTYPES:
-        return f"cuDNN attention takes 16-bit floats; got {q.dtype}"
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"cuDNN attention takes head dims up to 128 in steps of 8; got {q.shape[-1]}"
-    return ""
+def _named_by(leaf: Any) -> Device | None:
+    if isinstance(leaf, Tracer):
+        return _of_mesh(getattr(jax.typeof(leaf).sharding, "mesh", None))
+    if isinstance(leaf, jax.Array) and not leaf.committed:
+        return None
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, jax.sharding.Sharding):
+        return None
+    if isinstance(mesh := getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
+        return _of_mesh(mesh)
+    return Device.of(min(sharding.device_set, key=lambda device: device.id))
 
 
-def validate_operands(q: Array, k: Array, v: Array, kv_length: int) -> None:
-    """Raise ValueError when q, k, v cannot belong together."""
+def _of_mesh(mesh: Any) -> Device | None:
+    """Traced meshes know the kind of their devices, not which ones; all of a kind are alike."""
+    abstract = getattr(mesh, "abstract_device", None)
+    return None if abstract is None else _of_kind(abstract.platform, abstract.device_kind)
+
+
+@functools.cache
+def _of_kind(platform: str, kind: str) -> Device:
+    try:
+        alike = [device for device in jax.devices(platform) if device.device_kind == kind]
+    except RuntimeError:  # a mesh described for devices of another machine
+        alike = []
+    return Device.of(alike[0]) if alike else Device(platform, kind)
+
+
+def _default_device() -> jax.Device:
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if chosen is None or isinstance(chosen, str):
+        return jax.local_devices(backend=chosen)[0]
+    return chosen
+
+
+def validate_operands(q: Array, k: Array, v: Array, kv_length: int, gaps: Gaps = ()) -> None:
+    """Raise ValueError when q, k, v cannot belong together, or a gap lies outside the keys."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
             "q must be [R', H, T, D] and k, v one shape [R, H, S, D]. "
@@ -102,3 +112,4 @@ def validate_operands(q: Array, k: Array, v: Array, kv_length: int) -> None:
         raise ValueError(
             f"kv_length must lie in 1..{k.shape[2]}, the cache's rows. Got {kv_length}."
         )
+    visible_rows(kv_length, kv_length, gaps)

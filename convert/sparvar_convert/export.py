@@ -8,12 +8,15 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sparvar_convert.families import family_of
 from sparvar_convert.rules import ConversionError
 from sparvar_convert.stream import export_tensors
 from sparvar_jax.weights import checkpoint
+from sparvar_jax.weights.large_file import large_file
+from sparvar_jax.weights.told import told
 
 _BATCH = 32
 
@@ -24,12 +27,13 @@ def export_part(model: str | Path, part: str) -> Iterator[tuple[str, torch.Tenso
     Raises ValueError where the part is missing or of an unknown kind.
     """
     entry = checkpoint.read_config(model).get(part)
-    if entry is None:
-        raise ConversionError(f"{model} has no {part}: name one of its parts")
-    family = family_of(entry.get("kind", ""))
+    if part not in checkpoint.PARTS or entry is None:
+        raise ConversionError(f"{model} has no {told(part, 60)}: name one of its parts")
+    family = family_of(entry["kind"])
     config = checkpoint.config_from_json(family.config, entry)
     table = family.table(config, ())
     reader = checkpoint.part_reader(model, part)
+    checkpoint.require_fit(family.abstract(config), reader.shapes)
     paths = list(reader.shapes)
     for start in range(0, len(paths), _BATCH):
         loaded = reader.restore(paths[start : start + _BATCH])
@@ -54,16 +58,15 @@ def save_state_dict(model: str | Path, part: str, file: str | Path) -> int:
     if file.suffix not in (".safetensors", ".pth"):
         raise ConversionError(f"{file} must end in .safetensors or .pth")
     tensors = dict(export_part(model, part))
-    temporary = file.with_name(f".{file.name}.new")
-    try:
-        if file.suffix == ".safetensors":
-            save_file(tensors, temporary)
-        else:
-            kind = checkpoint.read_config(model)[part]["kind"]
-            torch.save({"vae": tensors} if kind == "bsq_vae" else tensors, temporary)
-        temporary.replace(file)
-    except (OSError, RuntimeError) as error:  # torch reports an unwritable folder as the latter
-        raise ConversionError(f"cannot write {file}: {' '.join(str(error).split())}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    kind = checkpoint.read_config(model)[part]["kind"]
+    with large_file(file) as temporary:
+        try:
+            if file.suffix == ".safetensors":
+                save_file(tensors, temporary)
+            else:
+                content = {"vae": tensors} if kind == "bsq_vae" else tensors
+                with temporary.open("wb") as stream:  # a path's name would be in the file
+                    torch.save(content, stream)
+        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, mostly
+            raise ConversionError(f"cannot write {file} ({error}): check space") from error
     return len(tensors)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,11 @@ from sparvar_jax.models.t5 import T5Config, T5Encoder
 from sparvar_jax.models.var import Var, VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
 from sparvar_jax.weights import checkpoint
+from sparvar_jax.weights.json_file import build, place_of
+from sparvar_jax.weights.told import listed, told
 
 _LARGE_BITS = 56
+_SCALES = "scales of heads (scale_mul_1H11) as [1, H, 1, 1]; a flash kernel wants [1, 1, H, 1]"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Family:
 
     signature: regexes; a checkpoint is of this kind when each matches one of its keys.
     table: rules from the configuration and the source's keys. defaults: entries for `config.json`.
-    beside: files of the source's folder that are copied into the part.
+    beside: files of the source's folder that are copied into the part. note: what is written back
+    otherwise than some sources have it.
     """
 
     kind: str
@@ -48,15 +52,33 @@ class Family:
     table: Callable[[Any, Iterable[str]], Table]
     defaults: Callable[[Any, Source], Mapping[str, Any]] = field(default=lambda config, source: {})
     beside: tuple[str, ...] = ()
+    note: str = ""
 
     def expected(self, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Dotted path -> shape of every parameter of this configuration."""
-        return abstract_shapes(self.module, config)
+        return checkpoint.abstract_parameters(self.abstract(config))
+
+    def abstract(self, config: Any) -> nnx.Module:
+        """The module of this configuration with shapes in the place of parameters."""
+        module: Any = self.module
+        return nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))
 
 
-def abstract_shapes(module: Any, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dotted path -> shape and dtype of a module's parameters, without making any."""
-    return checkpoint.abstract_parameters(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
+@dataclass(frozen=True)
+class _HfT5:
+    """Types of the fields of a Hugging Face `config.json` that `T5Config.from_hf` reads."""
+
+    vocab_size: int = 1
+    d_model: int = 1
+    d_kv: int = 1
+    d_ff: int = 1
+    num_layers: int = 1
+    num_heads: int = 1
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"
+    model_type: str = "t5"
 
 
 def _t5_config(source: Source) -> T5Config:
@@ -64,8 +86,13 @@ def _t5_config(source: Source) -> T5Config:
         raise ConversionError(
             f"{source.name} has T5 weights but no config.json beside them: give the whole folder"
         )
+    place = place_of(source.settings)
+    known = {field.name for field in fields(_HfT5)}
+    given = {key: value for key, value in source.settings.items() if key in known}
     try:
-        return T5Config.from_hf(source.settings)
+        typed = asdict(build(_HfT5, given, place))
+        config = T5Config.from_hf({key: typed[key] for key in given})
+        return build(T5Config, asdict(config), place)
     except ValueError as error:
         raise ConversionError(f"{source.name}: {error}") from error
 
@@ -99,6 +126,7 @@ FAMILIES = (  # the first that fits counts: a VQVAE has the marks of a BSQ token
         partial(_from_reader, infinity.infer_config),
         lambda config, names: infinity.table(config),
         _infinity_defaults,
+        note=_SCALES,
     ),
     Family(
         "t5",
@@ -122,6 +150,7 @@ FAMILIES = (  # the first that fits counts: a VQVAE has the marks of a BSQ token
         VarConfig,
         partial(_from_reader, var.infer_config),
         lambda config, names: var.table(config.sides),
+        note=_SCALES,
     ),
     Family(
         "vqvae",
@@ -154,7 +183,7 @@ def family_of(kind: str) -> Family:
         if family.kind == kind:
             return family
     known = ", ".join(family.kind for family in FAMILIES)
-    raise ConversionError(f"unknown kind of checkpoint {kind!r}: choose one of {known}")
+    raise ConversionError(f"unknown kind of checkpoint {told(kind, 60)!r}: choose one of {known}")
 
 
 def detect(source: Source) -> Family:
@@ -166,5 +195,5 @@ def detect(source: Source) -> Family:
     titles = ", ".join(family.title for family in FAMILIES)
     raise ConversionError(
         f"{source.name} ({source.container}, {len(names)} tensors such as "
-        f"{', '.join(names[:3])}) is of no known kind: expected one of {titles}"
+        f"{listed(names, 3)}) is of no known kind: expected one of {titles}"
     )

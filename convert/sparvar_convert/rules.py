@@ -10,7 +10,7 @@ match exactly one entry; `sparvar_convert.stream` enforces that and runs the tab
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -18,11 +18,19 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from sparvar_jax.weights.told import told
+
 FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
 class ConversionError(ValueError):
-    """A source that cannot be converted: one line saying what, expected, found and the mend."""
+    """A source that cannot be converted: one line saying what, expected, found and the mend.
+
+    Names in it come from files, so the line is cut and control characters are escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(told(message))
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,16 @@ def squeeze(*axes: int) -> Transform:
     return Transform(name, lambda a: np.squeeze(a, axes), lambda a: np.expand_dims(a, axes))
 
 
+def _per_head(array: np.ndarray) -> np.ndarray:
+    if array.ndim != 4 or array.shape[0] != 1 or array.shape[3] != 1 or 1 not in array.shape[1:3]:
+        raise ValueError(f"expected [1, H, 1, 1] or [1, 1, H, 1], got {list(array.shape)}")
+    return array.reshape(-1)
+
+
 KEEP = Transform("keep", _same, _same)
+PER_HEAD = Transform("one a head", _per_head, lambda a: a[None, :, None, None])
+"""Released code keeps [1, H, 1, 1], with its own flash kernel [1, 1, H, 1]; the first is written
+back."""
 TRANSPOSE = permute("transpose", 1, 0)
 CONV = permute("OIHW to HWIO", 2, 3, 1, 0)
 POINTWISE = Transform(
@@ -71,6 +88,8 @@ class _Template(NamedTuple):
     text: str
 
 
+NUMBER = "[0-9]{1,9}"
+"""A number in a name: longer ones are of no model, and take long to read."""
 _FIELD = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
 
 
@@ -81,7 +100,7 @@ def _compile(template: str, partner: str = "") -> _Template:
     pattern, text, end = "", "", 0
     for field in _FIELD.finditer(template):
         literal = template[end : field.start()]
-        pattern += f"{re.escape(literal)}(?P<{field[1]}>{regexes.get(field[1], '[0-9]+')})"
+        pattern += f"{re.escape(literal)}(?P<{field[1]}>{regexes.get(field[1], NUMBER)})"
         text += f"{literal}{{{field[1]}}}"
         end = field.end()
     return _Template(re.compile(pattern + re.escape(template[end:])), text + template[end:])
@@ -120,6 +139,22 @@ class Ignore:
     check: Callable[[np.ndarray], str | None] | None = None
     like: str | None = None
     recreate: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+def require_numbers(names: Collection[str], what: str, count: int) -> None:
+    """ConversionError where numbers in names count more things than there are names."""
+    if count > len(names):
+        raise ConversionError(
+            f"the names count {count} {what}, but there are only {len(names)} tensors: a name is "
+            "damaged, use the complete checkpoint"
+        )
+
+
+def require_rank(shape: Sequence[int], key: str, rank: int) -> tuple[int, ...]:
+    """The shape, if it has as many axes; else a ConversionError that names the key."""
+    if len(shape) != rank:
+        raise ConversionError(f"{key} has shape {list(shape)}, expected {rank} axes")
+    return tuple(shape)
 
 
 def must_be_zero(array: np.ndarray) -> str | None:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from sparvar_convert.families import Family, detect, family_of
-from sparvar_convert.rules import ConversionError
+from sparvar_convert.rules import ConversionError, require_numbers
 from sparvar_convert.sources import Source, open_source
 from sparvar_convert.stream import Converted, Progress, convert_tensors
-from sparvar_jax.weights import checkpoint
+from sparvar_jax.models.text_tokens import open_tokenizer
+from sparvar_jax.weights import checkpoint, orbax_calls
 from sparvar_jax.weights.storage import OrbaxWriter
 
 _PACKAGES = ("sparvar-jax", "jax", "flax", "orbax-checkpoint", "numpy", "torch", "safetensors")
@@ -69,9 +70,10 @@ def convert_source(
             "name another checkpoint"
         )
     config = family.infer_config(opened)
-    config, others = _agree(Path(into), family, config)
     names = list(opened.reader.names())
+    require_numbers(names, "blocks", getattr(config, "depth", 1))
     with checkpoint.new_part(into, family.part) as new:
+        config, others = _agree(Path(into), family, config)
         writer = _Writer(new.folder)
         done = convert_tensors(
             family.table(config, names),
@@ -81,7 +83,7 @@ def convert_source(
             progress,
         )
         writer.close()
-        _copy_beside(family, opened, new.folder)
+        _copy_beside(family, opened, config, new.folder)
         new.config = {"kind": family.kind, **checkpoint.config_to_json(config)}
         new.others = others
         new.source = _manifest(family, opened, done)
@@ -117,9 +119,9 @@ class _Writer:
         try:
             call(*args)
         except Exception as error:  # Orbax and tensorstore share no error class
-            text = " ".join(str(error).split())[:200]
             raise ConversionError(
-                f"cannot write to {self._folder.parent.parent} ({text}): check space and permission"
+                f"cannot write to {self._folder.parent.parent} ({orbax_calls.reason(error)}): "
+                "check space and permission"
             ) from error
 
 
@@ -131,28 +133,32 @@ def _agree(into: Path, family: Family, config: Any) -> tuple[Any, dict[str, Mapp
     if not (into / checkpoint.CONFIG).is_file():
         return config, {}
     present = checkpoint.read_config(into)
-    entries = {part: present[part] for part in checkpoint.PARTS if part in present}
-    for part, entry in entries.items():
-        if family_of(entry.get("kind", "")).model_family != family.model_family:
-            raise ConversionError(
-                f"{into} holds a {part} of kind {entry['kind']}, which does not go with a "
-                f"{family.title}: choose another folder"
-            )
-    values = {**entries, family.part: checkpoint.config_to_json(config)}
+    values: dict[str, Any] = {}
+    for part in checkpoint.PARTS:
+        if part in present:
+            kind = present[part]["kind"]
+            other = family_of(kind)
+            if other.model_family != family.model_family:
+                raise ConversionError(
+                    f"{into} holds a {part} of kind {kind}, which does not go with a "
+                    f"{family.title}: choose another folder"
+                )
+            values[part] = checkpoint.config_from_json(other.config, present[part])
+    values[family.part] = config
     if family.model_family != "infinity":
         return config, {}
     transformer, tokenizer, text = (values.get(part) for part in checkpoint.PARTS)
-    if transformer and text and transformer["text_width"] != text["width"]:
+    if transformer and text and transformer.text_width != text.width:
         raise ConversionError(
-            f"the transformer expects text features of width {transformer['text_width']}, the "
-            f"text encoder gives {text['width']}: convert the encoder it was trained with"
+            f"the transformer expects text features of width {transformer.text_width}, the "
+            f"text encoder gives {text.width}: convert the encoder it was trained with"
         )
     if not (transformer and tokenizer):
         return config, {}
-    patchify = _patchify(transformer["bits"], tokenizer["code_width"])
+    patchify = _patchify(transformer.bits, tokenizer.code_width)
     if family.part == "transformer":
         return dataclasses.replace(config, patchify=patchify), {}
-    return config, {"transformer": {**entries["transformer"], "patchify": patchify}}
+    return config, {"transformer": {**present["transformer"], "patchify": patchify}}
 
 
 def _patchify(bits: int, code_width: int) -> bool:
@@ -165,7 +171,8 @@ def _patchify(bits: int, code_width: int) -> bool:
     return bits != code_width
 
 
-def _copy_beside(family: Family, source: Source, folder: Path) -> None:
+def _copy_beside(family: Family, source: Source, config: Any, folder: Path) -> None:
+    """Copy what belongs to the part; each file is opened first, as drawing will open it."""
     if not family.beside:
         return
     found = [source.folder / name for name in family.beside if (source.folder / name).is_file()]
@@ -175,7 +182,18 @@ def _copy_beside(family: Family, source: Source, folder: Path) -> None:
             "the weights, to split prompts into tokens"
         )
     for file in found:
-        shutil.copyfile(file, folder / file.name)
+        try:
+            vocab = open_tokenizer(file).vocab
+            if vocab > config.vocab:
+                raise ConversionError(
+                    f"{file} has {vocab} pieces, the text encoder {config.vocab}: take the "
+                    "tokenizer that belongs to the weights"
+                )
+            shutil.copyfile(file, folder / file.name)
+        except OSError as error:
+            raise ConversionError(f"cannot copy {file} ({error.strerror})") from error
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
 
 
 def _manifest(family: Family, source: Source, done: Converted) -> dict[str, Any]:
@@ -183,6 +201,7 @@ def _manifest(family: Family, source: Source, done: Converted) -> dict[str, Any]
         "kind": family.kind,
         "source": source.name,
         "container": source.container,
+        **({"commit": source.commit} if source.commit else {}),
         "files": [
             {"name": file.name, "bytes": file.stat().st_size, "sha256": _sha256(file)}
             for file in source.files

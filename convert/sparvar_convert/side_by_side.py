@@ -13,8 +13,9 @@ from jaxtyping import Float
 
 from sparvar_convert.export import to_torch
 from sparvar_convert.families import Family
-from sparvar_convert.rules import ConversionError, Ignore
+from sparvar_convert.rules import PER_HEAD, ConversionError, Ignore, Rule
 from sparvar_convert.sources import Source
+from sparvar_jax.weights.told import told
 
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest value of the array.
@@ -80,11 +81,14 @@ def fill_twin(twin: torch.nn.Module, sides: Sides) -> torch.nn.Module:
     with torch.no_grad():
         for key in sides.source.reader.names():
             name = table.canonical(key) if table.canonical(key) in state else key
+            rule = next(iter(table.matches(key)), None)
             if name not in state:
-                if isinstance(table.matches(key)[0], Ignore):
+                if isinstance(rule, Ignore):
                     continue
-                raise ConversionError(f"{sides.source.name}: the twin has no {key}")
+                raise ConversionError(f"{sides.source.name}: the twin has no {told(key, 80)}")
             value = to_torch(sides.source.reader.read(key))
+            if isinstance(rule, Rule) and rule.transform is PER_HEAD:
+                value = value.reshape(state[name].shape)  # a flash kernel's file has another layout
             if value.shape != state[name].shape:
                 raise ConversionError(
                     f"{sides.source.name}: {key} is {list(value.shape)}, expected "

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from sparvar_convert.rules import FLOAT_DTYPES, ConversionError, Ignore, Table, Transform, translate
+from sparvar_jax.weights.told import listed
 
-_SHOWN = 6
+_LONGEST = 120
 
 Progress = Callable[[str, int, int], None]
 """(what was done, how many are done, how many there are)."""
@@ -77,8 +78,7 @@ class _Problems:
             return
         parts = []
         for headline, items in self.found.items():
-            more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-            parts.append(f"{len(items)} {headline}: {', '.join(items[:_SHOWN])}{more}")
+            parts.append(f"{len(items)} {headline}: {listed(items, each=_LONGEST)}")
         raise ConversionError(f"{kind} checkpoint does not fit: {'; '.join(parts)}. {mend}")
 
 

@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from sparvar_jax.weights.told import told
+
 if TYPE_CHECKING:
     from sparvar_jax.runtime.progress import Progress as Report
 
@@ -178,10 +180,10 @@ def progress() -> Iterator[Report]:
 
 def _complain(message: str, code: int) -> int:
     if message:  # empty after a bare `sparvar`, which has shown its help
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        print("error:", told(message), file=sys.stderr)
     return code
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     del category, filename, lineno, line
-    print("warning:", " ".join(str(message).split()), file=file or sys.stderr)
+    print("warning:", told(message), file=file or sys.stderr)

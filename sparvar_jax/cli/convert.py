@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sparvar_jax.cli import console
+from sparvar_jax.cli import console, stopping
+from sparvar_jax.weights.told import told
 
 
 def convert(
@@ -34,11 +35,12 @@ def convert(
     """Add a released checkpoint to a model directory (--into), or write a part back (--export)."""
     if (into is None) == (export is None):
         raise ValueError("give either --into DIR to convert, or --export FILE to write back")
-    if export is not None:
-        _export(source, part, export)
-    else:
-        assert into is not None
-        _convert(source, into, ema, kind)
+    with stopping.cleanly():
+        if export is not None:
+            _export(source, part, export)
+        else:
+            assert into is not None
+            _convert(source, into, ema, kind)
 
 
 def _convert(source: str, into: Path, ema: bool, kind: str | None) -> None:
@@ -51,19 +53,26 @@ def _convert(source: str, into: Path, ema: bool, kind: str | None) -> None:
             report("convert", done, total)
 
         done = convert_source(source, into, moved, ema=ema, kind=kind)
-    show = console.output.print
-    show(
+    _show(
         f"{done.title} ({done.kind}) from a {done.container}: {done.tensors} tensors, "
-        f"{done.parameters:,} parameters -> {done.folder}",
-        highlight=False,
-        markup=False,
+        f"{done.parameters:,} parameters -> {done.folder}"
     )
     for reason, keys in done.ignored.items():
-        show(f"left behind: {len(keys)} x {reason}", highlight=False, markup=False)
+        _show(f"left behind: {len(keys)} x {reason}")
 
 
 def _export(source: str, part: str, file: Path) -> None:
     from sparvar_convert.export import save_state_dict
+    from sparvar_convert.families import family_of
+
+    from sparvar_jax.weights import checkpoint
 
     count = save_state_dict(source, part, file)
-    console.output.print(f"{count} tensors -> {file}", highlight=False)
+    _show(f"{count} tensors -> {file}")
+    note = family_of(checkpoint.read_config(source)[part]["kind"]).note
+    if note:
+        _show(f"written: {note}")
+
+
+def _show(text: str) -> None:
+    console.output.print(told(text), highlight=False, markup=False)

@@ -14,8 +14,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from sparvar_jax.weights.files import refuse_pointer
+from sparvar_jax.weights.told import told
+
 PAD_ID = 0
 EOS_ID = 1
+_MOST_BYTES = 256 << 20
 BUCKETS = (32, 64, 128, 512)
 
 
@@ -72,17 +76,28 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     Raises ValueError where neither is there or the control tokens are not T5's.
     """
     directory = Path(directory)
-    as_json, as_pieces = directory / "tokenizer.json", directory / "spiece.model"
-    if as_json.is_file():
-        tokenizer = _from_json(as_json)
-    elif as_pieces.is_file():
-        tokenizer = _from_sentencepiece(as_pieces)
-    else:
+    for name in ("tokenizer.json", "spiece.model"):
+        if (directory / name).is_file():
+            return open_tokenizer(directory / name)
+    raise ValueError(
+        f"no tokenizer in {directory}: "
+        "expected spiece.model or tokenizer.json beside the text encoder"
+    )
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Read one tokenizer file, by its ending .json or SentencePiece's.
+
+    Raises ValueError where it is too large, damaged, a git-lfs pointer or not T5's.
+    """
+    refuse_pointer(path)
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
         raise ValueError(
-            f"no tokenizer in {directory}: "
-            "expected spiece.model or tokenizer.json beside the text encoder"
+            f"{path} has {size >> 20} MiB, a tokenizer at most {_MOST_BYTES >> 20}: "
+            "take T5's own tokenizer"
         )
-    return tokenizer
+    return _from_json(path) if path.suffix == ".json" else _from_sentencepiece(path)
 
 
 def _from_json(path: Path) -> Tokenizer:
@@ -91,7 +106,7 @@ def _from_json(path: Path) -> Tokenizer:
     try:
         library = Library.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{path} cannot be read as a tokenizer: {_first_line(error)}") from None
+        raise _unreadable(path, "a tokenizer", error) from None
     library.no_padding()
     library.no_truncation()
     _check_specials(path, library.token_to_id("<pad>"), library.token_to_id("</s>"))
@@ -108,11 +123,14 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     try:
         library = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a SentencePiece model: {_first_line(error)}"
-        ) from None
+        raise _unreadable(path, "a SentencePiece model", error) from None
     _check_specials(path, library.pad_id(), library.eos_id())
     return Tokenizer(path.name, library.vocab_size(), library.encode)
+
+
+def _unreadable(path: Path, what: str, error: Exception) -> ValueError:
+    said = told(str(error) or type(error).__name__, 160)
+    return ValueError(f"{path} cannot be read as {what}: {said}; download it again")
 
 
 def _check_specials(path: Path, pad: int | None, eos: int | None) -> None:
@@ -121,7 +139,3 @@ def _check_specials(path: Path, pad: int | None, eos: int | None) -> None:
             f"{path}: expected <pad> = {PAD_ID} and </s> = {EOS_ID} as T5 has them, "
             f"got {pad} and {eos}: take T5's own tokenizer"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,6 +14,7 @@ from sparvar_jax.models.text_tokens import Tokenizer, load_tokenizer
 from sparvar_jax.pipelines.family import Family, families, family_of
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.weights import checkpoint
+from sparvar_jax.weights.told import told
 
 DEMO = Path(__file__).parents[1] / "demo"
 
@@ -92,7 +93,7 @@ def part_config(config: dict[str, Any], part: str, dtype: str | None = None) -> 
     }
     if not isinstance(entry.get("kind"), str) or entry["kind"] not in kinds:
         raise ValueError(
-            f"unknown kind {entry.get('kind')!r} of {part}, expected {' or '.join(kinds)}"
+            f"unknown kind {told(entry.get('kind'), 60)} of {part}, expected {' or '.join(kinds)}"
         )
     module, config_class = kinds[entry["kind"]]
     values = checkpoint.config_from_json(config_class, entry)
@@ -110,6 +111,7 @@ def load_part(folder: Path, config: dict[str, Any], part: str, dtype: str | None
     abstract = abstract_part(config, part, dtype)
     shapes = checkpoint.abstract_parameters(abstract)
     stored = checkpoint.part_reader(folder, part).shapes
+    checkpoint.require_fit(abstract, stored)  # before anything of the sizes in the file is read
     tree = checkpoint.load_part(
         folder, part, dtype=lambda path: shapes.get(path, stored[path]).dtype
     )

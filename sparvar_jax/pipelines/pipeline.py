@@ -74,7 +74,7 @@ class Pipeline:
         if model.family != self._model.family:
             raise ValueError(
                 f"this pipeline draws {self._model.family.draws} with a {self._model.family.kind} "
-                f"model, got a {model.family.kind} model: make a pipeline of its own"
+                f"model, got the kind {model.family.kind}: make a pipeline of its own"
             )
         self._model = model
         self.generator.model, self.generator.codebook = model.transformer, model.codebook

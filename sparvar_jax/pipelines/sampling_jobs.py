@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,12 +22,21 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from sparvar_jax.pipelines import sample_parts
 from sparvar_jax.runtime.progress import Progress
+from sparvar_jax.weights.files import remove_temporaries, sync, whole_file
+from sparvar_jax.weights.json_file import read_json
+from sparvar_jax.weights.locks import locked
+from sparvar_jax.weights.told import told
 
 Draw = Callable[[Sequence[int], Sequence[int]], UInt8[np.ndarray, "B height width 3"]]
 """(classes, seeds) of one batch -> pictures; must depend on nothing else."""
 
+MOST_PICTURES = 10_000_000
+MOST_IN_A_BATCH = 65_536
 _JOB, _LOCK, _WHOLE = "job.json", "lock", "whole.npz"
+_LONGEST_NAME = 255
+_MOST_JOB = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +55,17 @@ class SampleJob:
 
     def __post_init__(self):
         if not self.classes or len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"a job needs classes, each once, got {self.classes}")
+            raise ValueError(f"a job needs classes, each once, got {told(self.classes, 80)}")
         if self.per_class < 1 or self.batch < 1 or self.seed < 0:
             raise ValueError(
                 "pictures a class and batch must be at least 1 and the seed at least 0, got "
                 f"{self.per_class}, {self.batch} and {self.seed}"
+            )
+        if self.total > MOST_PICTURES or self.batch > MOST_IN_A_BATCH:
+            raise ValueError(
+                f"a job has at most {MOST_PICTURES} pictures in batches of at most "
+                f"{MOST_IN_A_BATCH}, got {told(self.total, 20)} in batches of "
+                f"{told(self.batch, 20)}: draw several files"
             )
 
     @property
@@ -79,108 +95,123 @@ def parse_classes(text: str, count: int) -> tuple[int, ...]:
     """Classes from "all", or from numbers and ranges such as "0-9,207"; ValueError for others."""
     if text.strip() == "all":
         return tuple(range(count))
-    classes: list[int] = []
+    classes: dict[int, None] = {}
     for item in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item.strip())
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", item.strip())
         if match is None:
             raise ValueError(
-                f"classes must be 'all', or numbers and ranges such as 0-9,207, got {text!r}"
+                "classes must be 'all', or numbers and ranges such as 0-9,207, "
+                f"got {told(text, 60)!r}"
             )
-        classes += range(int(match[1]), int(match[2] or match[1]) + 1)
-    outside = [c for c in classes if not 0 <= c < count]
-    if outside or not classes:
-        raise ValueError(f"classes must lie in 0..{count - 1}, got {outside or text!r}")
-    return tuple(dict.fromkeys(classes))
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last or last >= count:  # by their ends: ranges can be of any length
+            raise ValueError(f"classes must lie in 0..{count - 1}, got {match[0]}")
+        classes |= dict.fromkeys(range(first, last + 1))
+    return tuple(classes)
 
 
 def run_job(job: SampleJob, draw: Draw, out: str | Path, progress: Progress | None = None) -> bool:
     """Draw what is missing of a job and write `out`; False where `out` was complete already.
 
     The npz holds `arr_0` (pictures, uint8 [total, height, width, 3]), `arr_1` (classes) and `job`.
-    Until it is whole, batches wait in the folder `<out>.parts`, which goes away in the end.
-    `draw` always gets a full batch; what a short last batch repeats is thrown away.
+    Until it is whole, batches wait in the folder `<out>.parts`, which goes away in the end; batches
+    that are damaged are drawn again. `draw` always gets a full batch; what a short last batch
+    repeats is thrown away.
 
     Raises ValueError where `out` or its parts belong to another job, or another process is at it.
     """
     out = Path(out)
     if out.suffix != ".npz":
         raise ValueError(f"samples go into a .npz file, got {out}")
-    parts = out.with_name(out.name + ".parts")
+    folder = parts_folder(out)
     if out.exists():
         if _job_of(out) != job.describe():
-            raise ValueError(f"{out} exists already and is of another job: name another file")
-        shutil.rmtree(parts, ignore_errors=True)
+            raise ValueError(
+                f"{out} exists already and is damaged or of another job: name another file"
+            )
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder, ignore_errors=True)
         return False
-    with _claim(parts, job):
-        missing = [i for i in range(job.batches) if not _part(parts, i).exists()]
+    with _claim(folder, job):
+        found = sample_parts.find(folder, job.batches, lambda index: len(job.places(index)))
+        shape = sample_parts.shared_shape(found)
+        missing = [index for index in range(job.batches) if index not in found]
         for done, index in enumerate(missing, job.batches - len(missing) + 1):
-            _save(_part(parts, index), _draw_batch(job, draw, index))
+            pictures = _draw_batch(job, draw, index, shape)
+            shape = shape or pictures.shape[1:]
+            sample_parts.save(folder, index, pictures)
             if progress:
                 progress("sample", done, job.batches)
-        _join(job, parts, parts / _WHOLE)
-        os.replace(parts / _WHOLE, out)
-    shutil.rmtree(parts)
+        with whole_file(folder / _WHOLE) as temporary:
+            _join(job, folder, temporary)
+        os.replace(folder / _WHOLE, out)
+        sync(out.parent)
+        shutil.rmtree(folder)
     return True
 
 
-def _draw_batch(job: SampleJob, draw: Draw, index: int) -> UInt8[np.ndarray, "B height width 3"]:
+def parts_folder(out: Path) -> Path:
+    """Where the batches of a file wait: a name beside it, hashed where it would be too long."""
+    name = f"{out.name}.parts"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f".sparvar-{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:32]}.parts"
+    return out.with_name(name)
+
+
+def _draw_batch(
+    job: SampleJob, draw: Draw, index: int, shape: tuple[int, ...] | None
+) -> UInt8[np.ndarray, "B height width 3"]:
     places = job.places(index)
     padded = [*places, *([places[-1]] * (job.batch - len(places)))]
     labels = [job.classes[place // job.per_class] for place in padded]
     pictures = np.asarray(draw(labels, [job.seed + place for place in padded]))
-    if pictures.dtype != np.uint8 or pictures.shape[0] != job.batch or pictures.ndim != 4:
+    fits = pictures.ndim == 4 and shape in (None, pictures.shape[1:])
+    if pictures.dtype != np.uint8 or pictures.shape[0] != job.batch or not fits:
         raise ValueError(
-            f"expected uint8 pictures [{job.batch}, height, width, 3], got {pictures.dtype} "
-            f"{list(pictures.shape)}"
+            f"expected uint8 pictures [{job.batch}, height, width, 3] of one size, got "
+            f"{pictures.dtype} {list(pictures.shape)}"
         )
     return pictures[: len(places)]
 
 
 @contextlib.contextmanager
-def _claim(parts: Path, job: SampleJob) -> Iterator[None]:
+def _claim(folder: Path, job: SampleJob) -> Iterator[None]:
     """Hold the parts folder for this process and this job; the lock ends with the process."""
     try:
-        parts.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
     except FileNotFoundError:
-        raise ValueError(f"cannot write {parts}: its folder does not exist") from None
-    with (parts / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is working on {parts}: let it finish") from None
-        described = parts / _JOB
-        if not described.exists():
-            _write_whole(described, job.describe().encode())
-        elif described.read_text() != job.describe():
-            raise ValueError(
-                f"{parts} holds batches of another job: repeat that job's options, or remove the "
-                f"folder to start over; it was {described.read_text()}"
-            )
+        raise ValueError(f"cannot write {folder}: its folder does not exist") from None
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {folder} ({error.strerror}): choose a folder you may write to"
+        ) from error
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "getuid") and found.st_uid != os.getuid()):
+        raise ValueError(f"{folder} is a link or another user's: remove it, or name another file")
+    with locked(folder / _LOCK):
+        remove_temporaries(folder)
+        _require_job(folder / _JOB, job)
         yield
 
 
-def _part(parts: Path, index: int) -> Path:
-    return parts / f"{index:06d}.npy"
+def _require_job(file: Path, job: SampleJob) -> None:
+    """Write down which job the folder serves; ValueError where it serves another one."""
+    if not file.exists():
+        with whole_file(file) as temporary:
+            temporary.write_text(job.describe(), encoding="utf-8")
+        return
+    mend = "repeat that job's options, or remove the folder to start over"
+    found = read_json(file, f"remove {told(file.parent, 120)} to start over", _MOST_JOB)
+    if json.dumps(found, sort_keys=True) != job.describe():
+        raise ValueError(
+            f"{file.parent} holds batches of another job: {mend}; it was "
+            f"{told(json.dumps(found, sort_keys=True), 200)}"
+        )
 
 
-def _save(file: Path, array: np.ndarray) -> None:
-    temporary = file.with_suffix(".writing")
-    with temporary.open("wb") as stream:
-        np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    temporary = file.with_suffix(".writing")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
-
-
-def _join(job: SampleJob, parts: Path, target: Path) -> None:
+def _join(job: SampleJob, folder: Path, target: Path) -> None:
     """One npz from all batches, a batch in memory at a time."""
-    first = np.load(_part(parts, 0), mmap_mode="r")
+    first = sample_parts.load(folder, 0, len(job.places(0)))
     header = {
         "descr": np.lib.format.dtype_to_descr(first.dtype),
         "fortran_order": False,
@@ -190,7 +221,8 @@ def _join(job: SampleJob, parts: Path, target: Path) -> None:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             np.lib.format.write_array_header_1_0(stream, header)
             for index in range(job.batches):
-                stream.write(np.load(_part(parts, index)).tobytes())
+                pictures = sample_parts.load(folder, index, len(job.places(index)))
+                stream.write(pictures.tobytes())
         for name, array in (("arr_1", job.labels), ("job", np.array(job.describe()))):
             with archive.open(f"{name}.npy", "w") as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
@@ -199,7 +231,11 @@ def _join(job: SampleJob, parts: Path, target: Path) -> None:
 def _job_of(out: Path) -> str | None:
     """The job that made a file, None where that cannot be told."""
     try:
-        with np.load(out, allow_pickle=False) as archive:
-            return str(archive["job"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        with zipfile.ZipFile(out) as archive:
+            entry = archive.getinfo("job.npy")
+            if entry.file_size > _MOST_JOB or entry.compress_type != zipfile.ZIP_STORED:
+                return None
+            with archive.open(entry) as stream:
+                return str(np.lib.format.read_array(stream, allow_pickle=False))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError):
         return None

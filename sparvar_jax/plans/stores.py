@@ -59,7 +59,7 @@ class Store(Protocol):
         ...
 
     def start(self, shape: CacheShape, whole: RowMap) -> Any:
-        """What a layer keeps before the first scale."""
+        """What a layer keeps before the first scale; every array is a buffer of its own."""
         ...
 
     def shared(self, shape: CacheShape, whole: RowMap) -> Any:

@@ -23,7 +23,7 @@ class Bound:
     def __init__(self, module: Callable[[], Any], function: Callable[..., Any]):
         self._module, self._function = module, function
         self._structure: Any = None
-        self._parameters, self._starting = Parameters(), threading.Lock()
+        self._parameters, self._reading = Parameters(), threading.Lock()
         self._jitted: Any = None
         self._compiled: dict[Any, Any] = {}
 
@@ -42,8 +42,8 @@ class Bound:
 
     def _leaves(self) -> list[Any]:
         """The weights as they are now; another structure of the module starts anew."""
-        leaves, structure = self._parameters.read((self._module(),))
-        with self._starting:
+        with self._reading:
+            leaves, structure = self._parameters.read((self._module(),))
             if structure is not self._structure:
                 self._jitted, self._compiled = jax.jit(self._caller(structure[0])), {}
                 self._structure = structure

@@ -7,6 +7,7 @@ is the unit; `Generator.run` is a Python loop over it.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class Generator:
         self._steps: Steps | None = None
         self._structure: Any = None
         self._pool, self._parameters = CachePool(), Parameters()
+        self._reading = threading.Lock()
 
     def start(self, plan: Plan, batch: int) -> State:
         """The state before the first scale.
@@ -155,11 +157,12 @@ class Generator:
 
     def _current(self) -> tuple[Steps, list[Any]]:
         """(steps for the model's structure as it is now, its weights as they are now)."""
-        parameters, structure = self._parameters.read((self.model, self.codebook))
-        if self._steps is None or structure is not self._structure:
-            self._steps = Steps((self.model, self.codebook), self.placement)
-            self._structure = structure
-        return self._steps, parameters
+        with self._reading:
+            parameters, structure = self._parameters.read((self.model, self.codebook))
+            if self._steps is None or structure is not self._structure:
+                self._steps = Steps((self.model, self.codebook), self.placement)
+                self._structure = structure
+            return self._steps, parameters
 
     def _cache_name(self, plan: Plan, batch: int) -> Any:
         """What tells cache buffers apart that do not fit each other."""

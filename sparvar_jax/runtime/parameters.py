@@ -7,7 +7,6 @@ module has changed its attributes, the arrays are read from the variables found 
 from __future__ import annotations
 
 import operator
-import threading
 from typing import Any
 
 import jax
@@ -18,27 +17,23 @@ Attributes = tuple[dict[str, Any], tuple[Any, ...]]
 
 
 class Parameters:
-    """Arrays and structure of a tree of modules."""
+    """Arrays and structure of a tuple of modules; for one thread at a time."""
 
     def __init__(self) -> None:
         self._tree: Any = None
         self._seen: list[Attributes] = []
         self._variables: list[Any] = []
         self._structure: Any = None
-        self._reading = threading.Lock()
 
-    def read(self, tree: Any) -> tuple[list[Any], Any]:
+    def read(self, tree: tuple[Any, ...]) -> tuple[list[Any], Any]:
         """(arrays, structure): equal structures take each other's arrays."""
-        with self._reading:
-            if not self._unchanged(tree):
-                self._look(tree)
-            leaves = [_value(variable) for variable in self._variables]
-            shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
-            if self._structure is None or shapes != self._structure[1]:
-                treedef = jax.tree.structure(tree)
-                if self._structure is None or (treedef, shapes) != self._structure:
-                    self._structure = treedef, shapes
-            return leaves, self._structure
+        if not self._unchanged(tree):
+            self._look(tree)
+        leaves = [_value(variable) for variable in self._variables]
+        shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
+        if self._structure is None or shapes != self._structure[1]:
+            self._structure = jax.tree.structure(tree), shapes
+        return leaves, self._structure
 
     def _unchanged(self, tree: Any) -> bool:
         """Whether these are the same modules with the same attributes."""

@@ -22,7 +22,18 @@ from orbax.checkpoint.experimental import v1 as ocp_v1
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sparvar_jax.weights import orbax_calls
+from sparvar_jax.weights.files import refuse_pointer
+from sparvar_jax.weights.told import told
+
 SAFETENSORS = "weights.safetensors"
+SAFETENSORS_DTYPES = {"BOOL": "bool", "BF16": "bfloat16"} | {
+    f"{letter}{bits}": f"{name}{bits}"
+    for letter, name in (("F", "float"), ("I", "int"), ("U", "uint"))
+    for bits in (8, 16, 32, 64)
+    if (letter, bits) != ("F", 8)
+}
+"""Names of dtypes in safetensors files -> names of numpy and ml_dtypes."""
 SCALE_SUFFIX = ".__scale"
 BATCH_BYTES = 256 << 20
 _MIN_INT8_SIZE = 1024
@@ -80,11 +91,13 @@ class OrbaxWriter:
     def close(self) -> None:
         """Write what is left and move the checkpoint into place."""
         self._flush()
-        ocp_v1.partial.finalize(self._directory)
+        with orbax_calls.quiet():
+            ocp_v1.partial.finalize(self._directory)
 
     def _flush(self) -> None:
         if self._batch:
-            ocp_v1.partial.save(self._directory, nest(self._batch, integers=False))
+            with orbax_calls.quiet():
+                ocp_v1.partial.save(self._directory, nest(self._batch, integers=False))
             self._batch, self._bytes = {}, 0
 
 
@@ -106,6 +119,17 @@ def quantize_int8(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     peak = np.abs(wide).max(axis=tuple(range(wide.ndim - 1)))
     scale = np.where(peak > 0, peak / 127, 1).astype(np.float32)
     return np.round(wide / scale).astype(np.int8), scale
+
+
+def require_scale(name: str, values: np.ndarray, scale: np.ndarray) -> None:
+    """ValueError unless these are int8 values with one finite float32 scale a last index."""
+    fits = values.dtype == np.int8 and scale.dtype == np.float32 and values.ndim >= 2
+    if not fits or scale.shape != values.shape[-1:] or not np.isfinite(scale).all():
+        raise ValueError(
+            f"{name} is damaged: expected int8 values and one finite float32 scale for each of the "
+            f"last axis, got {values.dtype} {list(values.shape)} and {scale.dtype} "
+            f"{list(scale.shape)}; fetch or make it again"
+        )
 
 
 class PartReader:
@@ -172,29 +196,29 @@ class PartReader:
         return rule(path, self.shapes[path].shape)
 
     def _orbax_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        try:
+        with orbax_calls.reading(self.directory):
             tree = self._handler.metadata(self._orbax).tree
-        except Exception as error:  # Orbax has no common error class
-            raise ValueError(f"{self.directory} is damaged: {error}; convert it again") from error
-        return {
-            path: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
-            for path, leaf in flatten(tree).items()
-        }
+            return {
+                path: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
+                for path, leaf in flatten(tree).items()
+            }
 
     def _restore_orbax(self, args: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
         item = {path: self.shapes[path] for path in args}
-        tree = self._handler.restore(
-            self._orbax,
-            args=ocp.args.PyTreeRestore(
-                item=nest(item, integers=False),
-                restore_args=nest(args, integers=False),
-                partial_restore=True,
-            ),
-        )
+        with orbax_calls.reading(self.directory):
+            tree = self._handler.restore(
+                self._orbax,
+                args=ocp.args.PyTreeRestore(
+                    item=nest(item, integers=False),
+                    restore_args=nest(args, integers=False),
+                    partial_restore=True,
+                ),
+            )
         return flatten(tree)
 
     def _safetensors_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         shapes = {}
+        refuse_pointer(self._file)
         try:
             with safe_open(self._file, framework="numpy") as file:
                 names = set(file.keys())
@@ -203,10 +227,15 @@ class PartReader:
                         continue
                     scaled = name + SCALE_SUFFIX in names
                     part = file.get_slice(name)
-                    dtype = np.float32 if scaled else file.get_tensor(name).dtype
-                    shapes[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), np.dtype(dtype))
-        except SafetensorError as error:
-            raise ValueError(f"{self._file} is damaged: {error}; fetch or make it again") from error
+                    stored = SAFETENSORS_DTYPES.get(part.get_dtype())
+                    if stored is None:
+                        raise ValueError(f"{self._file} has {part.get_dtype()}: make it again")
+                    dtype = np.dtype("float32" if scaled else stored)
+                    shapes[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{self._file} is damaged: {told(error, 160)}; fetch or make it again"
+            ) from error
         return dict(sorted(shapes.items()))
 
     def _read_safetensors(self, paths: list[str]) -> dict[str, np.ndarray]:
@@ -216,7 +245,9 @@ class PartReader:
             for path in paths:
                 array = file.get_tensor(path)
                 if path + SCALE_SUFFIX in names:
-                    array = array.astype(np.float32) * file.get_tensor(path + SCALE_SUFFIX)
+                    scale = file.get_tensor(path + SCALE_SUFFIX)
+                    require_scale(f"{self._file}: {told(path, 80)}", array, scale)
+                    array = array.astype(np.float32) * scale
                 arrays[path] = array
         return arrays
 

@@ -47,7 +47,7 @@ def tokenizer_weights(code_width: int = 16, seed: int = 1) -> Weights:
 
 
 def text_folder(folder: Path, width: int = 128) -> Path:
-    """A random Flan-T5 folder as transformers writes it, with a stand-in tokenizer file."""
+    """A random Flan-T5 folder as transformers writes it, with a tokenizer of single letters."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
@@ -60,8 +60,17 @@ def text_folder(folder: Path, width: int = 128) -> Path:
         feed_forward_proj="gated-gelu",
     )
     T5EncoderModel(config).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
+    write_tokenizer(folder / "tokenizer.json")
     return folder
+
+
+def write_tokenizer(file: Path, letters: str = "abcdefghijklmnopqrstuvwxyz") -> None:
+    """A tokenizer with T5's control tokens and a piece for every letter."""
+    from tokenizers import Tokenizer, models
+
+    pieces = ["<pad>", "</s>", "<unk>", *letters]
+    vocabulary = [(piece, -float(number)) for number, piece in enumerate(pieces)]
+    Tokenizer(models.Unigram(vocabulary, unk_id=2)).save(str(file))
 
 
 def flat(weights: Weights, folder: Path) -> Path:

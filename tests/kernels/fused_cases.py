@@ -112,7 +112,7 @@ def rotary_inputs(layout_name, heads=4, head_dim=64, rows=2, cached=3, scale=1, 
         k_cache=jnp.full(shape, 7.0, jnp.bfloat16),
         v_cache=jnp.full(shape, 7.0, jnp.bfloat16),
     )
-    start, pitch = layout.starts[scale], layout.pitches[scale]
+    start, pitch = layout.spans[scale].start, layout.spans[scale].pitch
     place = dict(start=start, width=width, pitch=pitch, clear=clear)
     return operands, place, layout
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import fused, support
+from pallas_kernels.hopper import reasons
 from sparvar_jax.models import layers
-from sparvar_jax.plans import cache as kv_cache
+from sparvar_jax.plans.stores import write_rows
 from tests.kernels.fused_cases import (
     assert_near,
     check_first_row_alone,
@@ -101,8 +102,8 @@ def test_rotary_reference_gives_the_bits_of_plain_layers(layout_name):
     k = rotate(layers.unit(k), *positions)
     want = (
         q.astype(jnp.bfloat16),
-        kv_cache.write(operands["k_cache"], k.astype(jnp.bfloat16), layout.slot(1)),
-        kv_cache.write(operands["v_cache"], v, layout.slot(1)),
+        write_rows(operands["k_cache"], k.astype(jnp.bfloat16), layout.slot(1)),
+        write_rows(operands["v_cache"], v, layout.slot(1)),
     )
     for got, wanted in zip(fused.rotary_to_cache(**operands, **place), want, strict=True):
         np.testing.assert_array_equal(got, wanted)
@@ -161,8 +162,8 @@ def test_cross_attention_refuses_what_does_not_fit():
 
 
 def test_a_named_kernel_fails_loudly_without_its_device():
-    if not support.device_reason():
+    if not reasons.device_reason(support.device_of()):
         pytest.skip("this device runs the kernels")
     inputs = norm_inputs()
-    with pytest.raises(NotImplementedError, match="Mosaic kernels need"):
-        norm_calls(inputs, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match="Hopper kernels need"):
+        norm_calls(inputs, implementation="hopper")

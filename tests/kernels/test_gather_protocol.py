@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from pallas_kernels.tuning import GatherConfig
+from pallas_kernels.hopper.tuning import GatherConfig
 
 ITEMS = 5
 

@@ -1,4 +1,4 @@
-"""The Mosaic kernels on a Hopper GPU against float64: lengths, tails, NaN, empty lists, repeats."""
+"""The kernels on a Hopper GPU against float64: lengths, tails, NaN, empty lists, repeats."""
 
 import functools
 import importlib.util
@@ -11,6 +11,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import shapes, support
+from pallas_kernels.hopper import reasons
 from pallas_kernels.sparsity import visible_rows
 
 pytestmark = pytest.mark.gpu
@@ -26,13 +27,13 @@ BOUNDS = [None, 100.0]
 
 @pytest.fixture(autouse=True)
 def _hopper():
-    if reason := support.device_reason():
+    if reason := reasons.device_reason(support.device_of()):
         pytest.skip(reason)
 
 
 def check(call, q, k, v, mask, dtype=jnp.bfloat16):
     """Right within twice the plain error, finite, and the same twice."""
-    compiled = jax.jit(lambda q, k, v: call(q, k, v, implementation="mosaic"))
+    compiled = jax.jit(lambda q, k, v: call(q, k, v, implementation="hopper"))
     out, again = (np.asarray(compiled(q, k, v)) for _ in range(2))
     want, _ = cases.truth(q, k, v, mask)
     assert out.dtype == dtype
@@ -70,7 +71,7 @@ def check_dense(queries, keys, head_dim, bound):
 def test_float16_and_lse():
     (q, k, v), valid = draw(300, 1000, 128, jnp.float16)
     check(lambda *a, **n: pk.attention(*a, 1000, **n), q, k, v, valid, jnp.float16)
-    _, lse = jax.jit(lambda *a: pk.attention(*a, 1000, implementation="mosaic", return_lse=True))(
+    _, lse = jax.jit(lambda *a: pk.attention(*a, 1000, implementation="hopper", return_lse=True))(
         q, k, v
     )
     np.testing.assert_allclose(lse, cases.truth(q, k, v, valid)[1], atol=2e-3)
@@ -131,7 +132,7 @@ def test_windows(layout, bound):
         jax.jit(
             lambda *a, name=name: pk.window_attention(*a, *where, exact=False, implementation=name)
         )(q, k, v)
-        for name in ("mosaic", "xla")
+        for name in ("hopper", "xla")
     ]
     assert cases.relative_error(boxes[0], np.asarray(boxes[1], np.float64)) <= 4.6e-3
 
@@ -173,7 +174,7 @@ def test_short_lists_of_many_items():
     out = jax.jit(
         lambda q, k, v: pk.column_sparse_attention(
             q, k, v, jnp.asarray(lists), jnp.asarray(counts), kv_length=keys,
-            group=192, granularity=1, implementation="mosaic",
+            group=192, granularity=1, implementation="hopper",
         )
     )(q, k, v)  # fmt: skip
     first = np.take_along_axis(np.asarray(v, np.float32), lists[..., 0][..., None], 2)
@@ -193,7 +194,7 @@ def test_column_sums_and_selection(group):
     def select(sums, name):
         return pk.select_columns(sums, 100, implementation=name)
 
-    sums, want = (column_sums(q, k, v, name) for name in ("mosaic", "xla"))
+    sums, want = (column_sums(q, k, v, name) for name in ("hopper", "xla"))
     # The log-sum-exp of bfloat16 inputs is float32 in both; exponentials differ by the hardware's.
     np.testing.assert_allclose(sums, want, rtol=2e-3, atol=2e-5)
-    np.testing.assert_array_equal(select(sums, "mosaic"), select(sums, "xla"))
+    np.testing.assert_array_equal(select(sums, "hopper"), select(sums, "xla"))

@@ -1,21 +1,22 @@
-"""Kernels without inlined PTX in the Mosaic interpreter, with its race detector."""
+"""Kernels without inlined PTX in Pallas's GPU interpreter, with its race detector."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import selection, support
+from pallas_kernels import selection
+from pallas_kernels.hopper import reasons
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.skipif(bool(support.mosaic_reason()), reason="needs jax 0.11")
+@pytest.mark.skipif(bool(reasons.jax_reason()), reason="needs jax 0.11")
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the interpreter runs on the CPU")
 def test_threshold_kernel_has_no_races():
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels.threshold import row_thresholds
+    from pallas_kernels.hopper.threshold import row_thresholds
 
     bits = jnp.asarray(np.random.default_rng(0).integers(0, 1 << 30, (3, 256)), jnp.int32)
     bits = bits.at[:, 200:].set(-1)

@@ -1,11 +1,12 @@
-"""Every Mosaic kernel lowers for CUDA without a GPU: shapes, layouts, shared memory, copies."""
+"""Every attention kernel lowers for CUDA without a GPU: shapes, layouts, shared memory, copies."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_ops, shapes, tuning
+from pallas_kernels import shapes
+from pallas_kernels.hopper import ops, tuning
 
 SQUARE = pk.Geometry.packed(shapes.SQUARE_GRIDS)
 WIDE = pk.Geometry.packed(((1, 1), (3, 5), (9, 21)))
@@ -30,7 +31,7 @@ def test_dense(queries, head_dim, bound, hidden_finite):
     config = tuning.block_list_config("dense", head_dim, bound is not None)
     blocks = pk.dense_blocks(queries, 4121, block_q=config.block_q, block_k=config.block_k)
     lower(
-        lambda q, k, v: mosaic_ops.attend_blocks(
+        lambda q, k, v: ops.attend_blocks(
             q, k, v, blocks, config, logit_bound=bound, hidden_finite=hidden_finite
         ),
         *operands(queries, 4224, head_dim),
@@ -44,7 +45,7 @@ def test_traced_blocks(block_k, dtype):
 
     def attend(q, k, v, indices, counts):
         blocks = pk.BlockTable(indices, counts, 6425, 128, block_k, gaps=((121, 128),))
-        return mosaic_ops.attend_blocks(q, k, v, blocks, config)
+        return ops.attend_blocks(q, k, v, blocks, config)
 
     tables = jax.ShapeDtypeStruct((1, 2, 18, 9), jnp.int32)
     counts = jax.ShapeDtypeStruct((1, 2, 18), jnp.int32)
@@ -60,9 +61,7 @@ def test_windows(geometry, windows, sinks, exact):
     config = tuning.gather_config("windows", 128, False)
     queries = geometry.height * geometry.width
     lower(
-        lambda q, k, v: mosaic_ops.attend_windows(
-            q, k, v, geometry, windows, sinks, config, exact=exact
-        ),
+        lambda q, k, v: ops.attend_windows(q, k, v, geometry, windows, sinks, config, exact=exact),
         *operands(queries, -(-geometry.kv_length // 128) * 128),
     )
 
@@ -76,7 +75,7 @@ def test_columns(group, granularity, head_dim):
     columns = jax.ShapeDtypeStruct((1, 2, groups, 30), jnp.int32)
     counts = jax.ShapeDtypeStruct((1, 2, groups), jnp.int32)
     lower(
-        lambda q, k, v, c, n: mosaic_ops.attend_columns(
+        lambda q, k, v, c, n: ops.attend_columns(
             q, k, v, c, n, config, kv_length=500, granularity=granularity, logit_bound=100.0
         ),
         *operands(400, 512, head_dim), columns, counts,
@@ -87,11 +86,11 @@ def test_columns(group, granularity, head_dim):
 def test_column_sums(group):
     q, k, _ = operands(1600, 4224)
     lse = jax.ShapeDtypeStruct((1, 2, 1600), jnp.float32)
-    lower(lambda q, k, lse: mosaic_ops.column_sums(q, k, lse, 4121, group), q, k, lse)
+    lower(lambda q, k, lse: ops.column_sums(q, k, lse, 4121, group), q, k, lse)
 
 
 def test_thresholds():
-    lower(lambda bits: mosaic_ops.row_thresholds(bits, 784), jax.ShapeDtypeStruct((9, 4224), "i4"))
+    lower(lambda bits: ops.row_thresholds(bits, 784), jax.ShapeDtypeStruct((9, 4224), "i4"))
 
 
 def test_a_program_does_not_depend_on_what_was_lowered_before():
@@ -101,7 +100,7 @@ def test_a_program_does_not_depend_on_what_was_lowered_before():
     blocks = pk.dense_blocks(256, 1000, block_q=config.block_q, block_k=config.block_k)
 
     def text():
-        call = lambda q, k, v: mosaic_ops.attend_blocks(q, k, v, blocks, config)  # noqa: E731
+        call = lambda q, k, v: ops.attend_blocks(q, k, v, blocks, config)  # noqa: E731
         return lower(call, *operands(256, 1024)).as_text()
 
     assert text() == text()

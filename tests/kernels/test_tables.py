@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import boxes_table, shapes, tuning
-from pallas_kernels.schedule import balanced_order, strided_order
+from pallas_kernels import boxes_table, shapes
+from pallas_kernels.hopper import tuning
+from pallas_kernels.hopper.schedule import balanced_order, strided_order
 from pallas_kernels.sparsity import density, window_bounds
 
 SQUARE = pk.Geometry.packed(shapes.SQUARE_GRIDS)

@@ -10,9 +10,18 @@ import re
 
 import numpy as np
 
-from sparvar_convert.rules import CONV, ConversionError, Ignore, Rule, Table
+from sparvar_convert.rules import (
+    CONV,
+    NUMBER,
+    ConversionError,
+    Ignore,
+    Rule,
+    Table,
+    require_numbers,
+)
 from sparvar_convert.stream import Reader
 from sparvar_jax.models.bsq_vae import BsqVaeConfig
+from sparvar_jax.weights.json_file import build
 
 _FLAT = re.compile(
     r"((?:encoder|decoder)\.(?:.+\.)?"
@@ -95,7 +104,8 @@ def infer_config(reader: Reader) -> BsqVaeConfig:
     base = _width(shapes, "encoder.conv_in.conv.bias")
     sides = {"encoder": "down", "decoder": "up"}
     levels = {
-        side: _count(shapes, rf"{side}\.{way}\.(\d+)\.block\.0\..+") for side, way in sides.items()
+        side: _count(shapes, rf"{side}\.{way}\.({NUMBER})\.block\.0\..+")
+        for side, way in sides.items()
     }
     halvings = {re.match(r"encoder\.down\.\d+\.downsample", key) for key in shapes}
     multipliers = {}
@@ -104,19 +114,20 @@ def infer_config(reader: Reader) -> BsqVaeConfig:
             _width(shapes, f"{side}.{way}.{level}.block.0.conv1.conv.bias")
             for level in range(levels[side])
         ]
-        if any(width % base for width in widths):
+        if not base or any(width % base for width in widths):
             raise ConversionError(f"bsq_vae checkpoint: {side} widths {widths} not times {base}")
         multipliers[side] = tuple(width // base for width in widths)
     try:
-        return BsqVaeConfig(
-            code_width=_width(shapes, "encoder.conv_out.conv.bias"),
-            stride=2 ** len({match[0] for match in halvings if match}),
-            encoder_multipliers=multipliers["encoder"],
-            decoder_multipliers=multipliers["decoder"],
-            base_width=base,
-            encoder_blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\..+"),
-            decoder_blocks=_count(shapes, r"decoder\.up\.0\.block\.(\d+)\..+"),
-        )
+        values = {
+            "code_width": _width(shapes, "encoder.conv_out.conv.bias"),
+            "stride": 2 ** min(len({match[0] for match in halvings if match}), 31),
+            "encoder_multipliers": multipliers["encoder"],
+            "decoder_multipliers": multipliers["decoder"],
+            "base_width": base,
+            "encoder_blocks": _count(shapes, rf"encoder\.down\.0\.block\.({NUMBER})\..+"),
+            "decoder_blocks": _count(shapes, rf"decoder\.up\.0\.block\.({NUMBER})\..+"),
+        }
+        return build(BsqVaeConfig, values, "shapes of the tensors")
     except ValueError as error:
         raise ConversionError(f"bsq_vae checkpoint with impossible sizes: {error}") from error
 
@@ -133,4 +144,6 @@ def _width(shapes: dict[str, tuple[int, ...]], key: str) -> int:
 def _count(shapes: dict[str, tuple[int, ...]], pattern: str) -> int:
     """How many numbers the group of `pattern` takes, counted to the largest one."""
     found = [int(m[1]) for m in (re.fullmatch(pattern, key) for key in shapes) if m]
-    return max(found, default=-1) + 1
+    count = max(found, default=-1) + 1
+    require_numbers(shapes, "levels or blocks", count)
+    return count

@@ -12,19 +12,24 @@ import numpy as np
 
 from sparvar_convert.rules import (
     KEEP,
+    NUMBER,
+    PER_HEAD,
     TRANSPOSE,
     ConversionError,
     Ignore,
     Rule,
     Table,
     must_be_zero,
+    require_numbers,
+    require_rank,
     squeeze,
 )
 from sparvar_convert.stream import Reader
 from sparvar_jax.models.infinity import InfinityConfig
+from sparvar_jax.weights.json_file import build
 
-_CHUNKED = re.compile(r"block_chunks\.(\d+)\.module\.(\d+)\.(.+)")
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_CHUNKED = re.compile(rf"block_chunks\.({NUMBER})\.module\.({NUMBER})\.(.+)")
+_BLOCK = re.compile(rf"blocks\.({NUMBER})\.(.+)")
 _STALE = ("lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen")
 _PATCHIFY_BITS = 56  # the one released width whose tokens cover 2x2 latents: 4 x 14
 
@@ -60,7 +65,7 @@ _RULES = (
     Rule(f"{_B}.ada_gss", f"{_B}.ada_gss", squeeze(0, 1)),
     *_attention(f"{_B}.sa", f"{_B}.attn", "mat_qkv", "qkv"),
     Rule(f"{_B}.sa.q_bias", f"{_B}.attn.q_bias"),
-    Rule(f"{_B}.sa.scale_mul_1H11", f"{_B}.attn.log_temperature", squeeze(0, 2, 3)),
+    Rule(f"{_B}.sa.scale_mul_1H11", f"{_B}.attn.log_temperature", PER_HEAD),
     Rule(f"{_B}.ca_norm.weight", f"{_B}.cross_norm.scale"),
     Rule(f"{_B}.ca_norm.bias", f"{_B}.cross_norm.bias"),
     *_linear(f"{_B}.ca.mat_q", f"{_B}.cross.q"),
@@ -124,18 +129,19 @@ def infer_config(reader: Reader, *, patchify: bool | None = None) -> InfinityCon
     levels, width = _sizes(reader, "lvl_embed.weight", 2)
     bits = _sizes(reader, "word_embed.weight", 2)[1]
     try:
-        return InfinityConfig(
-            depth=depth,
-            width=width,
-            heads=_sizes(reader, f"{first}.sa.scale_mul_1H11", 4)[1],
-            text_width=text_width,
-            bits=bits,
-            mlp_width=_sizes(reader, f"{first}.ffn.fc1.weight", 2)[0],
-            chunks=chunks,
-            patchify=bits == _PATCHIFY_BITS if patchify is None else patchify,
-            text_max_length=text_length,
-            levels=levels,
-        )
+        values = {
+            "depth": depth,
+            "width": width,
+            "heads": max(_sizes(reader, f"{first}.sa.scale_mul_1H11", 4)[1:3]),
+            "text_width": text_width,
+            "bits": bits,
+            "mlp_width": _sizes(reader, f"{first}.ffn.fc1.weight", 2)[0],
+            "chunks": chunks,
+            "patchify": bits == _PATCHIFY_BITS if patchify is None else patchify,
+            "text_max_length": text_length,
+            "levels": levels,
+        }
+        return build(InfinityConfig, values, "shapes of the tensors")
     except ValueError as error:
         raise ConversionError(f"infinity checkpoint with impossible sizes: {error}") from error
 
@@ -146,12 +152,7 @@ def _sizes(reader: Reader, key: str, rank: int) -> tuple[int, ...]:
             f"infinity checkpoint lacks {key}, which carries a size of the model: "
             "use the complete checkpoint"
         )
-    shape = reader.shape(key)
-    if len(shape) != rank:
-        raise ConversionError(
-            f"infinity checkpoint: {key} has shape {list(shape)}, expected {rank} axes"
-        )
-    return shape
+    return require_rank(reader.shape(key), key, rank)
 
 
 def _blocks(names: list[str]) -> tuple[int, int, str]:
@@ -164,11 +165,13 @@ def _blocks(names: list[str]) -> tuple[int, int, str]:
             f"it has {'both' if chunked else 'neither'}"
         )
     if plain:
+        require_numbers(names, "blocks", max(plain) + 1)
         missing = sorted(set(range(max(plain) + 1)) - plain)
         if missing:
-            raise ConversionError(f"infinity checkpoint lacks the blocks {missing}")
+            raise ConversionError(f"infinity checkpoint lacks {len(missing)} blocks: {missing[:6]}")
         return len(plain), 1, "blocks.0"
     chunks, per_chunk = (max(pair[axis] for pair in chunked) + 1 for axis in (0, 1))
+    require_numbers(names, "blocks", chunks * per_chunk)
     missing = sorted({(i, j) for i in range(chunks) for j in range(per_chunk)} - chunked)
     if missing:
         raise ConversionError(

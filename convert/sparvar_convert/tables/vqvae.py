@@ -10,9 +10,19 @@ import re
 
 import numpy as np
 
-from sparvar_convert.rules import CONV, KEEP, ConversionError, Ignore, Rule, Table
+from sparvar_convert.rules import (
+    CONV,
+    KEEP,
+    NUMBER,
+    ConversionError,
+    Ignore,
+    Rule,
+    Table,
+    require_rank,
+)
 from sparvar_convert.stream import Reader
 from sparvar_jax.models.vqvae import VqvaeConfig
+from sparvar_jax.weights.json_file import build
 
 RELEASED_SCALES = 10
 
@@ -79,33 +89,43 @@ def infer_config(reader: Reader) -> VqvaeConfig:
     """The shape of a VQVAE from its tensors; ConversionError where one is missing."""
     names = set(reader.names())
 
-    def shape(key: str) -> tuple[int, ...]:
+    def shape(key: str, rank: int = 4) -> tuple[int, ...]:
         if key not in names:
             raise ConversionError(
                 f"this is not a complete VQVAE: {key} is missing; use the released file"
             )
-        return tuple(reader.shape(key))
+        return require_rank(reader.shape(key), key, rank)
 
     base = shape("encoder.conv_in.weight")[0]
     widths, level = [], 0
     while f"encoder.down.{level}.block.0.conv1.weight" in names:
         widths.append(shape(f"encoder.down.{level}.block.0.conv1.weight")[0])
         level += 1
-    if not widths or any(width % base for width in widths):
+    if not base or not widths or any(width % base for width in widths):
         raise ConversionError(
             f"encoder levels have {widths} channels, expected multiples of {base}: use the "
             "released VQVAE"
         )
-    blocks = _count(names, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight")
-    phis = _count(names, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.weight")
+    blocks = _count(names, rf"encoder\.down\.0\.block\.({NUMBER})\.conv1\.weight")
+    phis = _count(names, rf"quantize\.quant_resi\.qresi_ls\.({NUMBER})\.weight")
     if not phis:
         raise ConversionError(
             "quantize.quant_resi.qresi_ls.0.weight is missing: only VQVAEs whose scales share a "
             "few convolutions are supported"
         )
-    vocab, code_width = shape("quantize.embedding.weight")
-    multipliers = tuple(width // base for width in widths)
-    return VqvaeConfig(vocab, code_width, base, multipliers, blocks, phis)
+    vocab, code_width = shape("quantize.embedding.weight", 2)
+    values = {
+        "vocab": vocab,
+        "code_width": code_width,
+        "base_width": base,
+        "multipliers": [width // base for width in widths],
+        "blocks": blocks,
+        "phis": phis,
+    }
+    try:
+        return build(VqvaeConfig, values, "shapes of the tensors")
+    except ValueError as error:
+        raise ConversionError(f"vqvae checkpoint with impossible sizes: {error}") from error
 
 
 def _count(names: set[str], pattern: str) -> int:

@@ -1,4 +1,7 @@
-"""Tuning configurations of the Mosaic kernels: a heuristic, and tuned values in a JSON."""
+"""Tuning configurations of the kernels: a heuristic, and values measured on a device in a JSON.
+
+`kind` is the name of a device; one that nobody has measured gets the heuristic.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import jax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,22 +130,24 @@ class ColumnSumsConfig:
 
 
 @functools.cache
-def _tuned() -> dict[str, dict[str, Any]]:
-    """Tuned entries of the default device; empty for a device nobody has measured."""
+def _tuned(kind: str) -> dict[str, dict[str, Any]]:
+    """Measured entries of a device; empty for one that nobody has measured."""
     table = json.loads(Path(__file__).with_name("tuning.json").read_text())
-    return table.get(jax.devices()[0].device_kind, {})
+    return table.get(kind, {})
 
 
 def _key(op: str, head_dim: int, bounded: bool) -> str:
     return f"{op}/{head_dim}/{'bounded' if bounded else 'online'}"
 
 
-def block_list_config(op: str, head_dim: int, bounded: bool, block_k: int = 128) -> BlockListConfig:
+def block_list_config(
+    op: str, head_dim: int, bounded: bool, block_k: int = 128, kind: str = ""
+) -> BlockListConfig:
     """Tiles for `op` ("dense" or "blocks"). Without tuned values: as many stages as fit.
 
     Long lists without rescaling keep the tensor cores busy without taking turns.
     """
-    tuned = _tuned().get(f"{_key(op, head_dim, bounded)}/{block_k}")
+    tuned = _tuned(kind).get(f"{_key(op, head_dim, bounded)}/{block_k}")
     if tuned is not None:
         return BlockListConfig(**tuned)
     stages = 2 * (128 // head_dim) * (128 // block_k)
@@ -152,15 +155,17 @@ def block_list_config(op: str, head_dim: int, bounded: bool, block_k: int = 128)
     return BlockListConfig(block_k=block_k, stages=stages, turns=turns)
 
 
-def gather_config(op: str, head_dim: int, bounded: bool, group: int = 128) -> GatherConfig:
+def gather_config(
+    op: str, head_dim: int, bounded: bool, group: int = 128, kind: str = ""
+) -> GatherConfig:
     """Tiles for "windows" or "columns"; `group` queries share a list."""
-    tuned = _tuned().get(f"{_key(op, head_dim, bounded)}/{group}")
+    tuned = _tuned(kind).get(f"{_key(op, head_dim, bounded)}/{group}")
     if tuned is not None:
         return GatherConfig(**tuned)
     stages = {64: 5, 128: 5, 192: 4}[group] + (2 if head_dim == 64 else 0)
     return GatherConfig(consumers=group // 64, stages=stages, lag=2)
 
 
-def column_sums_config(head_dim: int) -> ColumnSumsConfig:
+def column_sums_config(head_dim: int, kind: str = "") -> ColumnSumsConfig:
     """Tiles of the column-sum pass."""
-    return ColumnSumsConfig(**_tuned().get(f"column_sums/{head_dim}", {}))
+    return ColumnSumsConfig(**_tuned(kind).get(f"column_sums/{head_dim}", {}))

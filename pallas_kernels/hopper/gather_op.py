@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import support
-from pallas_kernels._mosaic import Softmax, heads_major, pad_rows
 from pallas_kernels.boxes_table import TILE_HEIGHT, TILE_WIDTH, mask_words, tile_keys
-from pallas_kernels.gather import GatherInputs, Patches, gather_attention
-from pallas_kernels.schedule import balanced_order, strided_order
+from pallas_kernels.hopper._mosaic import Softmax, heads_major, pad_rows
+from pallas_kernels.hopper.gather import GatherInputs, Patches, gather_attention
+from pallas_kernels.hopper.schedule import balanced_order, strided_order
+from pallas_kernels.hopper.tuning import GatherConfig
 from pallas_kernels.shapes import ceil_div
 from pallas_kernels.sparsity import Gaps, Geometry
-from pallas_kernels.tuning import GatherConfig
+from pallas_kernels.support import MULTIPROCESSORS
 
 
 def attend_columns(
@@ -31,13 +31,13 @@ def attend_columns(
     gaps: Gaps = (),
     scale: float = 1.0,
     logit_bound: float | None = None,
-    ctas: int | None = None,
+    ctas: int = MULTIPROCESSORS,
 ) -> Float[Array, "R2 H T D"]:
     """Column-sparse attention; the group must be `config.block_q` queries."""
     rows, heads, queries, head_dim = q.shape
     n, tiles = rows * heads, ceil_div(queries, config.block_q)
     items = n * tiles
-    order, lengths = strided_order(items, min(ctas or support.multiprocessors(), items))
+    order, lengths = strided_order(items, min(ctas, items))
     inputs = GatherInputs(
         q=pad_rows(q.reshape(n, queries, head_dim)),
         k=k.reshape(-1, *k.shape[2:]),
@@ -77,7 +77,7 @@ def attend_windows(
     exact: bool = False,
     scale: float = 1.0,
     logit_bound: float | None = None,
-    ctas: int | None = None,
+    ctas: int = MULTIPROCESSORS,
 ) -> Float[Array, "R2 H T D"]:
     """Boxed windows; needs two consumer warpgroups (128 queries a patch), 64 keys when exact."""
     rows, heads, _, head_dim = q.shape
@@ -86,7 +86,7 @@ def attend_windows(
     least = config.least_stages
     stages = np.maximum(-(-counts // config.block_k), least)
     items = n * len(counts)
-    ctas = min(ctas or support.multiprocessors(), items)
+    ctas = min(ctas, items)
     order, lengths = balanced_order(np.resize(stages, items), ctas)
     inputs = GatherInputs(
         q=pad_rows(q.reshape(n * geometry.height, geometry.width, head_dim)),

@@ -26,7 +26,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._names import keep_names
+from pallas_kernels.hopper._names import keep_names
 
 keep_names()
 ROW = plgpu.Layout.WGMMA.reduce(1)

@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _mosaic as mosaic
-from pallas_kernels._pipeline import Item, Pipeline, scratch
-from pallas_kernels.tuning import BlockListConfig
+from pallas_kernels.hopper import _mosaic as mosaic
+from pallas_kernels.hopper._pipeline import Item, Pipeline, scratch
+from pallas_kernels.hopper.tuning import BlockListConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,17 +87,6 @@ def attention(
     return jax.lax.map(one_row, (q, k, v))
 
 
-def attention_cudnn(q, k, v, kv_length: int, *, scale: float = 1.0) -> Float[Array, "R2 H T D"]:
-    """Dense attention through cuDNN's flash kernel (16-bit inputs, CUDA only)."""
-    rows = q.shape[0]
-    swap = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
-    out = jax.nn.dot_product_attention(
-        swap(q), swap(k[:rows, :, :kv_length]), swap(v[:rows, :, :kv_length]),
-        scale=scale, implementation="cudnn",
-    )  # fmt: skip
-    return swap(out)
-
-
 def block_sparse_attention(
     q: Float[Array, "R2 H T D"],
     k: Float[Array, "R H S D"],

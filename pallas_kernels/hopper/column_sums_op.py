@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import support
-from pallas_kernels._mosaic import LOG2E, pad_rows
-from pallas_kernels.column_sums import column_sums_kernel
+from pallas_kernels.hopper._mosaic import LOG2E, pad_rows
+from pallas_kernels.hopper.column_sums import column_sums_kernel
+from pallas_kernels.hopper.tuning import ColumnSumsConfig, column_sums_config
 from pallas_kernels.shapes import ceil_div
 from pallas_kernels.sparsity import Gaps, visible_rows
-from pallas_kernels.tuning import ColumnSumsConfig, column_sums_config
+from pallas_kernels.support import MULTIPROCESSORS
 
 
 def column_sums(
@@ -23,7 +23,7 @@ def column_sums(
     config: ColumnSumsConfig | None = None,
     gaps: Gaps = (),
     scale: float = 1.0,
-    ctas: int | None = None,
+    ctas: int = MULTIPROCESSORS,
 ) -> Float[Array, "R2 H G S2"]:
     """Attention mass every key receives from each group of `group` queries, from a known lse."""
     rows, heads, queries, head_dim = q.shape
@@ -36,7 +36,7 @@ def column_sums(
     sums = column_sums_kernel(
         pad_rows(q.reshape(n, queries, head_dim)), k.reshape(-1, *k.shape[2:]),
         padded.reshape(n, groups, group), ceil_div(kv_length, config.block_k), config,
-        scale=scale, ctas=ctas or support.multiprocessors(),
+        scale=scale, ctas=ctas,
     )  # fmt: skip
     sums = sums[..., :kv_length]
     if gaps:

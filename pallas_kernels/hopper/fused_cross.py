@@ -24,8 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import _mosaic as mosaic
-from pallas_kernels import support
+from pallas_kernels.hopper import _mosaic as mosaic
 from pallas_kernels.shapes import ceil_div
 
 TILE = 64
@@ -47,10 +46,11 @@ def cross_attention(
     offsets: Float[Array, "Rk H M"],
     scale: float,
     config: CrossConfig,
+    multiprocessors: int,
 ) -> Float[Array, "R T C"]:
     """Softmax over the text of `scale * q k + offsets`, times the values; token-major."""
     text = pad_text(k, v, offsets)
-    return _call(q, *text, scale=scale, ctas=config.ctas * support.multiprocessors())
+    return _call(q, *text, scale=scale, ctas=config.ctas * multiprocessors)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "ctas"))

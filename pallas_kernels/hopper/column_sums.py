@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import _mosaic as mosaic
-from pallas_kernels.tuning import ColumnSumsConfig
+from pallas_kernels.hopper import _mosaic as mosaic
+from pallas_kernels.hopper.tuning import ColumnSumsConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import _mosaic as mosaic
+from pallas_kernels.hopper import _mosaic as mosaic
 
 
 def scratch(config, head_dim: int, dtype, query_copies: int = 1) -> dict[str, Any]:

@@ -28,9 +28,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 from jaxtyping import Array, Float
 
-from pallas_kernels import _mosaic as mosaic
-from pallas_kernels import support
 from pallas_kernels.fused_shapes import Rows
+from pallas_kernels.hopper import _mosaic as mosaic
 from pallas_kernels.shapes import ceil_div
 
 _VECTOR = 4
@@ -75,9 +74,10 @@ def rotary_to_cache(
     place: Rows,
     max_log_temperature: float,
     config: RotaryConfig,
+    multiprocessors: int,
 ) -> tuple[Float[Array, "R H T D"], Float[Array, "Rk H S D"], Float[Array, "Rk H S D"]]:
     """Queries and the two caches with the scale's rows written."""
-    ctas = config.ctas * support.multiprocessors()
+    ctas = config.ctas * multiprocessors
     operands = (qkv, q_bias, v_bias, log_temperature, cos, sin, k_cache, v_cache)
     return _call(*operands, place=place, max_log_temperature=max_log_temperature, ctas=ctas)
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels import support
-from pallas_kernels._mosaic import Softmax, heads_major, pad_rows
-from pallas_kernels.block_list import BlockListInputs, block_list_attention
-from pallas_kernels.schedule import balanced_order, strided_order
+from pallas_kernels.hopper._mosaic import Softmax, heads_major, pad_rows
+from pallas_kernels.hopper.block_list import BlockListInputs, block_list_attention
+from pallas_kernels.hopper.schedule import balanced_order, strided_order
+from pallas_kernels.hopper.tuning import BlockListConfig
 from pallas_kernels.shapes import ceil_div
 from pallas_kernels.sparsity import BlockTable, visible_rows
-from pallas_kernels.tuning import BlockListConfig
+from pallas_kernels.support import MULTIPROCESSORS
 
 
 def attend_blocks(
@@ -27,14 +27,14 @@ def attend_blocks(
     scale: float = 1.0,
     logit_bound: float | None = None,
     hidden_finite: bool = False,
-    ctas: int | None = None,
+    ctas: int = MULTIPROCESSORS,
 ) -> tuple[Float[Array, "R2 H T D"], Float[Array, "R2 H T"]]:
     """Attention over a block table whose block sizes are those of `config`, and its lse.
 
     hidden_finite: rows of v without tokens, up to the end of the last block, hold finite numbers.
     """
     rows, heads, queries, head_dim = q.shape
-    n, ctas = rows * heads, ctas or support.multiprocessors()
+    n = rows * heads
     flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
     keep, slots = _hidden_blocks(blocks)
     patched = None if hidden_finite else _patch(flat_v[:n], blocks, keep, slots)

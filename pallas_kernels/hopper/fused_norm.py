@@ -22,9 +22,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import _mosaic as mosaic
-from pallas_kernels import support
 from pallas_kernels.fused_shapes import EPSILON, Vector
+from pallas_kernels.hopper import _mosaic as mosaic
 from pallas_kernels.shapes import ceil_div
 
 
@@ -50,6 +49,7 @@ def residual_norm(
     one_plus: bool,
     dtype: jnp.dtype,
     config: NormConfig,
+    multiprocessors: int,
 ) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"]]:
     """(x + gain * (branch + bias), its modulated norm); `vectors` may lack "gain" and "bias"."""
     operands = {"x": x} if branch is None else {"x": x, "branch": branch}
@@ -60,7 +60,7 @@ def residual_norm(
         one_plus=one_plus,
         dtype=jnp.dtype(dtype),
         resident=config.resident,
-        ctas=config.ctas * support.multiprocessors(),
+        ctas=config.ctas * multiprocessors,
     )
     return (x if branch is None else out[1]), out[0]
 
