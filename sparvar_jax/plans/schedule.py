@@ -128,6 +128,11 @@ class ScaleSchedule:
         """Tokens of all scales together."""
         return self.scales[-1].end
 
+    @property
+    def text(self) -> int:
+        """Tokens of the prefix, 0 without one."""
+        return self.scales[0].tokens if self.prefix else 0
+
     def __len__(self) -> int:
         return len(self.sizes)
 

@@ -20,7 +20,7 @@ from pallas_kernels.sparsity import BlockTable
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.schedule import Scale
 from sparvar_jax.plans.strategy import LayerState, Output, Place, ReadsAll, View
-from sparvar_jax.policies.indices import ceil_div, scale_index, unit_tokens
+from sparvar_jax.policies.indices import ceil_div, decision_index, unit_tokens
 from sparvar_jax.policies.routing import Layers, Policy, assign
 
 MASS = "adaptive.mass"
@@ -56,7 +56,8 @@ class AdaptiveSparse(ReadsAll):
     """Block-sparse attention over the blocks that cover the carried mass.
 
     coverage: share of the mass to reach. cap, floor: most and fewest blocks of a query block, as
-    shares of the key blocks. sinks: leading scales whose blocks are always kept.
+    shares of the key blocks. sinks: leading scales whose blocks are always kept, as those of a
+    prefix of text are.
     """
 
     decision: int
@@ -83,7 +84,7 @@ class AdaptiveSparse(ReadsAll):
     def limits(self, place: Place) -> tuple[int, int, int]:
         """(sink blocks, fewest, most) key blocks of a query block at one scale."""
         blocks = ceil_div(place.kv_length, self.block)
-        leading = min(self.sinks, place.index + 1)
+        leading = min(max(self.sinks, int(place.schedule.prefix)), place.index + 1)
         sinks = ceil_div(place.rows.filled(leading - 1), self.block) if leading else 0
         most = max(round(self.cap * blocks), sinks, 1)
         return sinks, min(max(round(self.floor * blocks), sinks, 1), most), most
@@ -140,11 +141,7 @@ def adaptive(
     """
 
     def apply(plan: Plan) -> Plan:
-        decision = scale_index(plan.schedule, first_scale)
-        if decision + 1 >= len(plan.schedule):
-            raise ValueError(
-                f"decision scale {decision} is the last one: nothing later could use its mass"
-            )
+        decision = decision_index(plan.schedule, first_scale, "mass")
         later = AdaptiveSparse(decision, coverage, cap, floor, block, sinks)
 
         def choose(index: int) -> AdaptiveDecision | AdaptiveSparse | None:

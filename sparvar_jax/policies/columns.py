@@ -25,7 +25,7 @@ Mapping = Literal["keep", "scale", "relative"]
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """How columns are chosen at the decision scale.
+    """How columns are chosen at the decision scale; a prefix of text is kept beside them.
 
     keep: share of the keys; rounded half-even to `multiple` keys. group: queries that share a
     list. granularity: keys a unit, 1 or 8. ranked: heaviest first instead of ascending.
@@ -52,11 +52,16 @@ class Selection:
 
     def units(self, place: Place) -> int:
         """How many whole units each group keeps at the decision scale."""
-        whole = place.kv_length // self.granularity
+        text = place.schedule.text
+        whole = place.kv_length // self.granularity - len(self.text(place))
         if self.keep >= 1:
             return whole
-        count = indices.kept_count(place.scale.end, self.keep, self.multiple)
+        count = indices.kept_count(place.scale.end - text, self.keep, self.multiple)
         return min(max(count // self.granularity, 1), whole)
+
+    def text(self, place: Place) -> Int[np.ndarray, "n"]:
+        """The units that hold a prefix of text: they lead, and are kept without being chosen."""
+        return np.arange(indices.ceil_div(place.schedule.text, self.granularity))
 
     def border(self, place: Place) -> Int[np.ndarray, "n"]:
         """The unit that the decision scale shares with the next one, if any.
@@ -65,6 +70,10 @@ class Selection:
         """
         first = place.kv_length // self.granularity
         return np.arange(first, indices.ceil_div(place.kv_length, self.granularity))
+
+    def fixed(self, place: Place) -> Int[np.ndarray, "n"]:
+        """The units that every list of the decision scale holds."""
+        return np.union1d(self.text(place), self.border(place))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,24 +113,26 @@ def select(
     implementation: Implementation | None = None,
 ) -> Int[Array, "R H G K"]:
     """The heaviest whole units of every group, from sums over the filled cache rows."""
-    whole = place.kv_length // selection.granularity
-    sums = sums[..., : whole * selection.granularity]
+    size, first = selection.granularity, len(selection.text(place))
+    whole = place.kv_length // size
+    sums = sums[..., first * size : whole * size]
     count = selection.units(place)
     if selection.ranked:
-        mass = sums.reshape(*sums.shape[:-1], whole, selection.granularity).sum(-1)
-        return jax.lax.top_k(mass, count)[1].astype(jnp.int32)
-    return pallas_kernels.select_columns(
-        sums, count, granularity=selection.granularity, implementation=implementation
+        mass = sums.reshape(*sums.shape[:-1], whole - first, size).sum(-1)
+        return jax.lax.top_k(mass, count)[1].astype(jnp.int32) + first
+    chosen = pallas_kernels.select_columns(
+        sums, count, granularity=size, implementation=implementation
     )
+    return chosen + first if first else chosen
 
 
 def at_decision(
     chosen: Int[Array, "R H G K"], selection: Selection, place: Place
 ) -> tuple[Int[Array, "R H G K2"], int]:
-    """(lists, count) of the decision scale itself: the chosen units and the border unit."""
-    border = selection.border(place).astype(np.int32)
-    extra = jnp.broadcast_to(border, (*chosen.shape[:-1], len(border)))
-    return jnp.concatenate([chosen, extra], -1), chosen.shape[-1] + len(border)
+    """(lists, count) of the decision scale itself: the chosen units, the text and the border."""
+    fixed = selection.fixed(place).astype(np.int32)
+    extra = jnp.broadcast_to(fixed, (*chosen.shape[:-1], len(fixed)))
+    return jnp.concatenate([chosen, extra], -1), chosen.shape[-1] + len(fixed)
 
 
 def at_later_scale(
@@ -132,6 +143,7 @@ def at_later_scale(
     Mapping "keep": chosen units unchanged, then the local runs of every scale since the decision.
     "scale" and "relative": this scale's run, the sinks ("relative" only), then the mapped units,
     heaviest first where ranked; repeats are dropped and the list is cut at its static capacity.
+    A prefix of text is in every list.
     """
     selection = reuse.selection
     chosen = chosen[:, :, group_source(place, reuse.decision, selection.group)]
@@ -148,24 +160,24 @@ def at_later_scale(
 
 
 def capacity(reuse: Reuse, place: Place) -> int:
-    """Static list length of the mapped modes: the chosen units and the scale's own run."""
-    return reuse.chosen(place) + max(len(units) for units in _own_units(place, reuse))
+    """Static list length of the mapped modes: the chosen units, the text and the own run."""
+    text = len(reuse.selection.text(place))
+    return reuse.chosen(place) + text + max(len(units) for units in _own_units(place, reuse))
 
 
 def fixed_units(place: Place, reuse: Reuse) -> tuple[Int[np.ndarray, "G F"], Int[np.ndarray, "G"]]:
     """(units, count) that every list of a later scale holds whatever was chosen."""
     scales, selection = place.schedule.scales, reuse.selection
     groups = indices.ceil_div(place.scale.tokens, selection.group)
-    border = selection.border(reuse.source(place))
     if reuse.mapping == "keep":
-        parts = [[border] * groups]
+        parts = [[selection.fixed(reuse.source(place))] * groups]
         for index in range(reuse.decision + 1, place.index + 1):
             source = indices.composed_group_map(scales, index, place.index, selection.group)
             runs = _scale_units(place, reuse, index)
             parts.append([runs[group] for group in source])
     else:
         leading = scales[: reuse.sinks] if reuse.mapping == "relative" else ()
-        sinks = sum(scale.tokens for scale in leading)
+        sinks = max(sum(scale.tokens for scale in leading), place.schedule.text)
         sink_rows = place.rows.physical(place.index)[:sinks]
         sink_units = np.unique(sink_rows // selection.granularity)
         parts = [_own_units(place, reuse), [sink_units] * groups]
@@ -269,7 +281,7 @@ def _unit_map(place: Place, reuse: Reuse) -> Int[np.ndarray, "units"]:
     """Target unit of every unit of the decision scale; a run of 8 goes where its middle goes."""
     source, granularity = reuse.source(place), reuse.selection.granularity
     if reuse.mapping == "scale":
-        table = indices.scale_map(source.scale.end, place.scale.end)
+        table = indices.scale_map(source.scale.end, place.scale.end, place.schedule.text)
     else:
         table = indices.relative_map(place.schedule.scales, source.index, place.index)
     middles = np.arange(0, source.kv_length, granularity) + granularity // 2

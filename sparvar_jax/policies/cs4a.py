@@ -19,7 +19,7 @@ from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.strategy import LayerState, Output, Place, ReadsAll, View
 from sparvar_jax.policies import columns as lists
 from sparvar_jax.policies.columns import Mapping, Reuse, Selection
-from sparvar_jax.policies.indices import scale_index, unit_tokens
+from sparvar_jax.policies.indices import decision_index, unit_tokens
 from sparvar_jax.policies.routing import Layers, Policy, assign
 
 COLUMNS = "cs4a.columns"
@@ -133,11 +133,7 @@ def cs4a(
     selection = Selection(keep, group, multiple, granularity, ranked=mapping == "relative")
 
     def apply(plan: Plan) -> Plan:
-        decision = scale_index(plan.schedule, decision_scale)
-        if decision + 1 >= len(plan.schedule):
-            raise ValueError(
-                f"decision scale {decision} is the last one: nothing later could use its columns"
-            )
+        decision = decision_index(plan.schedule, decision_scale, "columns")
         first = Cs4aDecision(selection, cache)
         later = Cs4aSparse(Reuse(decision, selection, tuple(windows), mapping, sinks), cache)
 

@@ -40,6 +40,24 @@ def scale_index(schedule: ScaleSchedule, where: int | float) -> int:
     return where % count
 
 
+def decision_index(schedule: ScaleSchedule, where: int | float, decides: str) -> int:
+    """The scale that `where` names, at which `decides` is found for later ones.
+
+    Raises ValueError for the last scale, and for a prefix of text: it has no grid to carry from.
+    """
+    decision = scale_index(schedule, where)
+    if decision + 1 >= len(schedule):
+        raise ValueError(
+            f"decision scale {decision} is the last one: nothing later could use its {decides}"
+        )
+    if not schedule.scales[decision].grid:
+        raise ValueError(
+            f"decision scale {decision} is a prefix of text, whose {decides} no grid can take "
+            f"over: decide at one of the scales {decision + 1}..{len(schedule) - 2}"
+        )
+    return decision
+
+
 def kept_count(length: int, keep: float, multiple: int) -> int:
     """How many of `length` keys a share keeps: rounded half-even to a multiple, at least one.
 
@@ -121,9 +139,14 @@ def local_runs(
     return np.minimum(firsts, scale.end - length).astype(np.int32), length
 
 
-def scale_map(source: int, target: int) -> Int[np.ndarray, "source"]:
-    """The paper's key map: floor(target / source * index), in exact integer arithmetic."""
-    return (np.arange(source, dtype=np.int64) * target // source).astype(np.int32)
+def scale_map(source: int, target: int, text: int = 0) -> Int[np.ndarray, "source"]:
+    """The paper's key map: floor(target / source * index), in exact integer arithmetic.
+
+    The first `text` tokens stay where they are, and the map counts from their end.
+    """
+    places = np.arange(source - text, dtype=np.int64)
+    mapped = text + places * (target - text) // max(source - text, 1)
+    return np.concatenate([np.arange(text), mapped]).astype(np.int32)
 
 
 def relative_map(scales: tuple[Scale, ...], decision: int, index: int) -> Int[np.ndarray, "S"]:
