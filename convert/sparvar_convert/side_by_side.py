@@ -105,7 +105,10 @@ def fill_twin(twin: torch.nn.Module, sides: Sides) -> torch.nn.Module:
 
 
 def row(
-    scale: int | None, layer: str, twin: Float[np.ndarray, "..."], ours: Float[np.ndarray, "..."]
+    scale: int | None,
+    layer: str,
+    twin: Float[np.ndarray, "..."],
+    ours: Float[np.ndarray | Array, "..."],
 ) -> Row:
     """The difference of two arrays of equal size."""
     twin, ours = np.asarray(twin, np.float64), np.asarray(ours, np.float64).reshape(twin.shape)

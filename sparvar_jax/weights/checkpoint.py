@@ -92,7 +92,8 @@ def load_part(
 
 def abstract_parameters(module: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """Dotted path -> shape and dtype of every parameter, of a real or an abstract module."""
-    return storage.flatten(nnx.to_pure_dict(nnx.state(module)))
+    leaves = storage.flatten(nnx.to_pure_dict(nnx.state(module)))
+    return {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves.items()}
 
 
 def fill(module: Module, tree: Mapping[Any, Any]) -> Module:
