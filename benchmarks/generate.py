@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=math.inf)
     parser.add_argument("--repeats", type=int, default=Options.repeats)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--fused", choices=("mosaic", "xla"), help="the fused operations")
+    parser.add_argument("--fused", choices=("hopper", "xla"), help="the fused operations")
     parser.add_argument("--trace", action="store_true", help="also sum GPU time by kernel")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, help="compare with XLA")
     parser.add_argument("--out", help="folder, default benchmarks/results/DEVICE")

@@ -37,7 +37,10 @@ FOLDED = re.compile(r"\bcross\.(q|proj)\b")
 
 
 def implementations(bench: Bench, plan: Plan) -> dict[str, str]:
-    """Which implementation serves every attention of a plan: "mosaic", "cudnn" or "xla"."""
+    """Which implementation serves every attention of a plan: "hopper", "cudnn" or "xla".
+
+    Files recorded before that name call "hopper" "mosaic".
+    """
     config, used = bench.parts.transformer.config, {}
     for index, step in enumerate(plan.steps):
         place, rows = plan.place(index), bench.batch * step.row_factor
@@ -48,7 +51,7 @@ def implementations(bench: Bench, plan: Plan) -> dict[str, str]:
         for segment in step.segments:
             name = segment.attention.name
             if name in OPS:
-                used[name] = pallas_kernels.implementation_used(OPS[name], query, keys, keys)  # type: ignore[arg-type]
+                used[name] = pallas_kernels.implementation_used(OPS[name], query, keys, keys)
     return used
 
 

@@ -113,7 +113,7 @@ def run_ours(case: Case, rows: int, calls: int, batches: int) -> Row:
     out = (out[0] if isinstance(out, tuple) else out).swapaxes(1, 2)
     error = errors(case, rows, lambda place: np.asarray(out[place]))
     return make_row(
-        case, "ours" if used == "mosaic" else "xla", used, rows, (median, spread), error
+        case, "ours" if used == "hopper" else "xla", used, rows, (median, spread), error
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
+from pallas_kernels import backends
 from sparvar_jax.models import sampling
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.plans.plan import dense_plan
@@ -166,6 +167,14 @@ def test_code_of_other_packages_is_not_kept(folder, monkeypatch):
     segments = [dataclasses.replace(plan.steps[0].segments[0], attention=Foreign())]
     steps = [dataclasses.replace(step, segments=tuple(segments)) for step in plan.steps]
     draw(new_generator(), dataclasses.replace(plan, steps=tuple(steps)))
+    assert not folder.exists()
+
+
+def test_nothing_is_kept_beside_kernels_of_other_packages(folder):
+    """They may serve any step, and the key would not see them change."""
+    added = backends.Backend("added", lambda call: "serves nothing", lambda call: None)
+    with backends.register("attention", added):
+        draw(new_generator())
     assert not folder.exists()
 
 

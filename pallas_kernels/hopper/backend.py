@@ -24,9 +24,9 @@ def _backend(
     unasked: Callable[[Any], str] = nothing,
 ) -> Backend:
     def probe(call: calls.Call) -> str:
-        return "" if reasons.jax_is_tested() else lowering_reason(run, call)
+        return lowering_reason(run, call)
 
-    return Backend(NAME, reason, run, unasked, probe)
+    return Backend(NAME, reason, run, unasked, nothing if reasons.jax_is_tested() else probe)
 
 
 def _attention(call: calls.Attention) -> Any:
@@ -141,16 +141,20 @@ def _cross_attention(call: calls.CrossAttention) -> Any:
     )
 
 
-SERVED = {
-    "attention": _backend(reasons.cache_reason, _attention),
-    "block_sparse_attention": _backend(reasons.blocks_reason, _block_sparse_attention),
-    "window_attention": _backend(reasons.cache_reason, _window_attention),
-    "attention_column_sums": _backend(reasons.group_reason, _attention_column_sums),
-    "column_sparse_attention": _backend(reasons.group_reason, _column_sparse_attention),
-    "select_columns": _backend(reasons.select_reason, _select_columns),
-    "residual_norm": _backend(reasons.norm_reason, _residual_norm, reasons.norm_unasked),
-    "rotary_to_cache": _backend(reasons.rotary_reason, _rotary_to_cache),
-    "text_memory": _backend(reasons.text_reason, _text_memory),
-    "cross_attention": _backend(reasons.cross_reason, _cross_attention),
-}
-"""The backend of every operation."""
+def served() -> dict[str, Backend]:
+    """The backend of every operation."""
+    return {
+        "attention": _backend(reasons.cache_reason, _attention),
+        "block_sparse_attention": _backend(reasons.blocks_reason, _block_sparse_attention),
+        "window_attention": _backend(reasons.cache_reason, _window_attention),
+        "attention_column_sums": _backend(reasons.group_reason, _attention_column_sums),
+        "column_sparse_attention": _backend(reasons.group_reason, _column_sparse_attention),
+        "select_columns": _backend(reasons.select_reason, _select_columns),
+        "residual_norm": _backend(reasons.norm_reason, _residual_norm, reasons.norm_unasked),
+        "rotary_to_cache": _backend(reasons.rotary_reason, _rotary_to_cache),
+        "text_memory": _backend(reasons.text_reason, _text_memory),
+        "cross_attention": _backend(reasons.cross_reason, _cross_attention),
+    }
+
+
+SERVED = served()

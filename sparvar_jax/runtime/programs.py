@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import serialize_executable
 
+from pallas_kernels import backends
 from sparvar_jax.runtime.unpack import unpack
 from sparvar_jax.weights.files import whole_file
 
@@ -55,13 +56,16 @@ def place(modules: str | None, spec: Any, traced: jax.stages.Traced) -> Path | N
 
     modules: their outline. spec: everything else that is static; shapes come from `traced`. Not
     kept are programs without a compile cache or off the default device, and those with code of
-    other packages than this one in them, whose changes the key would not see.
+    other packages than this one in them, added kernels among it, whose changes the key would not
+    see.
     """
     config = jax.config.values
     folder = config.get("jax_compilation_cache_dir")
     elsewhere = config.get("jax_default_device") is not None
     remote = "://" in str(folder)
     if not folder or remote or elsewhere or modules is None or jax.default_backend() not in KEPT_ON:
+        return None
+    if backends.registered():
         return None
     try:
         static = _text(spec)

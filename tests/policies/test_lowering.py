@@ -1,4 +1,4 @@
-"""Every strategy lowers for a CUDA device through the Mosaic kernels, without having one."""
+"""Every strategy lowers for a CUDA device through the Hopper kernels, without having one."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import support
+from pallas_kernels.hopper import reasons
 from sparvar_jax.plans.schedule import infinity_schedule
 from sparvar_jax.plans.strategy import View
 from sparvar_jax.policies import parse_plan
@@ -16,10 +17,10 @@ LOGIT_BOUND = 100.0
 
 @pytest.fixture(autouse=True)
 def pretend_hopper(monkeypatch):
-    if support.mosaic_reason():
-        pytest.skip(support.mosaic_reason())
-    monkeypatch.setattr(support, "device_reason", lambda: "")
-    monkeypatch.setattr(support, "multiprocessors", lambda: 132)
+    if reason := reasons.jax_reason():
+        pytest.skip(reason)
+    hopper = support.Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0))
+    monkeypatch.setattr(support, "device_of", lambda *operands: hopper)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def pretend_hopper(monkeypatch):
     ],
 )
 def test_plans_lower(text, ratio, head_dim):
-    plan = parse_plan(text, infinity_schedule(ratio), 2, implementation="mosaic")
+    plan = parse_plan(text, infinity_schedule(ratio), 2, implementation="hopper")
     states = [{} for _ in range(plan.depth)]
     for index, step in enumerate(plan.steps):
         place = dataclasses.replace(plan.place(index), logit_bound=LOGIT_BOUND)
