@@ -116,8 +116,8 @@ class RotaryToCache(Call):
     q_bias: Float[Array, "H D"]
     v_bias: Float[Array, "H D"]
     log_temperature: Float[Array, " H"]
-    cos: Float[Array, "T D"]
-    sin: Float[Array, "T D"]
+    cos: Float[Array, "T D"] | Float[Array, "R T D"]
+    sin: Float[Array, "T D"] | Float[Array, "R T D"]
     k_cache: Float[Array, "Rk H S D"]
     v_cache: Float[Array, "Rk H S D"]
     place: Rows

@@ -59,8 +59,8 @@ def rotary_to_cache(
     q_bias: Float[Array, " C"],
     v_bias: Float[Array, " C"],
     log_temperature: Float[Array, " H"],
-    cos: Float[Array, "T D"],
-    sin: Float[Array, "T D"],
+    cos: Float[Array, "T D"] | Float[Array, "R T D"],
+    sin: Float[Array, "T D"] | Float[Array, "R T D"],
     k_cache: Float[Array, "Rk H S D"],
     v_cache: Float[Array, "Rk H S D"],
     *,
@@ -74,7 +74,8 @@ def rotary_to_cache(
     """From the joint product [R, T, 3C] (no bias) to queries [R, H, T, D] and updated caches.
 
     Queries and keys are unit vectors per head, turned by the token's angles in adjacent pairs;
-    `sin` is negative at even channels. Queries are multiplied by
+    `sin` is negative at even channels; angles [R, T, D] are of every row's own tokens, which the
+    kernel does not take. Queries are multiplied by
     `exp(min(log_temperature, max_log_temperature))`. The scale's tokens form a grid `width` wide;
     grid row y, column x goes to cache row `start + y * pitch + x` of the first R rows; rows between
     `width` and `pitch`, and `clear` rows after the grid, are zeroed. Donate the caches: they are
@@ -86,6 +87,11 @@ def rotary_to_cache(
         raise ValueError(
             f"qkv must be [R, T, {3 * heads * head_dim}] with R at most {k_cache.shape[0]}, as the "
             f"cache {k_cache.shape} asks. Got {qkv.shape}."
+        )
+    if not cos.shape == sin.shape in ((tokens, head_dim), (rows, tokens, head_dim)):
+        raise ValueError(
+            f"cos and sin must both be {(tokens, head_dim)}, or {(rows, tokens, head_dim)} by row. "
+            f"Got {cos.shape} and {sin.shape}."
         )
     place = Rows(start, pitch, width, tokens // width, clear)
     last = start + place.span + clear

@@ -95,7 +95,7 @@ def norm_unasked(call: calls.ResidualNorm) -> str:
 
 
 def rotary_reason(call: calls.RotaryToCache) -> str:
-    """Device, dtypes and heads."""
+    """Device, dtypes, heads, and angles that rows do not share."""
     qkv, k, v = call.qkv, call.k_cache, call.v_cache
     heads, head_dim = qkv.shape[3:]
     if reason := device_reason(call.device):
@@ -104,6 +104,8 @@ def rotary_reason(call: calls.RotaryToCache) -> str:
         return f"the fused rotary takes one 16-bit dtype; got {qkv.dtype} and {k.dtype}"
     if head_dim not in (64, 128) or heads * head_dim % 128:
         return f"the fused rotary takes head dims 64 and 128; got {heads} heads of {head_dim}"
+    if call.cos.ndim == 3:
+        return "the fused rotary takes angles that all rows share; got some for every row"
     return ""
 
 

@@ -36,8 +36,8 @@ def rotary_to_cache(
     q_bias: Float[Array, "H D"],
     v_bias: Float[Array, "H D"],
     log_temperature: Float[Array, " H"],
-    cos: Float[Array, "T D"],
-    sin: Float[Array, "T D"],
+    cos: Float[Array, "T D"] | Float[Array, "R T D"],
+    sin: Float[Array, "T D"] | Float[Array, "R T D"],
     k_cache: Float[Array, "Rk H S D"],
     v_cache: Float[Array, "Rk H S D"],
     place: Rows,
@@ -79,9 +79,9 @@ def _unit(x: Float[Array, "R H T D"]) -> Float[Array, "R H T D"]:
 
 
 def _rotate(
-    x: Float[Array, "R H T D"], cos: Float[Array, "T D"], sin: Float[Array, "T D"]
+    x: Float[Array, "R H T D"], cos: Float[Array, "*R T D"], sin: Float[Array, "*R T D"]
 ) -> Float[Array, "R H T D"]:
-    cos, sin = cos[:, ::2], sin[:, 1::2]
+    cos, sin = cos[..., None, :, ::2], sin[..., None, :, 1::2]
     pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     return jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1).reshape(x.shape)

@@ -19,7 +19,7 @@ from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.rows import Slot
 
 Rotary = tuple[jax.Array, jax.Array]
-"""(cos, sin) of `schedule.rotary_channels`, each [T, D]."""
+"""(cos, sin) of `schedule.rotary_channels`, each [T, D], or [R, T, D] of every row's own tokens."""
 BlockInputs = tuple[jax.Array, Text]
 """What a block needs of a condition: adaptive-norm values [R2, 6, C] and the text."""
 

@@ -109,8 +109,36 @@ def test_rotary_reference_gives_the_bits_of_plain_layers(layout_name):
         np.testing.assert_array_equal(got, wanted)
 
 
+def test_rotary_by_row_is_every_row_by_itself():
+    operands, place, _ = rotary_inputs("aligned")
+    tables = {name: jnp.stack([operands[name], operands[name][::-1]]) for name in ("cos", "sin")}
+    together = fused.rotary_to_cache(**(operands | tables), **place)
+    for row in range(2):
+        own = {name: table[row] for name, table in tables.items()}
+        alone = fused.rotary_to_cache(**(operands | own), **place)
+        for got, wanted in zip(together, alone, strict=True):
+            np.testing.assert_array_equal(got[row], wanted[row])
+
+
+@pytest.mark.skipif(bool(reasons.jax_reason()), reason="needs jax 0.11")
+def test_rotary_by_row_is_left_to_the_compiler(monkeypatch):
+    """On a Hopper GPU too, where the kernel serves angles that rows share."""
+    operands, place, _ = rotary_inputs("packed")
+    tables = {name: jnp.stack([operands[name]] * 2) for name in ("cos", "sin")}
+    hopper = support.Device("gpu", capability=(9, 0))
+    monkeypatch.setattr(support, "device_of", lambda *operands: hopper)
+    with pytest.raises(NotImplementedError, match="angles that all rows share"):
+        fused.rotary_to_cache(**(operands | tables), **place, implementation="hopper")
+    by_row = fused.rotary_to_cache(**(operands | tables), **place)
+    shared = fused.rotary_to_cache(**operands, **place, implementation="xla")
+    for got, wanted in zip(by_row, shared, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
 def test_rotary_refuses_what_does_not_fit():
     operands, place, _ = rotary_inputs("packed")
+    with pytest.raises(ValueError, match="cos and sin must both be"):
+        fused.rotary_to_cache(**(operands | dict(cos=operands["cos"][None])), **place)
     with pytest.raises(ValueError, match="must fill a grid"):
         fused.rotary_to_cache(**operands, **(place | dict(start=120)))
     with pytest.raises(ValueError, match="cleared ones fit"):
