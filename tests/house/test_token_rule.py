@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from sparvar_jax.models import sampling
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
@@ -19,6 +18,7 @@ from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.strategy import Place
 from sparvar_jax.policies import csla
 from sparvar_jax.runtime import generate
+from tests.house.support import lively
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (6, 8), (10, 12)))
 CONFIG = InfinityConfig(3, 64, 2, text_width=128, bits=8, dtype="float32")
@@ -56,9 +56,7 @@ def strongest(plan, rule=Strongest(), layers=(1, 3), first=1):
 
 @pytest.fixture(scope="module")
 def generator():
-    graph, weights = nnx.split(Infinity(CONFIG, rngs=nnx.Rngs(0)))
-    lively = jax.tree.map(lambda leaf: leaf * (6 if leaf.ndim > 1 else 1), weights)
-    return generate.Generator(nnx.merge(graph, lively))
+    return generate.Generator(lively(Infinity, CONFIG))
 
 
 @pytest.fixture(scope="module")
