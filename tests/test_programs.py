@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import pathlib
+import pickle
 import shutil
 
 import jax
@@ -225,3 +227,27 @@ def test_a_cache_that_is_an_address_holds_no_executables_of_ours(monkeypatch):
     traced = jax.jit(lambda x: x + 1).trace(1.0)
     with configured("gs://bucket/cache", keep_after=1e9):
         assert programs.place("outline", None, traced) is None
+
+
+class Planted:
+    """What a pickle runs when it is read."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.target,)
+
+
+def test_a_planted_file_runs_no_code(folder, found, tmp_path):
+    """Its digest lies in the file itself, so that it is right."""
+    first = draw(new_generator())
+    target = tmp_path / "ran"
+    payload = pickle.dumps((Planted(target), None, None))
+    for file in folder.iterdir():
+        file.write_bytes(hashlib.sha256(payload).digest() + payload)
+    np.testing.assert_array_equal(draw(new_generator()), first)
+    assert not target.exists()
+    assert not found
+    pickle.loads(payload)
+    assert target.exists()

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import torch
-from flax import nnx
 
 from sparvar_convert import compare_bsq_vae, compare_infinity, compare_var, compare_vqvae
 from sparvar_convert.error_plot import draw_errors
@@ -77,7 +76,7 @@ def compare_source(
         _require_kind(config, family, folder)
         _, values = loading.part_config(config, family.part, "float32")
 
-        def load() -> nnx.Module:
+        def load() -> Any:
             gc.collect()
             return loading.load_part(folder, config, family.part, "float32")
 

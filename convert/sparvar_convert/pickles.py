@@ -23,6 +23,7 @@ _SETTINGS = re.compile(  # values that scripts keep beside weights
     r"|torch\.torch_version\.TorchVersion"
 )
 _DISTRIBUTED = re.compile(r"torch\.distributed\.(\w+\.)*\w+")
+_MOST_BYTES = 16 << 20
 _LEGACY_PICKLES = 4  # a magic number, a protocol, facts of the system, the content
 
 
@@ -75,23 +76,38 @@ def foreign_names(file: Path) -> list[str]:
     return found
 
 
-def _streams(file: Path) -> Iterator[IO[bytes]]:
+class _Bounded:
+    """A stream of which no string of a size that no name has is read."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+
+    def read(self, count: int) -> bytes:
+        if count > _MOST_BYTES:
+            raise ValueError(f"a string of {count} bytes")
+        return self._stream.read(count)
+
+    def readline(self) -> bytes:
+        return self._stream.readline(_MOST_BYTES)
+
+
+def _streams(file: Path) -> Iterator[_Bounded]:
     if not zipfile.is_zipfile(file):
         with file.open("rb") as stream:
-            yield stream
+            yield _Bounded(stream)
         return
     with zipfile.ZipFile(file) as archive:
         for name in archive.namelist():
             if name.endswith("data.pkl"):
                 with archive.open(name) as stream:
-                    yield stream
+                    yield _Bounded(stream)
 
 
-def _names(stream: IO[bytes]) -> Iterator[str]:
+def _names(stream: _Bounded) -> Iterator[str]:
     """`module.name` of everything one pickle imports; a builtin by its name alone."""
     strings: list[str] = []  # what the stack and the memo were given: names come last
     memo: dict[int, str] = {}
-    for operation, value, _ in pickletools.genops(stream):
+    for operation, value, _ in pickletools.genops(stream):  # type: ignore[arg-type]
         if operation.name in ("GLOBAL", "INST"):
             yield _dotted(*str(value).split(" ", 1))
         elif operation.name == "STACK_GLOBAL":

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from flax import nnx
 from jaxtyping import Float
 
 from sparvar_convert.export import to_torch
@@ -66,7 +65,7 @@ class Sides:
     source: Source
     family: Family
     config: Any
-    load: Callable[[], nnx.Module]
+    load: Callable[[], Any]
 
 
 def fill_twin(twin: torch.nn.Module, sides: Sides) -> torch.nn.Module:
@@ -106,7 +105,10 @@ def fill_twin(twin: torch.nn.Module, sides: Sides) -> torch.nn.Module:
 
 
 def row(
-    scale: int | None, layer: str, twin: Float[np.ndarray, "..."], ours: Float[np.ndarray, "..."]
+    scale: int | None,
+    layer: str,
+    twin: Float[np.ndarray, "..."],
+    ours: Float[np.ndarray | Array, "..."],
 ) -> Row:
     """The difference of two arrays of equal size."""
     twin, ours = np.asarray(twin, np.float64), np.asarray(ours, np.float64).reshape(twin.shape)

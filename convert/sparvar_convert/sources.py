@@ -13,15 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sparvar_convert import hub
+from sparvar_convert.archives import load_torch
 from sparvar_convert.hub import WEIGHTS, choose_files
-from sparvar_convert.readers import (
-    ShardedReader,
-    TorchReader,
-    load_torch,
-    open_file,
-    require_state_dict,
-)
+from sparvar_convert.readers import ShardedReader, TorchReader, open_file
 from sparvar_convert.rules import ConversionError
+from sparvar_convert.state_dicts import require_state_dict
 from sparvar_convert.stream import Reader
 from sparvar_convert.wrappers import unwrap
 from sparvar_jax.weights.json_file import read_json

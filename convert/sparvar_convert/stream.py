@@ -8,7 +8,7 @@ alone, before any data is read, and raised once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ Progress = Callable[[str, int, int], None]
 """(what was done, how many are done, how many there are)."""
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Source of named tensors; shapes and dtypes are known without reading any data."""
 
@@ -33,6 +34,7 @@ class Reader(Protocol):
     def read(self, key: str) -> np.ndarray: ...
 
 
+@runtime_checkable
 class Shaped(Protocol):
     """Anything with a shape: an array, a `jax.ShapeDtypeStruct`."""
 

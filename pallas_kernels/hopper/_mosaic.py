@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Int
@@ -38,7 +39,7 @@ LOWEST = -1e30
 _FIRST_NAMED_BARRIER = 8
 
 
-def tiled_smem(shape: tuple[int, ...], dtype: jnp.dtype):
+def tiled_smem(shape: tuple[int, ...], dtype: DTypeLike):
     """Shared memory in the 128-byte swizzled tiling that TMA writes and WGMMA reads."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
@@ -145,7 +146,7 @@ class Softmax:
         return weights, new_top, total * alpha + weights.sum(axis=1), alpha
 
     @classmethod
-    def bounded(cls, scale: float, logit_bound: float | None, dtype: jnp.dtype) -> Softmax:
+    def bounded(cls, scale: float, logit_bound: float | None, dtype: DTypeLike) -> Softmax:
         """A fixed reference when |scaled logits| stay below `logit_bound` and bfloat16 can hold it.
 
         The reference puts the largest possible weight at 2^100, so that sums over 2^27 keys fit

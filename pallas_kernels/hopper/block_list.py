@@ -74,10 +74,10 @@ def block_list_attention(
     buffers["lse_smem"] = plgpu.SMEM((config.block_q,), jnp.float32)
     return mosaic.kernel(
         block_list_kernel,
-        out_type=[
+        out_type=(
             jax.ShapeDtypeStruct((n // heads, queries, heads * head_dim), inputs.q.dtype),
             jax.ShapeDtypeStruct((n, tiles * config.block_q), jnp.float32),
-        ],
+        ),
         grid=(inputs.order.shape[0],),
         num_threads=config.consumers + 1,
         scratch_types=buffers,

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.fused_shapes import EPSILON, Vector
@@ -47,7 +48,7 @@ def residual_norm(
     vectors: dict[str, Vector],
     *,
     one_plus: bool,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     config: NormConfig,
     multiprocessors: int,
 ) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"]]:

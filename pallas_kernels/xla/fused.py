@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.fused_shapes import EPSILON, Rows, Vector
@@ -15,7 +16,7 @@ def residual_norm(
     vectors: dict[str, Vector],
     *,
     one_plus: bool,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"]]:
     """Residual update in float32, two-pass layer norm without affine, modulation."""
     values = {name: table[: len(x), index, None] for name, (table, index) in vectors.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -50,7 +51,7 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
     # The compiler logs slow compilations and missing devices as errors; jax raises real ones.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = functools.partial(_show_warning, set())
         return _run(app, arguments)
 
 
@@ -184,6 +185,12 @@ def _complain(message: str, code: int) -> int:
     return code
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def _show_warning(
+    shown: set[str], message, category, filename, lineno, file=None, line=None
+) -> None:
+    """Print a warning once: Python forgets which it showed whenever anything changes filters."""
     del category, filename, lineno, line
-    print("warning:", told(message), file=file or sys.stderr)
+    text = told(message)
+    if text not in shown:
+        shown.add(text)
+        print("warning:", text, file=file or sys.stderr)

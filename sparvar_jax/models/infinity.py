@@ -7,6 +7,7 @@ and compilation live in `sparvar_jax.runtime.generate`.
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ __all__ = ["Condition", "Infinity", "InfinityConfig"]
 Guidance = tuple[jax.Array, jax.Array] | str | None
 
 
+@typing.no_type_check  # jax rebuilds it with whatever stands for arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Condition:

@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
@@ -49,8 +50,8 @@ def linear(
     rngs: nnx.Rngs,
     *,
     bias: bool = True,
-    weights: jnp.dtype | None = None,
-    compute: jnp.dtype | None = None,
+    weights: DTypeLike | None = None,
+    compute: DTypeLike | None = None,
 ) -> nnx.Linear:
     """A linear map with kernel [inputs, outputs]; weights and products in the model's dtype.
 
@@ -84,7 +85,7 @@ def bias_of(linear: nnx.Linear) -> Float[Array, "O"]:
 class Scale(nnx.Module):
     """The gain (and shift) of a norm."""
 
-    def __init__(self, width: int, *, bias: bool, dtype: jnp.dtype):
+    def __init__(self, width: int, *, bias: bool, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
         self.bias = nnx.Param(jnp.zeros((width,), dtype)) if bias else None
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import typing
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int8, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int8, Key
 
 KEY_KIND = "threefry2x32"
 """How seeds become random bits: named, so that no setting of the process changes a picture."""
 
 
+@typing.no_type_check  # jax rebuilds it with whatever stands for arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Controls:
@@ -28,7 +31,7 @@ class Controls:
     top_k: jax.Array
 
 
-def image_keys(seed: int, batch: int) -> PRNGKeyArray:
+def image_keys(seed: SupportsIndex, batch: int) -> Key[Array, "B"]:
     """One key per image: image b of a call with seed s draws what seed s + b draws alone."""
     first = operator.index(seed)  # numpy's integers would overflow
     return jnp.stack([jax.random.key(first + image, impl=KEY_KIND) for image in range(batch)])
@@ -51,7 +54,7 @@ def bits_removed(pairs: Float[Array, "... 2"], top_p: Float[Array, ""]) -> Bool[
 
 
 def sample_bits(
-    pairs: Float[Array, "B T N 2"], top_p: Float[Array, ""], keys: PRNGKeyArray | None
+    pairs: Float[Array, "B T N 2"], top_p: Float[Array, ""], keys: Key[Array, "B"] | None
 ) -> Int8[Array, "B T N"]:
     """One label per bit; each image draws from its own key, without keys the likelier label.
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 ACTIVATIONS = ("gated-gelu", "relu")
@@ -123,7 +124,7 @@ class Projection(nnx.Module):
     """Matrix product without bias in the dtype of its kernel, accumulated and given in float32."""
 
     def __init__(
-        self, inputs: int, outputs: int, *, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, inputs: int, outputs: int, *, std: float, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         self.kernel = nnx.Param(_normal(rngs, (inputs, outputs), std, dtype))
 
@@ -233,7 +234,7 @@ def encode(
     return jnp.where(visible[..., None], features, 0.0)
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> Array:
     return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 

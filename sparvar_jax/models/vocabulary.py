@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 _BITS = 32
 _STEP = 2
@@ -49,7 +49,7 @@ def sample(
     logits: Float[Array, "B T V"],
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
-    keys: PRNGKeyArray | None,
+    keys: Key[Array, "B"] | None,
 ) -> Int[Array, "B T"]:
     """One id per token; each image draws from its own key, without keys the likeliest id."""
     if keys is None:
@@ -62,7 +62,7 @@ def mixture(
     logits: Float[Array, "B T V"],
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
-    keys: PRNGKeyArray,
+    keys: Key[Array, "B"],
     progress: float,
 ) -> Float[Array, "B T V"]:
     """Weights of a Gumbel-softmax mixture over the vocabulary: smoother pictures than one id.

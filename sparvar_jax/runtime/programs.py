@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import serialize_executable
 
+from sparvar_jax.runtime.unpack import unpack
 from sparvar_jax.weights.files import whole_file
 
 # Elsewhere lowering takes next to nothing, and an executable of one CPU need not run on another.
@@ -90,9 +91,7 @@ def load(file: Path, traced: jax.stages.Traced) -> Any | None:
         digest, payload = content[:_DIGEST], content[_DIGEST:]
         if hashlib.sha256(payload).digest() != digest:
             return None
-        compiled = serialize_executable.deserialize_and_load(
-            payload, traced.in_tree, traced.out_tree, execution_devices=jax.local_devices()[:1]
-        )
+        compiled = unpack(payload, traced)
     except (OSError, ValueError, RuntimeError):
         return None
     jax.monitoring.record_event(FOUND)

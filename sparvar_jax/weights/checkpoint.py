@@ -29,7 +29,24 @@ from sparvar_jax.weights.json_file import build
 from sparvar_jax.weights.storage import DtypeRule, ShardingRule
 from sparvar_jax.weights.told import listed
 
-__all__ = ["CONFIG", "FORMAT", "MANIFEST", "NewPart", "new_part", "read_config", "read_manifest"]
+__all__ = [
+    "CONFIG",
+    "FORMAT",
+    "MANIFEST",
+    "PARTS",
+    "NewPart",
+    "abstract_parameters",
+    "config_from_json",
+    "config_to_json",
+    "fill",
+    "load_part",
+    "new_part",
+    "part_reader",
+    "read_config",
+    "read_manifest",
+    "require_fit",
+    "write_part",
+]
 
 Module = TypeVar("Module", bound=nnx.Module)
 Config = TypeVar("Config")
@@ -75,7 +92,8 @@ def load_part(
 
 def abstract_parameters(module: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
     """Dotted path -> shape and dtype of every parameter, of a real or an abstract module."""
-    return storage.flatten(nnx.to_pure_dict(nnx.state(module)))
+    leaves = storage.flatten(nnx.to_pure_dict(nnx.state(module)))
+    return {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves.items()}
 
 
 def fill(module: Module, tree: Mapping[Any, Any]) -> Module:

@@ -8,6 +8,7 @@ products in each of 2 to 4 blocks, whose float32 rounding is about 1e-6; guidanc
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -74,7 +75,8 @@ def check_labels(guided, drawn, tensors, run, index, greedy):
     if key in tensors:
         # A label is removed at probability 1 - top_p, that is at this logit gap.
         safe = np.abs(gap - np.log(TOP_P / (1 - TOP_P))) > 2 * TOLERANCE
-        removed = np.asarray(sampling.bits_removed(guided.reshape(stored.shape), TOP_P))
+        pairs = jnp.asarray(guided.reshape(stored.shape))
+        removed = np.asarray(sampling.bits_removed(pairs, jnp.float32(TOP_P)))
         assert np.array_equal(removed[safe], tensors[key][safe].astype(bool)), key
         exempt += int((~safe).sum())
     return exempt, gap.size
@@ -129,7 +131,7 @@ def test_pictures(stem, golden_note):
             continue
         stored = tensors[key][..., ::-1].astype(int)
         image = np.asarray(decode(tokenizer, latent[: len(stored)]))
-        ours = np.asarray(to_uint8(image)).astype(int)
+        ours = np.asarray(to_uint8(jnp.asarray(image))).astype(int)
         steps = (image + 1) / 2 * 255
         clear = np.abs(steps - np.round(steps)) > TOLERANCE * 255 / 2
         assert np.array_equal(ours[clear], stored[clear]), f"{key}: pixels differ"

@@ -85,7 +85,7 @@ def test_production_loop(stem, run, golden_note):
         close(captured["raw_logits"], data.tensors[f"{run}.raw_logits.{name}"], TOLERANCE)
         last = captured[f"hidden.{model.config.depth - 1}"]
         close(last, data.tensors[f"{run}.final_hidden.{name}"], TOLERANCE)
-        entering = model.add_level(captured["input"], plan(stem).place(scale))
+        entering = model.add_level(jnp.asarray(captured["input"]), plan(stem).place(scale))
         close(entering, data.tensors[f"{run}.transformer_input.{name}"], ROUNDING)
         close(replayed.sums[scale], nhwc(data.tensors[f"{run}.fhat.{name}"]), ROUNDING)
     if f"{run}.final_image" in data.tensors:

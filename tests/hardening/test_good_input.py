@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from sparvar_convert.compare import compare_source
 from sparvar_convert.export import export_part, save_state_dict
 from sparvar_convert.rules import ConversionError
 from sparvar_convert.run import convert_source
@@ -297,3 +298,12 @@ def test_what_is_fetched_names_its_commit(tmp_path, cache, monkeypatch):
     convert_source("hf://an/other", tmp_path / "model")
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert manifest["transformer"]["commit"] == COMMIT
+
+
+def test_the_flash_layout_compares_equal(tmp_path):
+    weights = {
+        key: value.reshape(1, 1, -1, 1) if key.endswith("scale_mul_1H11") else value
+        for key, value in sources.randomised(VarTwin(VAR), 0).items()
+    }
+    rows = compare_source(sources.flat(weights, tmp_path)).rows
+    assert all(row.within(1e-4) for row in rows)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,14 @@ def test_what_an_earlier_version_left_is_removed_and_replaced(tmp_path, runner, 
     del config["transformer"]
     (model / checkpoint.CONFIG).write_text(json.dumps(config))
     assert runner("convert", released.transformer, "--into", model) == 0
+    assert torn(model) == leftovers(model) == []
+
+
+def test_a_part_whose_folder_is_lost_is_converted_again(tmp_path, runner, released):
+    model = tmp_path / "model"
+    convert_all(runner, released, model)
+    shutil.rmtree(model / "tokenizer")
+    assert runner("convert", released.tokenizer, "--into", model) == 0
     assert torn(model) == leftovers(model) == []
 
 
