@@ -25,6 +25,7 @@ from sparvar_convert.torch_twin.vqvae import VqvaeTwin
 from sparvar_jax.models.var import VarConfig
 from sparvar_jax.models.vqvae import VqvaeConfig
 from sparvar_jax.pipelines import loading
+from sparvar_jax.pipelines.family import families
 from sparvar_jax.pipelines.sampling_jobs import SampleJob, parse_classes
 from sparvar_jax.weights import checkpoint, json_file, storage
 from tests import tiny_model
@@ -190,8 +191,10 @@ def test_every_size_of_a_configuration_has_a_bound(tmp_path, model, case):
 
 
 def test_all_numbers_of_all_configurations_have_bounds():
-    classes = [config for kinds in loading.KINDS.values() for _, config in kinds.values()]
-    for cls in (*classes, loading.Defaults):
+    known = families()
+    kinds = [kinds for family in known for kinds in family.parts.values()]
+    classes = [config for kind in kinds for _, config in kind.values()]
+    for cls in (*classes, *(family.defaults for family in known)):
         for field in dataclasses.fields(cls):
             if re.search(r"\b(int|float)\b", str(field.type)):
                 assert field.name in json_file.BOUNDS, (cls, field.name)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sparvar_jax.models import sampling
@@ -16,6 +17,18 @@ BATCH = 2
 
 def model(seed=0):
     return Infinity(CONFIG, rngs=nnx.Rngs(seed))
+
+
+def lively(module, config):
+    """A module with random weights of a size at which every part of it shows in its logits."""
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
+    draw = np.random.default_rng(0)
+
+    def weights(leaf):
+        spread = leaf.shape[0] ** -0.5 if leaf.ndim > 1 else 0.5
+        return jnp.asarray(spread * draw.standard_normal(leaf.shape), leaf.dtype)
+
+    return nnx.merge(graph, jax.tree.map(weights, shapes))
 
 
 def arguments(transformer, batch=BATCH):

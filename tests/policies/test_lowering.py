@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels import support
 from pallas_kernels.hopper import reasons
-from sparvar_jax.plans.schedule import infinity_schedule
+from sparvar_jax.plans.schedule import ASPECT_TABLES, ScaleSchedule, infinity_schedule
 from sparvar_jax.plans.strategy import View
 from sparvar_jax.policies import parse_plan
 
@@ -24,16 +24,17 @@ def pretend_hopper(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "ratio", "head_dim"),
+    ("text", "schedule", "head_dim"),
     [
-        ("sparvar-paper", 1.0, 128),
-        ("sparvar-fast + drop_uncond(1)", 0.75, 64),
-        ("adaptive(block=64)", 1.5, 64),
-        ("cs4a(granularity=8, multiple=64, mapping='relative')", 1.0, 128),
+        ("sparvar-paper", infinity_schedule(1.0), 128),
+        ("sparvar-fast + drop_uncond(1)", infinity_schedule(0.75), 64),
+        ("adaptive(block=64)", infinity_schedule(1.5), 64),
+        ("cs4a(granularity=8, multiple=64, mapping='relative')", infinity_schedule(1.0), 128),
+        ("sparvar-fast", ScaleSchedule.of(ASPECT_TABLES[0.75], prefix=300), 64),
     ],
 )
-def test_plans_lower(text, ratio, head_dim):
-    plan = parse_plan(text, infinity_schedule(ratio), 2, implementation="hopper")
+def test_plans_lower(text, schedule, head_dim):
+    plan = parse_plan(text, schedule, 2, implementation="hopper")
     states = [{} for _ in range(plan.depth)]
     for index, step in enumerate(plan.steps):
         place = dataclasses.replace(plan.place(index), logit_bound=LOGIT_BOUND)
