@@ -7,16 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-from flax import nnx
-
 from sparvar_jax.models.text_tokens import Tokenizer, load_tokenizer
+from sparvar_jax.pipelines import parts
 from sparvar_jax.pipelines.family import Family, families, family_of
+from sparvar_jax.pipelines.parts import DEMO, compute_dtype, model_folder
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.weights import checkpoint
-from sparvar_jax.weights.told import told
 
-DEMO = Path(__file__).parents[1] / "demo"
+__all__ = ["DEMO", "Model", "compute_dtype", "describe_model", "load_model", "model_folder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +44,11 @@ class Model:
         named = zip(checkpoint.PARTS, modules, strict=True)
         return {part: module for part, module in named if part in self.family.parts}
 
-    def with_parts(self, parts: Mapping[str, Any]) -> Model:
+    def with_parts(self, modules: Mapping[str, Any]) -> Model:
         """The model with other modules in place of some parts."""
         names = {"text": "text_encoder"}
         return dataclasses.replace(
-            self, **{names.get(part, part): module for part, module in parts.items()}
+            self, **{names.get(part, part): module for part, module in modules.items()}
         )
 
     @property
@@ -64,58 +62,29 @@ class Model:
         return getattr(self.tokenizer, "codebook", None)
 
 
-def model_folder(directory: str | Path | None) -> Path:
-    """The folder of a model; None is the demo model of this installation."""
-    if directory is not None:
-        folder = Path(directory)
-        if not folder.is_dir():
-            raise ValueError(f"{folder} does not exist: give the folder `sparvar convert` wrote")
-        return folder
-    if not (DEMO / checkpoint.CONFIG).is_file():
-        raise ValueError("this installation has no demo model: give --model DIR")
-    return DEMO
-
-
 def family_in(folder: Path) -> Family:
     """The family of a model directory."""
     return family_of(checkpoint.read_config(folder))
 
 
-def part_config(config: dict[str, Any], part: str, dtype: str | None = None) -> tuple[type, Any]:
-    """Module class and config of one part; `dtype` overrides the stored compute dtype."""
-    entry = config.get(part)
-    if not isinstance(entry, dict):
-        raise ValueError(f"the model has no {part}: add it with `sparvar convert SOURCE --into`")
+def part_config(config: dict[str, Any], part: str, dtype: str | None = None) -> parts.Kind:
+    """Module class and config of one part of any family; see `parts.part_config`."""
     kinds = {
         kind: classes
         for family in families()
         for kind, classes in family.parts.get(part, {}).items()
     }
-    if not isinstance(entry.get("kind"), str) or entry["kind"] not in kinds:
-        raise ValueError(
-            f"unknown kind {told(entry.get('kind'), 60)} of {part}, expected {' or '.join(kinds)}"
-        )
-    module, config_class = kinds[entry["kind"]]
-    values = checkpoint.config_from_json(config_class, entry)
-    return module, values if dtype is None else dataclasses.replace(values, dtype=dtype)
+    return parts.part_config(config, part, kinds, dtype)
 
 
 def abstract_part(config: dict[str, Any], part: str, dtype: str | None = None) -> Any:
     """The module of one part with shapes and dtypes instead of arrays."""
-    module, values = part_config(config, part, dtype)
-    return nnx.eval_shape(lambda: module(values, rngs=nnx.Rngs(0)))
+    return parts.abstract_module(*part_config(config, part, dtype))
 
 
 def load_part(folder: Path, config: dict[str, Any], part: str, dtype: str | None = None) -> Any:
     """One part with its weights on the default device, in the dtypes its config asks for."""
-    abstract = abstract_part(config, part, dtype)
-    shapes = checkpoint.abstract_parameters(abstract)
-    stored = checkpoint.part_reader(folder, part).shapes
-    checkpoint.require_fit(abstract, stored)  # before anything of the sizes in the file is read
-    tree = checkpoint.load_part(
-        folder, part, dtype=lambda path: shapes.get(path, stored[path]).dtype
-    )
-    return checkpoint.fill(abstract, tree)
+    return parts.load_module(folder, part, *part_config(config, part, dtype))
 
 
 def load_model(
@@ -136,37 +105,25 @@ def load_model(
     # Everything cheap first: a model that does not fit together is found before any weights.
     model = describe_model(folder, dtype)
     wanted = [part for part in model.parts if text_encoder or part != "text"]
-    parts = {}
+    loaded = {}
     for done, part in enumerate(wanted, 1):
-        parts[part] = load_part(folder, config, part, dtype)
+        loaded[part] = load_part(folder, config, part, dtype)
         if progress:
             progress("load", done, len(wanted))
-    return model.with_parts(parts)
-
-
-def compute_dtype(dtype: str | None) -> str:
-    """The dtype to compute in: what is asked for, else what suits the device.
-
-    A CPU only emulates bfloat16, so it computes in float32; everything else in bfloat16, in which
-    the models keep float32 where it matters: residual streams, norms, logits, sums of codes, the
-    last layer of a decoder.
-    """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
-    return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return model.with_parts(loaded)
 
 
 def describe_model(folder: Path, dtype: str | None = None) -> Model:
     """The model with shapes and dtypes in place of weights; dtype None is the stored one."""
     config = checkpoint.read_config(folder)
     family = family_of(config)
-    parts = {part: abstract_part(config, part, dtype) for part in family.parts}
+    modules = {part: abstract_part(config, part, dtype) for part in family.parts}
     return Model(
         family,
-        parts["transformer"],
-        parts["tokenizer"],
-        parts.get("text"),
-        load_tokenizer(folder / "text") if "text" in parts else None,
+        modules["transformer"],
+        modules["tokenizer"],
+        modules.get("text"),
+        load_tokenizer(folder / "text") if "text" in modules else None,
         checkpoint.config_from_json(family.defaults, config.get("defaults", {})),
         folder.name,
     )

@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparvar_jax.models import t5
+from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.models.text_tokens import Tokenizer, load_tokenizer
+from sparvar_jax.pipelines import parts
 from sparvar_jax.runtime.bound import Bound
 from sparvar_jax.weights import checkpoint
 
@@ -40,13 +42,15 @@ class TextEncoder:
         cls, directory: str | Path | None = None, *, dtype: str | None = None
     ) -> TextEncoder:
         """Load the text encoder of a model directory and nothing else; None is the demo model."""
-        from sparvar_jax.pipelines import loading  # which knows all families, and they this class
-
-        folder = loading.model_folder(directory)
-        config = checkpoint.read_config(folder)
-        _, transformer = loading.part_config(config, "transformer")
-        encoder = loading.load_part(folder, config, "text", loading.compute_dtype(dtype))
-        return cls(lambda: encoder, load_tokenizer(folder / "text"), transformer.text_max_length)
+        folder = parts.model_folder(directory)
+        config, kinds = checkpoint.read_config(folder), {"t5": (t5.T5Encoder, t5.T5Config)}
+        _, transformer = parts.part_config(
+            config, "transformer", {"infinity": (Infinity, InfinityConfig)}
+        )
+        found = parts.part_config(config, "text", kinds, parts.compute_dtype(dtype))
+        encoder = parts.load_module(folder, "text", *found)
+        tokenizer = load_tokenizer(folder / "text")
+        return cls(lambda: encoder, tokenizer, transformer.text_max_length)
 
     def __call__(self, prompts: Sequence[str]) -> TextFeatures:
         """Features of prompts; ValueError for an empty one, a warning for one that is cut."""

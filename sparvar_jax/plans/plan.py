@@ -8,67 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from sparvar_jax.plans.describe import describe
 from sparvar_jax.plans.rows import LayoutName, RowMap
-from sparvar_jax.plans.schedule import Scale, ScaleSchedule
-from sparvar_jax.plans.stores import Full, Store
-from sparvar_jax.plans.strategy import AllTokens, Attention, Dense, Place, TokenRule
+from sparvar_jax.plans.schedule import ScaleSchedule
+from sparvar_jax.plans.segments import Rows, Segment, Step, split_at_merge, state_use
+from sparvar_jax.plans.stores import Store
+from sparvar_jax.plans.strategy import AllTokens, Attention, Place
 from sparvar_jax.plans.validate import validate
 
-Rows = Literal["both", "cond"]
+__all__ = ["Plan", "Rows", "Segment", "Step", "dense_plan", "map_attention", "map_segments"]
 LAST_SCALES = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """The longest run of layers that are alike: layers [start, stop).
-
-    tokens: which tokens run through these layers together. store: how they keep keys and values.
-    """
-
-    layers: tuple[int, int]
-    attention: Attention = Dense()
-    tokens: TokenRule = AllTokens()
-    store: Store = Full()
-
-    def __contains__(self, layer: int) -> bool:
-        return self.layers[0] <= layer < self.layers[1]
-
-    def alike(self, other: Segment) -> bool:
-        """Whether two segments differ in their layers alone."""
-        return dataclasses.replace(self, layers=other.layers) == other
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One scale of a generation.
-
-    rows: "both" runs conditional and unconditional rows, "cond" the conditional ones only.
-    merge_at: None turns guidance off, the depth mixes logits, a smaller m mixes the hidden state
-    after block m (0-based) into both halves.
-    """
-
-    scale: Scale
-    rows: Rows
-    merge_at: int | None
-    segments: tuple[Segment, ...]
-
-    @property
-    def depth(self) -> int:
-        return self.segments[-1].layers[1]
-
-    @property
-    def row_factor(self) -> int:
-        """Rows that run for every picture."""
-        return 2 if self.rows == "both" else 1
-
-    def segment(self, layer: int) -> Segment:
-        """The segment that holds a layer."""
-        return next(segment for segment in self.segments if layer in segment)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +37,7 @@ class Plan:
     name: str = dataclasses.field(default="dense", compare=False)
 
     def __post_init__(self):
-        validate(self)
+        validate(self.schedule, self.steps, self.place)
 
     @property
     def depth(self) -> int:
@@ -179,7 +131,11 @@ class Plan:
 
     def describe(self) -> str:
         """A table of scale, rows, layers, strategy, tokens, keys a query and density."""
-        return describe(self)
+        footer = (
+            f"density {self.density():.3f} over the last three scales, "
+            f"{self.density(None):.3f} over all; layout {self.layout}"
+        )
+        return describe(self.steps, self.place, footer)
 
 
 def dense_plan(
@@ -208,23 +164,6 @@ def dense_plan(
         for scale, flag in zip(schedule.scales, flags, strict=True)
     )
     return Plan(schedule, layout, steps)
-
-
-def split_at_merge(
-    segments: tuple[Segment, ...], merge_at: int | None, depth: int
-) -> tuple[Segment, ...]:
-    """Segments cut after block `merge_at`, where guidance mixes the hidden state."""
-    if merge_at is None or merge_at >= depth:
-        return segments
-    cut = merge_at + 1
-    pieces = []
-    for segment in segments:
-        start, stop = segment.layers
-        bounds = [start, cut, stop] if start < cut < stop else [start, stop]
-        pieces += [
-            dataclasses.replace(segment, layers=(a, b)) for a, b in itertools.pairwise(bounds)
-        ]
-    return tuple(pieces)
 
 
 def map_segments(
@@ -284,12 +223,3 @@ def with_implementation(plan: Plan, implementation: str | None) -> Plan:
         return dataclasses.replace(attention, implementation=implementation)  # type: ignore[type-var]
 
     return map_attention(plan, choose)
-
-
-def state_use(step: Step, layer: int) -> tuple[frozenset[str], frozenset[str]]:
-    """(reads, writes) of a layer's state: the attention's, and the token rule's where it begins."""
-    segment = step.segment(layer)
-    reads, writes = segment.attention.reads, segment.attention.writes
-    if layer == segment.layers[0]:
-        reads, writes = reads | segment.tokens.reads, writes | segment.tokens.writes
-    return reads, writes

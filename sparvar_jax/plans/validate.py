@@ -2,72 +2,80 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Callable
 
-from sparvar_jax.plans.strategy import AllTokens
+from sparvar_jax.plans.schedule import ScaleSchedule
+from sparvar_jax.plans.segments import Step, state_use
+from sparvar_jax.plans.strategy import AllTokens, Place
 
-if TYPE_CHECKING:
-    from sparvar_jax.plans.plan import Plan, Step
 
+def validate(
+    schedule: ScaleSchedule, steps: tuple[Step, ...], place: Callable[[int, int], Place]
+) -> None:
+    """Raise ValueError, naming scale and layers, unless such a plan can run.
 
-def validate(plan: Plan) -> None:
-    """Raise ValueError, naming scale and layers, unless the plan can run."""
-    if not plan.steps:
+    place: of a step and a layer.
+    """
+    if not steps:
         raise ValueError("a plan must run at least one scale, got none")
-    ran = tuple(step.scale for step in plan.steps)
-    if ran != plan.schedule.scales[: len(ran)]:
+    ran = tuple(step.scale for step in steps)
+    if ran != schedule.scales[: len(ran)]:
         raise ValueError(
             f"steps must be the first scales of the schedule in order, got {[s.index for s in ran]}"
         )
-    for before, after in zip(plan.steps, plan.steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         if after.row_factor > before.row_factor:
             raise ValueError(
                 f"scale {after.scale.index} runs rows {after.rows!r} after {before.rows!r}: "
                 "rows dropped earlier have no cache to continue from"
             )
-    for step in plan.steps:
-        _validate_segments(plan, step)
-    for index in range(len(plan.steps)):
-        _validate_rows(plan, index)
-    for layer in range(plan.depth):
-        _validate_state(plan, layer)
+    depth = steps[0].depth
+    for step in steps:
+        _validate_segments(step, depth)
+    for index in range(len(steps)):
+        _validate_rows(steps, index, place)
+    for layer in range(depth):
+        _validate_state(steps, layer)
 
 
-def _validate_segments(plan: Plan, step: Step) -> None:
+def _validate_segments(step: Step, depth: int) -> None:
     where = f"scale {step.scale.index}"
     expected = 0
     for segment in step.segments:
         start, stop = segment.layers
         if start != expected or stop <= start:
             raise ValueError(
-                f"{where}: segments must tile layers 0..{plan.depth}, got {start}..{stop} "
+                f"{where}: segments must tile layers 0..{depth}, got {start}..{stop} "
                 f"after {expected}"
             )
         expected = stop
-    if expected != plan.depth:
-        raise ValueError(f"{where}: segments end at layer {expected}, expected {plan.depth}")
+    if expected != depth:
+        raise ValueError(f"{where}: segments end at layer {expected}, expected {depth}")
     if step.merge_at is not None:
         if step.rows != "both":
             raise ValueError(f"{where}: guidance needs both rows, got rows {step.rows!r}")
-        if step.merge_at < plan.depth and all(
+        if step.merge_at < depth and all(
             segment.layers[1] != step.merge_at + 1 for segment in step.segments
         ):
             raise ValueError(f"{where}: no segment ends after the merge layer {step.merge_at}")
 
 
-def _validate_rows(plan: Plan, index: int) -> None:
+def _validate_rows(
+    steps: tuple[Step, ...], index: int, place_of: Callable[[int, int], Place]
+) -> None:
     """Token rules run a possible number of tokens; attentions can read what stores show."""
-    step = plan.steps[index]
+    step = steps[index]
     for segment in step.segments:
         start, stop = segment.layers
         where = f"scale {step.scale.index}, layers {start}..{stop}"
         for layer in range(start, stop):
-            if segment.store != plan.steps[0].segment(layer).store:
+            if segment.store != steps[0].segment(layer).store:
                 raise ValueError(
                     f"{where}: the store is {segment.store.name}, at scale 0 it was "
-                    f"{plan.steps[0].segment(layer).store.name}: a layer keeps one store"
+                    f"{steps[0].segment(layer).store.name}: a layer keeps one store"
                 )
-            place = plan.place(index, layer)
+            place = place_of(index, layer)
             if not isinstance(segment.tokens, AllTokens) and not (
                 0 < place.queries <= step.scale.tokens
             ):
@@ -82,11 +90,9 @@ def _validate_rows(plan: Plan, index: int) -> None:
                 )
 
 
-def _validate_state(plan: Plan, layer: int) -> None:
-    from sparvar_jax.plans.plan import state_use
-
+def _validate_state(steps: tuple[Step, ...], layer: int) -> None:
     written: frozenset[str] = frozenset()
-    for step in plan.steps:
+    for step in steps:
         reads, writes = state_use(step, layer)
         if reads - written:
             segment = step.segment(layer)

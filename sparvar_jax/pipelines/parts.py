@@ -1,0 +1,79 @@
+"""Single parts of a model directory: where they lie, their configuration, their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from sparvar_jax.weights import checkpoint
+from sparvar_jax.weights.told import told
+
+Kind = tuple[type, Any]
+"""A module class with its configuration, or configuration class."""
+DEMO = Path(__file__).parents[1] / "demo"
+
+
+def model_folder(directory: str | Path | None) -> Path:
+    """The folder of a model; None is the demo model of this installation."""
+    if directory is not None:
+        folder = Path(directory)
+        if not folder.is_dir():
+            raise ValueError(f"{folder} does not exist: give the folder `sparvar convert` wrote")
+        return folder
+    if not (DEMO / checkpoint.CONFIG).is_file():
+        raise ValueError("this installation has no demo model: give --model DIR")
+    return DEMO
+
+
+def part_config(
+    config: Mapping[str, Any], part: str, kinds: Mapping[str, Kind], dtype: str | None = None
+) -> Kind:
+    """Module class and config of one part, of the kinds given.
+
+    dtype: overrides the stored compute dtype. Raises ValueError for a part that is missing or of
+    another kind.
+    """
+    entry = config.get(part)
+    if not isinstance(entry, dict):
+        raise ValueError(f"the model has no {part}: add it with `sparvar convert SOURCE --into`")
+    if not isinstance(entry.get("kind"), str) or entry["kind"] not in kinds:
+        raise ValueError(
+            f"unknown kind {told(entry.get('kind'), 60)} of {part}, expected {' or '.join(kinds)}"
+        )
+    module, config_class = kinds[entry["kind"]]
+    values = checkpoint.config_from_json(config_class, entry)
+    return module, values if dtype is None else dataclasses.replace(values, dtype=dtype)
+
+
+def abstract_module(module: type, values: Any) -> Any:
+    """A module with shapes and dtypes instead of arrays."""
+    return nnx.eval_shape(lambda: module(values, rngs=nnx.Rngs(0)))
+
+
+def load_module(folder: Path, part: str, module: type, values: Any) -> Any:
+    """One part with its weights on the default device, in the dtypes its config asks for."""
+    abstract = abstract_module(module, values)
+    shapes = checkpoint.abstract_parameters(abstract)
+    stored = checkpoint.part_reader(folder, part).shapes
+    checkpoint.require_fit(abstract, stored)  # before anything of the sizes in the file is read
+    tree = checkpoint.load_part(
+        folder, part, dtype=lambda path: shapes.get(path, stored[path]).dtype
+    )
+    return checkpoint.fill(abstract, tree)
+
+
+def compute_dtype(dtype: str | None) -> str:
+    """The dtype to compute in: what is asked for, else what suits the device.
+
+    A CPU only emulates bfloat16, so it computes in float32; everything else in bfloat16, in which
+    the models keep float32 where it matters: residual streams, norms, logits, sums of codes, the
+    last layer of a decoder.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
+    return dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
