@@ -8,6 +8,7 @@ leaves the fusion to the compiler; None takes the kernels for 16-bit results whe
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import backends, calls, support
@@ -26,7 +27,7 @@ def residual_norm(
     *,
     bias: VectorLike | None = None,
     one_plus: bool = True,
-    dtype: jnp.dtype = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"]]:
     """`x + gain * (branch + bias)` in float32, and `LN(that) * (1 + scale) + shift` in `dtype`.
@@ -49,7 +50,7 @@ def residual_norm(
     }
     call = calls.ResidualNorm(
         device=support.device_of(x, branch, vectors), x=x, branch=branch, vectors=vectors,
-        one_plus=one_plus, dtype=dtype,
+        one_plus=one_plus, dtype=jnp.dtype(dtype),
     )  # fmt: skip
     return backends.serve(call, implementation)
 

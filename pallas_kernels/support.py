@@ -35,8 +35,8 @@ class Device:
         return self.capability is not None
 
     @classmethod
-    def of(cls, device: jax.Device) -> Device:
-        """A device of jax."""
+    def of(cls, device: Any) -> Device:
+        """A device of jax, or what has its attributes."""
         numbers = str(getattr(device, "compute_capability", "")).split(".")
         cuda = len(numbers) == 2 and all(number.isdigit() for number in numbers)
         return cls(
