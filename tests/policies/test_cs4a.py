@@ -197,6 +197,7 @@ def test_dropped_rows_are_ignored():
     np.testing.assert_allclose(first, both[:1], **CLOSE)
 
 
+@pytest.mark.unchecked
 def test_refusals():
     plan = dense_plan(infinity_schedule(size="0.25M"), 4)
     with pytest.raises(ValueError, match="is the last one"):

@@ -111,6 +111,7 @@ def test_windows_are_counted_from_the_end():
     assert windows_of((3,), 4) == (-1, -1, -1, 3)
 
 
+@pytest.mark.unchecked
 def test_refusals():
     plan = dense_plan(infinity_schedule(size="0.25M"), 4)
     with pytest.raises(ValueError, match="exact windows need form='boxes'"):
