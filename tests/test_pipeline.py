@@ -203,6 +203,7 @@ def test_names_of_other_libraries_are_accepted(pipe):
     assert pipe(["an owl"], height=22, width=44).shape[1:3] == (22, 44)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,7 @@ class Drawn(NamedTuple):
     captured: dict[str, jax.Array] = {}  # noqa: RUF012
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """What the run-time reads of a configuration. logit_bound: see `Place`."""
 
@@ -97,6 +98,7 @@ class ModelConfig(Protocol):
     def logit_bound(self) -> float | None: ...
 
 
+@runtime_checkable
 class ScaleBlock(Protocol):
     """One transformer block; equal blocks are traced once."""
 
@@ -107,6 +109,7 @@ class ScaleBlock(Protocol):
         ...
 
 
+@runtime_checkable
 class ScaleModel(Protocol):
     """A transformer that draws scale by scale: flax module, or any pytree with these methods."""
 

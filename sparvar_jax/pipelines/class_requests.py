@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 from sparvar_jax.models.family import How
 from sparvar_jax.models.sampling import Controls
@@ -44,7 +44,7 @@ class ClassOptions:
     """
 
     plan: Plan | str | None = None
-    seed: int | Sequence[int] = 0
+    seed: SupportsIndex | Sequence[SupportsIndex] = 0
     guidance: PerScale | Literal["off"] | None = None
     temperature: PerScale | None = None
     top_k: int | None = None

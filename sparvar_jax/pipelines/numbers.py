@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array, Key
 
 from sparvar_jax.models.sampling import KEY_KIND
 
-PerScale = float | Sequence[float]
+PerScale = SupportsFloat | Sequence[SupportsFloat]
 SEEDS = 1 << 32
 OFF = "off"
 

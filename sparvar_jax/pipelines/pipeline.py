@@ -201,7 +201,7 @@ class Pipeline:
 
     def _shape(self, height: Any, width: Any, options: dict[str, Any]) -> dict[str, Any]:
         """The options that ask for pictures of so many pixels; one side alone asks for a square."""
-        height, width = (height or width, width or height)
+        height, width = (x if x is not None else y for x, y in ((height, width), (width, height)))
         if self.model.family.draws == "classes":
             if (height, width) != (self.picture_side,) * 2:
                 side = self.picture_side

@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 from jaxtyping import Array, Key
 
@@ -76,7 +76,7 @@ class Options:
     """
 
     plan: Plan | str | None = None
-    seed: int | Sequence[int] = 0
+    seed: SupportsIndex | Sequence[SupportsIndex] = 0
     guidance: PerScale | Literal["off"] | None = None
     guidance_layer: int | None = None
     temperature: PerScale | None = None
@@ -155,7 +155,7 @@ def picture_size(model: Any, schedule: ScaleSchedule) -> tuple[int, int]:
     return schedule.final[0] * model.stride, schedule.final[1] * model.stride
 
 
-def shape_of(model: Any, height: int, width: int) -> tuple[float, str]:
+def shape_of(model: Any, height: SupportsIndex, width: SupportsIndex) -> tuple[float, str]:
     """(width / height, size) whose pictures come nearest to so many pixels.
 
     Raises ValueError for a side that is not a positive whole number. Warns where the pictures that

@@ -97,16 +97,14 @@ class Full:
     def shared(self, shape: CacheShape, whole: RowMap) -> tuple[()]:
         return ()
 
-    def write(
-        self, kept: View, shared: tuple[()], write: Write, place: Place
-    ) -> tuple[jax.Array, View]:
+    def write(self, kept: Any, shared: Any, write: Write, place: Place) -> tuple[jax.Array, Any]:
         q, k, v = write(kept.k, kept.v, place.rows.slot(place.index))
         return q, View(k, v)
 
-    def view(self, held: View, place: Place) -> View:
+    def view(self, held: Any, place: Place) -> View:
         return held
 
-    def keep(self, held: View, q: Float[Array, "R H T D"], place: Place) -> tuple[View, tuple[()]]:
+    def keep(self, held: Any, q: Float[Array, "R H T D"], place: Place) -> tuple[Any, Any]:
         return held, ()
 
 

@@ -7,6 +7,7 @@ at the next travels in a layer's state, a flat dict of arrays with named entries
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -22,6 +23,7 @@ LayerState = Mapping[str, jax.Array]
 """Named arrays one layer carries from scale to scale: rows lead every array, heads follow."""
 
 
+@typing.no_type_check  # rows are None until they are filled in
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where a layer stands: the schedule, the index of the scale drawn, and its cache rows.

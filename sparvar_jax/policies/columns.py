@@ -244,11 +244,11 @@ def upsample(
     return grid.reshape(rows, heads, -1, depth)
 
 
-def _own_units(place: Place, reuse: Reuse) -> list[Int[np.ndarray, "n"]]:
+def _own_units(place: Place, reuse: Reuse) -> list[Int[np.ndarray, "_"]]:
     return _scale_units(place, reuse, place.index)
 
 
-def _scale_units(place: Place, reuse: Reuse, index: int) -> list[Int[np.ndarray, "n"]]:
+def _scale_units(place: Place, reuse: Reuse, index: int) -> list[Int[np.ndarray, "_"]]:
     """Local units of every group of one scale: the released run, or the runs of 8 it touches."""
     rows = place.rows.physical(index)
     scale, selection = place.schedule.scales[index], reuse.selection
@@ -260,14 +260,14 @@ def _scale_units(place: Place, reuse: Reuse, index: int) -> list[Int[np.ndarray,
     return [rows[start : start + length] for start in starts]
 
 
-def _ordered_union(parts: tuple[Int[np.ndarray, "n"], ...]) -> Int[np.ndarray, "n"]:
+def _ordered_union(parts: tuple[Int[np.ndarray, "_"], ...]) -> Int[np.ndarray, "n"]:
     joined = np.concatenate(parts)
     _, first = np.unique(joined, return_index=True)
     return joined[np.sort(first)]
 
 
 def _ragged(
-    items: list[Int[np.ndarray, "n"]],
+    items: list[Int[np.ndarray, "_"]],
 ) -> tuple[Int[np.ndarray, "G F"], Int[np.ndarray, "G"]]:
     counts = np.array([len(item) for item in items], np.int32)
     table = np.zeros((len(items), counts.max(initial=0)), np.int32)

@@ -98,7 +98,7 @@ def window_of(windows: tuple[int, ...], index: int, count: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def local_union(scale: Scale, window: int, group: int) -> tuple[Int[np.ndarray, "keys"], ...]:
+def local_union(scale: Scale, window: int, group: int) -> tuple[Int[np.ndarray, "_"], ...]:
     """Sorted keys that the windows of each query group see together, clipped at the borders.
 
     Half the window, rounded down, is seen to each side; a negative window sees nothing.

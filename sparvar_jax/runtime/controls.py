@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, SupportsFloat
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,8 @@ from sparvar_jax.models.sampling import Controls
 def controls(
     scales: int,
     *,
-    guidance: float | tuple[float, ...] = 3.0,
-    temperature: float | tuple[float, ...] = 0.5,
+    guidance: SupportsFloat | Sequence[SupportsFloat] = 3.0,
+    temperature: SupportsFloat | Sequence[SupportsFloat] = 0.5,
     top_p: float = 0.97,
     top_k: int = 0,
 ) -> Controls:
@@ -38,7 +40,7 @@ def controls(
     )
 
 
-def _per_scale(name: str, value: float | tuple[float, ...], scales: int) -> tuple[float, ...]:
+def _per_scale(name: str, value: Any, scales: int) -> tuple[float, ...]:
     listed = isinstance(value, tuple | list) or np.ndim(value)
     values = tuple(float(v) for v in value) if listed else (float(value),) * scales  # type: ignore
     if len(values) != scales:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from sparvar_jax.plans.stores import CacheShape, Store, Write
 from sparvar_jax.plans.strategy import AllTokens, Place
 
 
+@typing.no_type_check  # jax rebuilds it with whatever stands for arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
@@ -36,6 +38,7 @@ class State:
     codes: Float[Array, "B T N"] | None
 
 
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScaleOutput:

@@ -82,12 +82,12 @@ def _fused(q: Array, k: Array, v: Array) -> Array:
 def teacher_forced_logits(
     model: Any,
     condition: Any,
-    codes: tuple[Float[Array, "B T N"], ...],
+    codes: tuple[Float[Array, "B _ N"], ...],
     schedule: ScaleSchedule,
     *,
     scan: bool = False,
     remat: bool = False,
-) -> tuple[Float[Array, "R T logits"], ...]:
+) -> tuple[Float[Array, "R _ logits"], ...]:
     """Raw logits of the first `len(codes) + 1` scales, one array a scale.
 
     codes: input codes of every scale but the first, [B, tokens, N]. scan: stack the layers and
