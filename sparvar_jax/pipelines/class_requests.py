@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, SupportsIndex
+from typing import Any, SupportsIndex
 
 from sparvar_jax.models.family import How
 from sparvar_jax.models.sampling import Controls
@@ -45,7 +45,7 @@ class ClassOptions:
 
     plan: Plan | str | None = None
     seed: SupportsIndex | Sequence[SupportsIndex] = 0
-    guidance: PerScale | Literal["off"] | None = None
+    guidance: PerScale | str | None = None
     temperature: PerScale | None = None
     top_k: int | None = None
     top_p: float | None = None

@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, SupportsIndex
+from typing import Any, SupportsIndex
 
 from jaxtyping import Array, Key
 
@@ -77,7 +77,7 @@ class Options:
 
     plan: Plan | str | None = None
     seed: SupportsIndex | Sequence[SupportsIndex] = 0
-    guidance: PerScale | Literal["off"] | None = None
+    guidance: PerScale | str | None = None
     guidance_layer: int | None = None
     temperature: PerScale | None = None
     top_p: float | None = None
