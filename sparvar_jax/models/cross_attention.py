@@ -19,6 +19,7 @@ import pallas_kernels
 from pallas_kernels.api import Implementation
 from sparvar_jax.models import layers
 from sparvar_jax.models.layers import Precision
+from sparvar_jax.weights.matrix import dense_of
 
 FOLDED_SHARE = 4
 """Texts are folded where that makes the products so many times smaller. Folded maps are as large as
@@ -73,8 +74,8 @@ class CrossAttention(nnx.Module):
         if fused == "xla" or key.dtype == jnp.float32 or not short:
             plain = pallas_kernels.text_memory(mask, key, value, bias, implementation=fused)
             return TextMemory(*plain)
-        query_map = self.q.kernel[...].reshape(-1, self.heads, head_dim)
-        output_map = self.proj.kernel[...].reshape(self.heads, head_dim, -1)
+        query_map = dense_of(self.q.weight, key.dtype).reshape(-1, self.heads, head_dim)
+        output_map = dense_of(self.proj.weight, key.dtype).reshape(self.heads, head_dim, -1)
         single = {"preferred_element_type": jnp.float32}
         keys = jnp.einsum("chd,rhmd->rchm", query_map, key, **single) * head_dim**-0.5
         return FoldedText(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from pallas_kernels.api import Implementation
+from sparvar_jax.weights import matrix
+from sparvar_jax.weights.matrix import Dense, Scaled, Weight
 
 DtypeName = Literal["bfloat16", "float32"]
 MAX_LOG_TEMPERATURE = 4.605170185988092  # ln 100, the clamp of cosine attention's temperature
@@ -43,6 +46,45 @@ class Precision:
         return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
 
 
+class Linear(nnx.Module):
+    """A linear map whose matrix [inputs, outputs] is dense, or 8-bit values with scales.
+
+    dtype: of products and results. weights: of the parameters.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        dtype: DTypeLike,
+        weights: DTypeLike,
+        precision: jax.lax.Precision,
+        rngs: nnx.Rngs,
+    ):
+        draw = nnx.initializers.truncated_normal(0.02)
+        self.kernel = nnx.Param(draw(rngs.params(), (inputs, outputs), weights))
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
+        self.bias: nnx.Param | None = nnx.data(None)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((outputs,), weights))
+        self.dtype, self.precision = jnp.dtype(dtype), precision
+
+    @property
+    def weight(self) -> Weight:
+        """The matrix as a value."""
+        if self.kernel_scale is None:
+            return Dense(self.kernel[...])
+        return Scaled(self.kernel[...], self.kernel_scale[...])
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        y = product(self, x)
+        if self.bias is None:
+            return y
+        return y + self.bias[...].astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
 def linear(
     inputs: int,
     outputs: int,
@@ -52,34 +94,46 @@ def linear(
     bias: bool = True,
     weights: DTypeLike | None = None,
     compute: DTypeLike | None = None,
-) -> nnx.Linear:
+) -> Linear:
     """A linear map with kernel [inputs, outputs]; weights and products in the model's dtype.
 
     weights, compute: override the dtypes where the released runs keep a float32 island.
     """
-    return nnx.Linear(
+    return Linear(
         inputs,
         outputs,
-        use_bias=bias,
+        bias=bias,
         dtype=compute or precision.compute,
-        param_dtype=weights or precision.compute,
+        weights=weights or precision.compute,
         precision=precision.matmul,
-        kernel_init=nnx.initializers.truncated_normal(0.02),
         rngs=rngs,
     )
 
 
-def product(linear: nnx.Linear, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+def product(linear: Linear, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
     """A linear map without its bias, for a fused operation that adds it."""
-    kernel = linear.kernel[...].astype(linear.dtype)
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x.astype(linear.dtype), kernel, contract, precision=linear.precision)
+    return matrix.product(x, linear.weight, dtype=linear.dtype, precision=linear.precision)
 
 
-def bias_of(linear: nnx.Linear) -> Float[Array, "O"]:
+def bias_of(linear: Linear) -> Float[Array, "O"]:
     """The bias that `product` leaves out."""
     assert linear.bias is not None
     return linear.bias[...]
+
+
+def in_eight_bits(module: nnx.Module, paths: Collection[str]) -> None:
+    """Make the linear maps whose kernels have these dotted paths expect 8-bit values with scales.
+
+    module: abstract, about to be filled. A kernel of anything else is left as it is.
+    """
+    for path, part in nnx.iter_modules(module):
+        name = ".".join(map(str, (*path, "kernel")))
+        if isinstance(part, Linear) and name in paths:
+            (kernel,) = jax.tree.leaves(part.kernel)
+            shape = kernel.shape
+            values: Any = nnx.Param(jax.ShapeDtypeStruct(shape, jnp.int8))
+            scale: Any = nnx.Param(jax.ShapeDtypeStruct(shape[-1:], jnp.float32))
+            part.kernel, part.kernel_scale = values, nnx.data(scale)
 
 
 class Scale(nnx.Module):

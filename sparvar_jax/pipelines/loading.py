@@ -82,9 +82,15 @@ def abstract_part(config: dict[str, Any], part: str, dtype: str | None = None) -
     return parts.abstract_module(*part_config(config, part, dtype))
 
 
-def load_part(folder: Path, config: dict[str, Any], part: str, dtype: str | None = None) -> Any:
-    """One part with its weights on the default device, in the dtypes its config asks for."""
-    return parts.load_module(folder, part, *part_config(config, part, dtype))
+def load_part(
+    folder: Path,
+    config: dict[str, Any],
+    part: str,
+    dtype: str | None = None,
+    weights: parts.Weights = "dense",
+) -> Any:
+    """One part with its weights on the default device; see `parts.load_module`."""
+    return parts.load_module(folder, part, *part_config(config, part, dtype), weights)
 
 
 def load_model(
@@ -92,12 +98,14 @@ def load_model(
     *,
     dtype: str | None = None,
     text_encoder: bool = True,
+    weights: parts.Weights = "dense",
     progress: Progress | None = None,
 ) -> Model:
     """Load a model directory, or the demo model.
 
     dtype: of all parts, see `compute_dtype`. text_encoder: False leaves its weights on disk; the
-    model then holds their shapes alone.
+    model then holds their shapes alone. weights: "stored" leaves matrices in 8 bits where the
+    checkpoint has them so, see `parts.load_module`.
     """
     dtype = compute_dtype(dtype)
     folder = model_folder(directory)
@@ -107,7 +115,7 @@ def load_model(
     wanted = [part for part in model.parts if text_encoder or part != "text"]
     loaded = {}
     for done, part in enumerate(wanted, 1):
-        loaded[part] = load_part(folder, config, part, dtype)
+        loaded[part] = load_part(folder, config, part, dtype, weights)
         if progress:
             progress("load", done, len(wanted))
     return model.with_parts(loaded)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
 
+from sparvar_jax.models.layers import in_eight_bits
 from sparvar_jax.weights import checkpoint
 from sparvar_jax.weights.told import told
 
+Weights = Literal["dense", "stored"]
+"""How matrices lie in memory: in the model's dtype, or in 8 bits where they are stored so."""
 Kind = tuple[type, Any]
 """A module class with its configuration, or configuration class."""
 DEMO = Path(__file__).parents[1] / "demo"
@@ -55,14 +58,29 @@ def abstract_module(module: type, values: Any) -> Any:
     return nnx.eval_shape(lambda: module(values, rngs=nnx.Rngs(0)))
 
 
-def load_module(folder: Path, part: str, module: type, values: Any) -> Any:
-    """One part with its weights on the default device, in the dtypes its config asks for."""
+def load_module(
+    folder: Path, part: str, module: type, values: Any, weights: Weights = "dense"
+) -> Any:
+    """One part with its weights on the default device, in the dtypes its config asks for.
+
+    weights: "stored" leaves kernels of linear maps in 8 bits where they are stored so; everything
+    else (embeddings, vectors, convolutions, the text encoder) is made dense.
+    """
+    if weights not in ("dense", "stored"):
+        raise ValueError(f"weights must be 'dense' or 'stored', got {weights!r}")
     abstract = abstract_module(module, values)
-    shapes = checkpoint.abstract_parameters(abstract)
-    stored = checkpoint.part_reader(folder, part).shapes
+    reader = checkpoint.part_reader(folder, part)
+    stored = dict(reader.shapes)
     checkpoint.require_fit(abstract, stored)  # before anything of the sizes in the file is read
+    keep: frozenset[str] = frozenset()
+    if weights == "stored":
+        before = checkpoint.abstract_parameters(abstract)
+        in_eight_bits(abstract, reader.scaled)
+        after = checkpoint.abstract_parameters(abstract)
+        keep = frozenset(path for path in before if after[path].dtype != before[path].dtype)
+    shapes = checkpoint.abstract_parameters(abstract)
     tree = checkpoint.load_part(
-        folder, part, dtype=lambda path: shapes.get(path, stored[path]).dtype
+        folder, part, dtype=lambda path: shapes.get(path, stored[path]).dtype, keep=keep
     )
     return checkpoint.fill(abstract, tree)
 

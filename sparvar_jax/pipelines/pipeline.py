@@ -18,6 +18,7 @@ from sparvar_jax.models.vqvae import Tokenised
 from sparvar_jax.pipelines import loading
 from sparvar_jax.pipelines.loading import Model
 from sparvar_jax.pipelines.numbers import image_keys, whole_numbers
+from sparvar_jax.pipelines.parts import Weights
 from sparvar_jax.pipelines.requests import Options, Request, shape_of
 from sparvar_jax.pipelines.subjects import Jobs
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
@@ -52,6 +53,7 @@ class Pipeline:
         *,
         dtype: str | None = None,
         text_encoder: bool = True,
+        weights: Weights = "dense",
         progress: Progress | None = None,
     ) -> Pipeline:
         """Load a model directory of any family; None is the demo model.
@@ -60,7 +62,7 @@ class Pipeline:
         Other arguments as in `loading.load_model`.
         """
         model = loading.load_model(
-            directory, dtype=dtype, text_encoder=text_encoder, progress=progress
+            directory, dtype=dtype, text_encoder=text_encoder, weights=weights, progress=progress
         )
         return cls(model, text_encoder=text_encoder)
 

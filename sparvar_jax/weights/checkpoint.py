@@ -7,7 +7,7 @@ the training example write through the same functions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -77,7 +77,12 @@ def part_reader(model: str | Path, part: str) -> storage.PartReader:
 
 
 def load_part(
-    model: str | Path, part: str, *, dtype: DtypeRule = None, sharding: ShardingRule = None
+    model: str | Path,
+    part: str,
+    *,
+    dtype: DtypeRule = None,
+    sharding: ShardingRule = None,
+    keep: Collection[str] = (),
 ) -> dict[str, Any]:
     """Restore one part into device arrays, a nested dict like `nnx.to_pure_dict`.
 
@@ -85,9 +90,10 @@ def load_part(
         dtype: None keeps the stored dtypes; else a dtype, or a function of the dotted path.
         sharding: None puts everything on the default device; else a sharding, or a function of
             the dotted path and the shape.
+        keep: paths that stay 8 bits with scales, see `PartReader.restore_to_devices`.
     """
     reader = part_reader(model, part)
-    return storage.nest(reader.restore_to_devices(dtype=dtype, sharding=sharding))
+    return storage.nest(reader.restore_to_devices(dtype=dtype, sharding=sharding, keep=keep))
 
 
 def abstract_parameters(module: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:

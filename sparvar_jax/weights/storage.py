@@ -9,7 +9,8 @@ int8 beside float32 `X.__scale`, one scale for each index of the last axis, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,16 +161,37 @@ class PartReader:
         args = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths}
         return self._restore_orbax(args)
 
+    @functools.cached_property
+    def scaled(self) -> frozenset[str]:
+        """The paths that are stored in 8 bits with scales; none in an Orbax part."""
+        if self._orbax is not None:
+            return frozenset()
+        with safe_open(self._file, framework="numpy") as file:
+            names = set(file.keys())
+        return frozenset(name for name in self.shapes if name + SCALE_SUFFIX in names)
+
     def restore_to_devices(
-        self, dtype: DtypeRule = None, sharding: ShardingRule = None
+        self,
+        dtype: DtypeRule = None,
+        sharding: ShardingRule = None,
+        keep: Collection[str] = (),
     ) -> dict[str, Array]:
-        """All parameters as device arrays by dotted path, cast and sharded as asked."""
+        """All parameters as device arrays by dotted path, cast and sharded as asked.
+
+        keep: paths of `scaled` that stay int8; their scales are beside them as `PATH_scale`.
+        """
         if self._orbax is None:
-            return {
+            arrays = self._read_safetensors([path for path in self.shapes if path not in keep])
+            placed = {
                 path: jax.device_put(
                     array.astype(self._dtype(path, dtype)), self._sharding(path, sharding)
                 )
-                for path, array in self._read_safetensors(list(self.shapes)).items()
+                for path, array in arrays.items()
+            }
+            return placed | {
+                name: jax.device_put(array, self._sharding(name, sharding, array.shape))
+                for path in keep
+                for name, array in zip((path, f"{path}_scale"), self._stored(path), strict=True)
             }
         args = {
             path: ocp.ArrayRestoreArgs(
@@ -188,12 +210,14 @@ class PartReader:
         dtype: Any = rule(path) if by_path else rule
         return np.dtype(dtype)
 
-    def _sharding(self, path: str, rule: ShardingRule) -> jax.sharding.Sharding:
+    def _sharding(
+        self, path: str, rule: ShardingRule, shape: tuple[int, ...] | None = None
+    ) -> jax.sharding.Sharding:
         if rule is None:
             return jax.sharding.SingleDeviceSharding(jax.devices()[0])
         if isinstance(rule, jax.sharding.Sharding):
             return rule
-        return rule(path, self.shapes[path].shape)
+        return rule(path, self.shapes[path].shape if shape is None else shape)
 
     def _orbax_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         with orbax_calls.reading(self.directory):
@@ -237,6 +261,13 @@ class PartReader:
                 f"{self._file} is damaged: {told(error, 160)}; fetch or make it again"
             ) from error
         return dict(sorted(shapes.items()))
+
+    def _stored(self, path: str) -> tuple[np.ndarray, np.ndarray]:
+        """(int8 values, scales) of a path of `scaled`."""
+        with safe_open(self._file, framework="numpy") as file:
+            values, scale = file.get_tensor(path), file.get_tensor(path + SCALE_SUFFIX)
+        require_scale(f"{self._file}: {told(path, 80)}", values, scale)
+        return values, scale
 
     def _read_safetensors(self, paths: list[str]) -> dict[str, np.ndarray]:
         arrays = {}
