@@ -79,7 +79,7 @@ def foreign_names(file: Path) -> list[str]:
 class _Bounded:
     """A stream of which no string of a size that no name has is read."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: IO[bytes] | zipfile.ZipExtFile) -> None:
         self._stream = stream
 
     def read(self, count: int) -> bytes:

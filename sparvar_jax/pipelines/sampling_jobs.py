@@ -47,11 +47,11 @@ class SampleJob:
     guidance), as text; a job is resumed only with the same.
     """
 
-    classes: tuple[int, ...]
+    classes: Sequence[int]
     per_class: int
     batch: int = 64
     seed: int = 0
-    settings: tuple[tuple[str, str], ...] = ()
+    settings: Sequence[Sequence[str]] = ()
 
     def __post_init__(self):
         if not self.classes or len(set(self.classes)) != len(self.classes):

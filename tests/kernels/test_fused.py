@@ -136,6 +136,7 @@ def test_rotary_by_row_is_left_to_the_compiler(monkeypatch):
         np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.unchecked
 def test_rotary_refuses_what_does_not_fit():
     operands, place, _ = rotary_inputs("packed")
     with pytest.raises(ValueError, match="cos and sin must both be"):
