@@ -14,9 +14,12 @@ import jax, numpy as np
 from sparvar_jax.policies import parse_plan
 from sparvar_jax.runtime.generate import Generator
 from sparvar_jax.runtime.placement import Placement, mesh_of
-from tests.house.support import SCHEDULE, draw, model
+from sparvar_jax.plans.schedule import ScaleSchedule
+from tests.house import support
+from tests.house.support import draw, model
 
 jax.config.update("jax_disable_most_optimizations", True)
+support.SCHEDULE = SCHEDULE = ScaleSchedule.of(support.SCHEDULE.sizes[:3])
 told = {"devices": len(jax.devices())}
 one, four = Generator(model()), Generator(model(), placement=Placement(mesh_of(2, 2)))
 for name in ("dense", "sparvar-fast+drop_uncond(1)"):
