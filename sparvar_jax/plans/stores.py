@@ -62,8 +62,11 @@ class Store(Protocol):
         """What a layer keeps before the first scale; every array is a buffer of its own."""
         ...
 
-    def shared(self, shape: CacheShape, whole: RowMap) -> Any:
-        """Buffers that all layers with this store hand on to each other; () for none."""
+    def shared(self, shape: CacheShape, wholes: tuple[RowMap, ...]) -> Any:
+        """Buffers that all layers with this store hand on to each other; () for none.
+
+        wholes: of every such layer; a token rule gives some fewer rows than others.
+        """
         ...
 
     def write(self, kept: Any, shared: Any, write: Write, place: Place) -> tuple[jax.Array, Any]:
@@ -94,7 +97,7 @@ class Full:
     def start(self, shape: CacheShape, whole: RowMap) -> View:
         return View(shape.buffer(whole.total), shape.buffer(whole.total))
 
-    def shared(self, shape: CacheShape, whole: RowMap) -> tuple[()]:
+    def shared(self, shape: CacheShape, wholes: tuple[RowMap, ...]) -> tuple[()]:
         return ()
 
     def write(self, kept: Any, shared: Any, write: Write, place: Place) -> tuple[jax.Array, Any]:

@@ -84,7 +84,8 @@ class View(NamedTuple):
 class Output(NamedTuple):
     """What an attention gives: its result, the state entries it leaves, and what it reports.
 
-    report: arrays for whoever observes a generation; nothing of it enters the picture.
+    report: arrays for whoever observes a generation, rows first and heads second as in a state;
+    nothing of it enters the picture.
     """
 
     out: Float[Array, "R H T D"]

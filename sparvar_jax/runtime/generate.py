@@ -19,7 +19,7 @@ from sparvar_jax.models.sampling import Controls
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime.controls import controls
 from sparvar_jax.runtime.parameters import Parameters
-from sparvar_jax.runtime.placement import Placement
+from sparvar_jax.runtime.placement import PlacedWeights, Placement
 from sparvar_jax.runtime.pool import CachePool
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.runtime.step import ScaleOutput, State, empty_state, pools
@@ -43,6 +43,7 @@ class Generator:
         self._structure: Any = None
         self._pool, self._parameters = CachePool(), Parameters()
         self._reading = threading.Lock()
+        self._weights = None if placement is None else PlacedWeights(placement)
 
     def start(self, plan: Plan, batch: int) -> State:
         """The state before the first scale.
@@ -54,12 +55,12 @@ class Generator:
         if self.placement is None:
             return empty_state(self.model, plan, batch, buffers)
         self.placement.check(batch, self.model.config.heads)
-        shapes = jax.eval_shape(lambda: empty_state(self.model, plan, batch, buffers))
-        where = jax.tree.map(lambda leaf: leaf.sharding, self.placement.state(shapes))
-        state = jax.jit(lambda: empty_state(self.model, plan, batch), out_shardings=where)()
         if buffers is not None:
-            state = dataclasses.replace(state, cache=buffers[0], shared=buffers[1])
-        return state
+            state = empty_state(self.model, plan, batch, buffers)
+            return dataclasses.replace(state, code_sum=self.placement.put_rows(state.code_sum))
+        shapes = jax.eval_shape(lambda: empty_state(self.model, plan, batch))
+        where = jax.tree.map(lambda leaf: leaf.sharding, self.placement.state(shapes))
+        return jax.jit(lambda: empty_state(self.model, plan, batch), out_shardings=where)()
 
     def release(self) -> None:
         """Free the cache buffers kept for the next generation: one set, of the last shape drawn."""
@@ -94,11 +95,13 @@ class Generator:
     ) -> tuple[State, ScaleOutput]:
         """Draw one scale: the unit of generation and of every parity check. Donates `state`.
 
-        forced: tokens to take instead of sampling. capture: also return the input, the hidden
-        state after every block, raw and guided logits.
+        condition, keys, forced: of all pictures, in the order that one device takes; a placement
+        lays them out. state: of `start`. forced: tokens to take instead of sampling. capture: also
+        return the input, the hidden state after every block, raw and guided logits.
         """
         steps, parameters = self._current()
-        forced = _forced(forced)
+        condition, controls, keys = self._placed(condition, controls, keys)
+        forced = self._placed_tokens(forced)
         spec = steps.spec(plan, index, how=how, capture=capture, forced=forced is not None)
         executable = steps.executable(spec, condition, state, controls, keys, forced)
         return steps.run(executable, parameters, condition, state, controls, keys, forced)
@@ -121,18 +124,13 @@ class Generator:
         """
         batch = keys.shape[0]
         steps, parameters = self._current()
-        if self.placement is not None:
-            groups = jax.tree.leaves(condition)[0].shape[0] // batch
-            condition = self.placement.put_rows(condition, groups)
-            keys = self.placement.put_rows(keys)
-            parameters = self.placement.put_parameters(parameters)
-            controls = self.placement.put_parameters(controls)
+        condition, controls, keys = self._placed(condition, controls, keys)
         state = self.start(plan, batch)
         ahead: Any = None
         if forced is None and not capture:
             ahead = steps.compile(plan, condition, batch, how=how)
         for index in range(len(plan.steps)):
-            tokens = None if forced is None else _forced(forced[index])
+            tokens = None if forced is None else self._placed_tokens(forced[index])
             if ahead is None:
                 spec = steps.spec(plan, index, how=how, capture=capture, forced=tokens is not None)
                 executable = steps.executable(spec, condition, state, controls, keys, tokens)
@@ -162,13 +160,25 @@ class Generator:
             if self._steps is None or structure is not self._structure:
                 self._steps = Steps((self.model, self.codebook), self.placement)
                 self._structure = structure
+            if self._weights is not None:
+                parameters = self._weights.of(parameters)
             return self._steps, parameters
+
+    def _placed(self, condition: Any, controls: Controls, keys: Any) -> tuple[Any, Controls, Any]:
+        """What a generation is given, where its steps expect it."""
+        if self.placement is None:
+            return condition, controls, keys
+        batch, put = keys.shape[0], self.placement.put_rows
+        self.placement.check(batch, self.model.config.heads)
+        groups = jax.tree.leaves(condition)[0].shape[0] // batch
+        return put(condition, groups), self.placement.put_parameters(controls), put(keys)
+
+    def _placed_tokens(self, tokens: Forced | jax.Array | None) -> Forced | None:
+        if tokens is not None and not isinstance(tokens, Forced):
+            tokens = Forced(tokens)
+        return tokens if self.placement is None else self.placement.put_rows(tokens)
 
     def _cache_name(self, plan: Plan, batch: int) -> Any:
         """What tells cache buffers apart that do not fit each other."""
         rows = tuple(plan.whole_rows(layer).total for layer in range(plan.depth))
         return batch * plan.row_factor, rows, pools(plan), self.model.config.precision
-
-
-def _forced(tokens: Forced | jax.Array | None) -> Forced | None:
-    return tokens if tokens is None or isinstance(tokens, Forced) else Forced(tokens)

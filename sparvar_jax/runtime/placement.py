@@ -9,7 +9,7 @@ own heads. Weights lie on every device.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,7 +72,7 @@ class Placement:
             in_specs=(whole, rows, (kept, kept, rows), (kept, rows), whole, rows, rows),
             out_specs=(
                 State(kept, kept, kept, rows, rows),  # type: ignore[arg-type]
-                ScaleOutput(rows, rows, rows),  # type: ignore[arg-type]
+                ScaleOutput(rows, rows, kept),  # type: ignore[arg-type]
             ),
             check_vma=False,
         )
@@ -102,11 +102,26 @@ class Placement:
         """
         sharding = NamedSharding(self.mesh, self._rows)
 
-        def put(x: jax.Array) -> jax.Array:
+        def put(x: Any) -> jax.Array:
             parted = x.reshape(groups, self.row_parts, -1, *x.shape[1:])
             return jax.device_put(parted.swapaxes(0, 1).reshape(x.shape), sharding)
 
         return jax.tree.map(put, tree)
+
+    def ordered(self, output: ScaleOutput, batch: int) -> ScaleOutput:
+        """The output with captured and reported rows as one device has them: `put_rows` undone.
+
+        batch: pictures. Arrays of at most so many rows are in order already.
+        """
+
+        def back(x: jax.Array) -> jax.Array:
+            if len(x) <= batch:
+                return x
+            parted = x.reshape(self.row_parts, len(x) // batch, -1, *x.shape[1:])
+            return parted.swapaxes(0, 1).reshape(x.shape)
+
+        captured, reports = jax.tree.map(back, (output.captured, output.reports))
+        return ScaleOutput(output.tokens, captured, reports)
 
     @property
     def _rows(self) -> PartitionSpec:
@@ -116,6 +131,25 @@ class Placement:
     def _cache(self) -> PartitionSpec:
         split = self.head_split
         return PartitionSpec(self.rows, split.axis)
+
+
+class PlacedWeights:
+    """Weights on every device of a mesh, copied again where they changed and nowhere else."""
+
+    def __init__(self, placement: Placement):
+        self._placement = placement
+        self._given: list[Any] = []
+        self._placed: list[Any] = []
+
+    def of(self, parameters: Sequence[Any]) -> list[Any]:
+        """The weights on the mesh; those given before are there already."""
+        if len(parameters) != len(self._given):
+            self._given, self._placed = [None] * len(parameters), [None] * len(parameters)
+        new = [n for n, leaf in enumerate(parameters) if leaf is not self._given[n]]
+        copies = self._placement.put_parameters([parameters[n] for n in new])
+        for n, copy in zip(new, copies, strict=True):
+            self._given[n], self._placed[n] = parameters[n], copy
+        return list(self._placed)
 
 
 def _shaped(tree: Any, sharding: NamedSharding) -> Any:

@@ -16,6 +16,7 @@ from sparvar_jax.models.family import Draw, How, ScaleModel
 from sparvar_jax.models.layers import Stream
 from sparvar_jax.plans.attend import Attend, HeadSplit
 from sparvar_jax.plans.plan import Plan, Step
+from sparvar_jax.plans.rows import RowMap
 from sparvar_jax.plans.stores import CacheShape, Store, Write
 from sparvar_jax.plans.strategy import AllTokens, Place
 
@@ -126,11 +127,13 @@ def empty_state(
 
 def empty_buffers(plan: Plan, shape: CacheShape) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """(what every layer keeps, what layers share) before the first scale."""
-    layers, pooled = range(plan.depth), pools(plan)
-    first = {store: next(n for n in layers if plan.store(n) == store) for store in pooled}
+    layers = range(plan.depth)
+    wholes: dict[Store, list[RowMap]] = {store: [] for store in pools(plan)}
+    for layer in layers:
+        wholes[plan.store(layer)].append(plan.whole_rows(layer))
     return (
         tuple(plan.store(layer).start(shape, plan.whole_rows(layer)) for layer in layers),
-        tuple(store.shared(shape, plan.whole_rows(first[store])) for store in pooled),
+        tuple(store.shared(shape, tuple(maps)) for store, maps in wholes.items()),
     )
 
 

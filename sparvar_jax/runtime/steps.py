@@ -76,6 +76,8 @@ class Steps:
 
         condition: arrays or shapes. Plans may be compiled at once in several threads.
         """
+        if self.placement:
+            self.placement.check(batch, self.model.config.heads)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(condition))
         name = (plan, batch, how, shapes)
         if name not in self._plans:
@@ -138,7 +140,8 @@ class Steps:
     ) -> tuple[State, ScaleOutput]:
         """Draw one scale with the weights given. Donates `state`."""
         donated, read = split_state(state)
-        return executable(parameters, condition, donated, read, controls, keys, forced)
+        state, output = executable(parameters, condition, donated, read, controls, keys, forced)
+        return state, self.placement.ordered(output, len(keys)) if self.placement else output
 
     def spec(self, plan: Plan, index: int, **options: Any) -> StepSpec:
         """The static part of a step for this model. options: as in `step_spec`."""

@@ -77,7 +77,7 @@ class Observed:
         found = measure(q[:1], view.k[:1], place, self.options)
         first = View(view.k[:1], view.v[:1])
         found["kept"] = kept_blocks(self.inner, q[:1], first, place, state, self.options.block)
-        return output._replace(report=found)
+        return output._replace(report={name: value[None] for name, value in found.items()})
 
 
 def measure(
@@ -181,9 +181,9 @@ def observe(plan: Plan, options: Options) -> Plan:
 
 
 def collect(outputs: Sequence[ScaleOutput]) -> Found:
-    """What the layers of an observed generation reported."""
+    """What the layers of an observed generation reported of the first picture."""
     return {
-        (scale, layer): {name: np.asarray(value) for name, value in report.items()}
+        (scale, layer): {name: np.asarray(value[0]) for name, value in report.items()}
         for scale, output in enumerate(outputs)
         for layer, report in enumerate(output.reports)
         if report

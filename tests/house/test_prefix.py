@@ -246,11 +246,11 @@ def one_pass(model, condition, codes, schedule) -> Float[Array, "R T logits"]:
 @pytest.fixture(scope="module")
 def drawn():
     """(model, condition, schedule, input codes, outputs) of a picture drawn after its text."""
-    schedule = ScaleSchedule.of(((1, 1), (2, 2), (4, 6)), prefix=7)
+    schedule = ScaleSchedule.of(((1, 1), (2, 2), (4, 6)), prefix=300)
     generator = generate.Generator(lively(TextFirst, CONFIG))
-    text = jax.random.normal(jax.random.key(1), (2, 7, 128))
+    text = jax.random.normal(jax.random.key(1), (2, 300, 128))
     embed = jax.jit(lambda model, *text: model.embed_condition(*text, "learned"))
-    condition = embed(generator.model, text, jnp.array([7, 7]))
+    condition = embed(generator.model, text, jnp.array([300, 300]))
     controls = generate.controls(len(schedule), guidance=2.0, temperature=1.0)
     codes, outputs = [], []
     plan, keys = dense_plan(schedule, 2, layout="aligned"), sampling.image_keys(0, 2)

@@ -11,14 +11,12 @@ import pytest
 from sparvar_jax.models import sampling
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.models.layers import Stream
-from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.plan import dense_plan, map_segments
-from sparvar_jax.plans.rows import Slot
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.strategy import Place
 from sparvar_jax.policies import csla
 from sparvar_jax.runtime import generate
-from tests.house.support import lively
+from tests.house.support import lively, over_lists
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (6, 8), (10, 12)))
 CONFIG = InfinityConfig(3, 64, 2, text_width=128, bits=8, dtype="float32")
@@ -110,17 +108,8 @@ def plain_scale(model, condition, codes, past, *, place):
             kept, full = jnp.sort(order[:, : place.scale.tokens // 2], axis=-1), x
             x = jnp.stack([x[row, kept[row]] for row in range(len(x))])
             positions = tuple(jnp.stack([t[places] for places in kept]) for t in positions)
-
-        def attention(write, own=lists[layer], x=x):
-            empty = jnp.zeros((len(x), CONFIG.heads, x.shape[1], CONFIG.head_dim))
-            q, k, v = write(empty, empty, Slot(0, x.shape[1], x.shape[1]))
-            own.append((k, v))
-            keys, values = (jnp.concatenate(part, 2) for part in zip(*own, strict=True))
-            weights = jax.nn.softmax(jnp.einsum("rhtd,rhsd->rhts", q, keys, precision="highest"))
-            return jnp.einsum("rhts,rhsd->rhtd", weights, values, precision="highest")
-
-        inputs = model.block_inputs(layer, condition)
-        x = block(Stream(x), inputs, positions, Attend(attention), CONFIG).settled()
+        inputs, attend = model.block_inputs(layer, condition), over_lists(lists[layer], x, CONFIG)
+        x = block(Stream(x), inputs, positions, attend, CONFIG).settled()
     if kept is not None:
         for row in range(len(x)):
             full = full.at[row, kept[row]].set(x[row])
