@@ -80,7 +80,7 @@ class CrossAttention(nnx.Module):
         keys = jnp.einsum("chd,rhmd->rchm", query_map, key, **single) * head_dim**-0.5
         return FoldedText(
             keys.astype(key.dtype),
-            jnp.einsum("rhmd,hdc->rhmc", value, output_map),
+            _mapped(value, output_map),
             pallas_kernels.text_offsets(mask, key, bias),
         )
 
@@ -97,6 +97,20 @@ class CrossAttention(nnx.Module):
         query = layers.product(self.q, x)
         out = pallas_kernels.cross_attention(query, *text, implementation=fused)
         return layers.product(self.proj, out)
+
+
+def _mapped(
+    value: Float[Array, "R H M D"], output_map: Float[Array, "H D C"]
+) -> Float[Array, "R H M C"]:
+    """Every head's values through its part of the output's map.
+
+    Rows and tokens are one axis, so that this is a plain batched product: with the batch axis
+    between two free ones, XLA on CPUs takes a loop that sums in the operands' bfloat16.
+    """
+    rows, heads, tokens, head_dim = value.shape
+    joined = value.swapaxes(0, 1).reshape(heads, rows * tokens, head_dim)
+    out = jnp.einsum("hnd,hdc->hnc", joined, output_map)
+    return out.reshape(heads, rows, tokens, -1).swapaxes(0, 1)
 
 
 def _attend_folded(x: Float[Array, "R T C"], text: FoldedText) -> Float[Array, "R T C"]:
