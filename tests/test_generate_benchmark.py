@@ -248,7 +248,8 @@ def test_the_curve_of_sizes_is_ordered_and_needs_its_file(tmp_path):
         sizes_chart.main([str(tmp_path)])
     record.write("generate-sizes", rows[:3], folder=str(tmp_path))
     sizes_chart.main([str(tmp_path)])
-    assert Image.open(tmp_path / "generate-sizes.png").width > 500
+    with Image.open(tmp_path / "generate-sizes.png") as picture:
+        assert picture.width > 500
 
 
 @pytest.mark.slow

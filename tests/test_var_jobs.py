@@ -53,6 +53,11 @@ def start(out) -> subprocess.Popen:
     return worker
 
 
+def finish(out) -> None:
+    with start(out) as worker:
+        assert worker.wait() == 0
+
+
 def test_uninterrupted_file(tmp_path):
     out, calls = tmp_path / "samples.npz", []
     assert run_job(JOB, fake_draw, out, lambda *call: calls.append(call))
@@ -78,12 +83,12 @@ def test_kills_at_random_points_change_nothing(tmp_path):
         kills += worker.wait() == -signal.SIGKILL
         worker.communicate()
         if draw.random() < 0.1:
-            assert start(out).wait() == 0
+            finish(out)
         if out.exists():
             assert out.read_bytes() == whole.read_bytes()
             finished += 1
             out = tmp_path / f"run{finished}.npz"
-    assert start(out).wait() == 0
+    finish(out)
     assert out.read_bytes() == whole.read_bytes()
 
 

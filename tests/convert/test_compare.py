@@ -43,7 +43,8 @@ def test_an_equal_transformer_passes_at_every_scale_and_layer(transformer, tmp_p
     content = json.loads(report.read_text())
     assert content["passed"]
     assert len(content["rows"]) == len(found.rows)
-    assert Image.open(plot).size == (960, 540)
+    with Image.open(plot) as picture:
+        assert picture.size == (960, 540)
 
 
 def test_a_changed_weight_fails_from_its_layer_on(transformer, tmp_path):
