@@ -165,6 +165,7 @@ def test_bad_calls_of_generate(model, tmp_path, arguments, message, capsys):
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
 
 
+@pytest.mark.filterwarnings("default")  # as for users
 def test_a_long_prompt_is_cut_with_one_warning(model, tmp_path, capsys):
     out = tmp_path / "x.png"
     arguments = ["--model", str(model), "--out", str(out), "--plan", "skip_last_scales(6)"]
