@@ -20,6 +20,7 @@ from pallas_kernels.fused import (
     text_offsets,
 )
 from pallas_kernels.hopper import backend as _hopper
+from pallas_kernels.quantised import Eight, quantise, quantised_matmul
 from pallas_kernels.sparsity import (
     BlockTable,
     Geometry,
@@ -39,6 +40,7 @@ for _op in _calls.OPS:
 
 __all__ = [
     "BlockTable",
+    "Eight",
     "Geometry",
     "KeyGrid",
     "attention",
@@ -51,6 +53,8 @@ __all__ = [
     "csla_blocks",
     "dense_blocks",
     "implementation_used",
+    "quantise",
+    "quantised_matmul",
     "residual_norm",
     "rotary_to_cache",
     "select_columns",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.fused_shapes import Rows, Vector
 from pallas_kernels.sparsity import BlockTable, Gaps, Geometry
@@ -144,6 +144,20 @@ class CrossAttention(Call):
     scale: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantisedMatmul(Call):
+    """Scales are one a row, or one a row and block; an 8-bit result comes with its own."""
+
+    op = "quantised_matmul"
+    values: Shaped[Array, "R T C"]
+    scale: Float[Array, "blocks R T"]
+    weight: Shaped[Array, "O C"]
+    weight_scale: Float[Array, " O"]
+    bias: Float[Array, " O"]
+    gelu: bool
+    dtype: jnp.dtype
+
+
 OPS = tuple(
     kind.op
     for kind in (
@@ -157,6 +171,7 @@ OPS = tuple(
         RotaryToCache,
         TextMemory,
         CrossAttention,
+        QuantisedMatmul,
     )
 )
 """Names of all operations."""

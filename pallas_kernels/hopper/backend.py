@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+
 from pallas_kernels import calls
 from pallas_kernels.backends import Backend, nothing
 from pallas_kernels.hopper import reasons, tuning
@@ -141,6 +143,19 @@ def _cross_attention(call: calls.CrossAttention) -> Any:
     )
 
 
+def _quantised_matmul(call: calls.QuantisedMatmul) -> Any:
+    from pallas_kernels.hopper import quantised_matmul as kernel
+
+    blocks, rows, tokens = call.scale.shape
+    out = kernel.quantised_matmul(
+        call.values.reshape(rows * tokens, -1), call.scale.reshape(blocks, -1), call.weight,
+        jnp.stack([call.weight_scale, call.bias]), gelu=call.gelu, dtype=call.dtype,
+        config=kernel.MatmulConfig(), ctas=call.device.multiprocessors,
+    )  # fmt: skip
+    values = out[0].reshape(rows, tokens, -1)
+    return values if len(out) == 1 else (values, out[1].reshape(-1, rows, tokens))
+
+
 def served() -> dict[str, Backend]:
     """The backend of every operation."""
     return {
@@ -154,6 +169,7 @@ def served() -> dict[str, Backend]:
         "rotary_to_cache": _backend(reasons.rotary_reason, _rotary_to_cache),
         "text_memory": _backend(reasons.text_reason, _text_memory),
         "cross_attention": _backend(reasons.cross_reason, _cross_attention),
+        "quantised_matmul": _backend(reasons.matmul_reason, _quantised_matmul),
     }
 
 

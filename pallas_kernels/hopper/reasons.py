@@ -109,6 +109,20 @@ def rotary_reason(call: calls.RotaryToCache) -> str:
     return ""
 
 
+def matmul_reason(call: calls.QuantisedMatmul) -> str:
+    """Device, and sizes that its copies and tiles take."""
+    outputs, inputs = call.weight.shape
+    if reason := device_reason(call.device):
+        return reason
+    if inputs % 128 or outputs % 128:
+        return f"the 8-bit product takes sizes in steps of 128; got {inputs} x {outputs}"
+    if call.scale.shape[1] * call.scale.shape[2] % 4:
+        return "the 8-bit product takes rows in steps of 4, as its copies of their scales do"
+    if call.dtype == jnp.float32:
+        return "the 8-bit product gives 16 or 8 bits; got float32"
+    return ""
+
+
 def cross_reason(call: calls.CrossAttention) -> str:
     """Device, dtypes, and the size of the text."""
     return device_reason(call.device) or _text_reason(call.q.dtype, call.k, call.v)

@@ -7,7 +7,7 @@ from typing import Any
 from pallas_kernels import calls
 from pallas_kernels.backends import Backend, nothing
 from pallas_kernels.selection import select_top
-from pallas_kernels.xla import attention, fused
+from pallas_kernels.xla import attention, fused, quantised
 
 NAME = "xla"
 
@@ -71,6 +71,13 @@ def _cross_attention(call: calls.CrossAttention) -> Any:
     return fused.cross_attention(call.q, call.k, call.v, call.offsets, call.scale)
 
 
+def _quantised_matmul(call: calls.QuantisedMatmul) -> Any:
+    return quantised.quantised_matmul(
+        call.values, call.scale, call.weight, call.weight_scale, call.bias, gelu=call.gelu,
+        dtype=call.dtype,
+    )  # fmt: skip
+
+
 SERVED = {
     "attention": Backend(NAME, nothing, _attention),
     "block_sparse_attention": Backend(NAME, nothing, _block_sparse_attention),
@@ -82,5 +89,6 @@ SERVED = {
     "rotary_to_cache": Backend(NAME, nothing, _rotary_to_cache),
     "text_memory": Backend(NAME, nothing, _text_memory),
     "cross_attention": Backend(NAME, nothing, _cross_attention),
+    "quantised_matmul": Backend(NAME, nothing, _quantised_matmul),
 }
 """The backend of every operation."""

@@ -1,0 +1,323 @@
+"""Products of 8-bit operands on Hopper: persistent tiles, scales and what follows in the epilogue.
+
+A CTA walks output tiles in a snake, so that neighbours share operands in the L2 cache. A producer
+warpgroup brings stages of 128 columns of both operands with TMA and runs ahead across tiles; two
+consumer warpgroups own 64 of a tile's rows each. Both operands lie with K innermost, as WGMMA takes
+8-bit ones.
+
+With one scale a row (`blocks` 1) the tensor cores sum over all of K: in int32 exactly, in float32
+for e4m3 as Hopper sums. With one scale for each 256 columns every two stages are summed from zero
+and added, scaled, to a float32 sum. The tile's columns are then taken in two halves, for which the
+registers suffice: while one warpgroup adds, the other multiplies.
+"""
+
+# Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPrivateImportUsage=false, reportReturnType=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Shaped
+
+from pallas_kernels.hopper import _mosaic as mosaic
+from pallas_kernels.xla.quantised import BLOCK, LARGEST
+
+DEPTH = 128
+"""Columns of K in a stage."""
+CONSUMERS = 2
+ROWS = 64
+"""Rows of a warpgroup."""
+TILE_ROWS = ROWS * CONSUMERS
+TILE_COLUMNS = BLOCK
+HALF = TILE_COLUMNS // 2
+_ROUNDING = 12582912.0  # 1.5 * 2^23: adding it leaves no bits behind the point
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatmulConfig:
+    """stages: of both operands in shared memory. snake: tiles across before the walk turns.
+
+    along: which tile coordinate changes first, 0 for rows and 1 for columns.
+    """
+
+    stages: int = 4
+    snake: int = 8
+    along: int = 0
+
+
+def quantised_matmul(
+    x: Shaped[Array, "M K"],
+    x_scale: Float[Array, "blocks M"],
+    weight: Shaped[Array, "N K"],
+    columns: Float[Array, "2 N"],
+    *,
+    gelu: bool,
+    dtype: jnp.dtype,
+    config: MatmulConfig,
+    ctas: int,
+) -> tuple[Array, ...]:
+    """(out [M, N] in `dtype`,), and for 8 bits their scales [N / 256, M].
+
+    columns: channel scales and biases.
+    """
+    rows, width = x.shape[0], weight.shape[0]
+    quantise = dtype in LARGEST
+    out_type = [jax.ShapeDtypeStruct((rows, width), dtype)]
+    if quantise:
+        out_type.append(jax.ShapeDtypeStruct((width // BLOCK, rows), jnp.float32))
+    blockwise = x_scale.shape[0] > 1
+
+    def quantised_matmul_kernel(*refs, **scratch):
+        names = ["x", "x_scale", "weight", "columns", "out", "out_scale"]
+        gmem = dict(zip(names, refs, strict=False))
+        _Matmul(gmem, scratch, config, gelu, blockwise).run()
+
+    return tuple(
+        mosaic.kernel(
+            quantised_matmul_kernel,
+            out_type=out_type,
+            grid=(ctas,),
+            num_threads=CONSUMERS + 1,
+            scratch_types=_scratch(config, x.dtype, dtype, blockwise),
+            compiler_params=mosaic.compiler_params(),
+        )(x, x_scale, weight, columns)
+    )
+
+
+def _scratch(config: MatmulConfig, dtype, out_dtype, blockwise: bool) -> dict[str, Any]:
+    stages = config.stages
+    quantise = out_dtype in LARGEST
+    width, slots = (128, 1) if quantise else (32, 3)
+    buffers = dict(
+        x_smem=_tiled((stages, TILE_ROWS, DEPTH), dtype),
+        w_smem=_tiled((stages, TILE_COLUMNS, DEPTH), dtype),
+        out_smem=_tiled((CONSUMERS, slots, ROWS, width), out_dtype),
+        rows_smem=plgpu.SMEM((stages // 2 if blockwise else 1, TILE_ROWS), jnp.float32),
+        columns_smem=plgpu.SMEM((2, TILE_COLUMNS), jnp.float32),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        empty=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+        side_full=plgpu.Barrier(num_arrivals=1 if blockwise else 2),
+        side_empty=plgpu.Barrier(num_arrivals=CONSUMERS),
+    )
+    if blockwise:
+        buffers["scales_full"] = plgpu.Barrier(num_barriers=stages // 2)
+    if quantise:
+        buffers["scale_smem"] = plgpu.SMEM((TILE_ROWS,), jnp.float32)
+    return buffers
+
+
+def _tiled(shape: tuple[int, ...], dtype):
+    """Shared memory in the swizzled tiling that TMA and WGMMA agree on."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = min(128, shape[-1] * size)
+    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+class _Matmul:
+    """The walk of one CTA over its tiles."""
+
+    def __init__(self, gmem: dict[str, Any], scratch: dict[str, Any], config, gelu, blockwise):
+        self.gmem, self.config, self.gelu, self.blockwise = gmem, config, gelu, blockwise
+        for name, ref in scratch.items():
+            setattr(self, name, ref)
+        rows, depth = gmem["x"].shape
+        self.steps = depth // DEPTH
+        self.across = pl.cdiv(rows, TILE_ROWS), pl.cdiv(gmem["weight"].shape[0], TILE_COLUMNS)
+        self.dtype = gmem["x"].dtype
+        self.sums = jnp.int32 if self.dtype == jnp.int8 else jnp.float32
+
+    def run(self) -> None:
+        """Dispatch this warpgroup to its role."""
+        warpgroup = lax.axis_index("wg")
+        pl.when(warpgroup < CONSUMERS)(lambda: self.consume(warpgroup))
+        pl.when(warpgroup == CONSUMERS)(self.produce)
+
+    def for_tiles(self, body) -> None:
+        """Run `body(row tile, column tile, stages before)` for this CTA's tiles."""
+        cta, ctas = lax.axis_index("sm"), lax.axis_size("sm")
+        tiles = self.across[0] * self.across[1]
+
+        def tile(number, carry):
+            index = cta + number * ctas
+            row, column = plgpu.planar_snake(
+                index, self.across, self.config.along, self.config.snake
+            )
+            body(row, column, number * self.steps)
+            return carry
+
+        lax.fori_loop(0, lax.div(tiles - cta + ctas - 1, ctas), tile, None)
+
+    def produce(self) -> None:
+        """Fill the stages, and what the epilogue needs."""
+        plgpu.set_max_registers(40, action="decrease")
+
+        def tile(row, column, first):
+            rows = pl.ds(row * TILE_ROWS, TILE_ROWS)
+            columns = pl.ds(column * TILE_COLUMNS, TILE_COLUMNS)
+
+            def step(k):
+                stage = lax.rem(first + k, self.config.stages)
+                depth = pl.ds(k * DEPTH, DEPTH)
+                plgpu.barrier_wait(self.empty.at[stage])
+                full = self.full.at[stage]
+                plgpu.copy_gmem_to_smem(self.gmem["x"].at[rows, depth], self.x_smem.at[stage], full)
+                plgpu.copy_gmem_to_smem(
+                    self.gmem["weight"].at[columns, depth], self.w_smem.at[stage], full
+                )
+
+            def block(k):
+                pair = lax.rem(lax.div(first, 2) + k, self.config.stages // 2)
+                step(2 * k)
+                plgpu.copy_gmem_to_smem(
+                    self.gmem["x_scale"].at[k, rows],
+                    self.rows_smem.at[pair],
+                    self.scales_full.at[pair],
+                )
+                step(2 * k + 1)
+
+            if self.blockwise:
+                pl.loop(0, self.steps // 2)(block)
+            else:
+                pl.loop(0, self.steps)(step)
+            # Last, since it waits for the epilogue of the tile before.
+            plgpu.barrier_wait(self.side_empty)
+            plgpu.copy_gmem_to_smem(
+                self.gmem["columns"].at[:, columns], self.columns_smem, self.side_full
+            )
+            if not self.blockwise:
+                scales = self.gmem["x_scale"].at[0, rows]
+                plgpu.copy_gmem_to_smem(scales, self.rows_smem.at[0], self.side_full)
+
+        self.for_tiles(tile)
+
+    def consume(self, warpgroup) -> None:
+        """Own half of the rows of every tile."""
+        plgpu.set_max_registers(232, action="increase")
+        for stage in range(self.config.stages):
+            plgpu.barrier_arrive(self.empty.at[stage])
+        plgpu.barrier_arrive(self.side_empty)
+        self.own = pl.ds(warpgroup * ROWS, ROWS)
+
+        def tile(row, column, first):
+            halves = self._blockwise_sums(first) if self.blockwise else self._sums(first)
+            plgpu.barrier_wait(self.side_full)
+            self._leave(halves, row, column, warpgroup)
+            plgpu.barrier_arrive(self.side_empty)
+
+        self.for_tiles(tile)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _sums(self, first) -> list[Float[Array, "64 128"]]:
+        """The tile's sums over K, not scaled, in two halves of the columns."""
+
+        def multiply(sums):
+            def step(k, carry):
+                stage = lax.rem(first + k, self.config.stages)
+                plgpu.barrier_wait(self.full.at[stage])
+                rows = self.x_smem.at[stage, self.own]
+                plgpu.wgmma(sums, rows, mosaic.transposed(self.w_smem.at[stage]))
+                # The product before this one is done, and with it its stage.
+                plgpu.wgmma_wait(1)
+                before = lax.rem(first + k + self.config.stages - 1, self.config.stages)
+                pl.when(k > 0)(lambda: plgpu.barrier_arrive(self.empty.at[before]))
+                return carry
+
+            lax.fori_loop(0, self.steps, step, None)
+            return sums[...]
+
+        sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, TILE_COLUMNS), self.sums))
+        last = lax.rem(first + self.steps - 1, self.config.stages)
+        plgpu.barrier_arrive(self.empty.at[last])
+        return [sums[:, :HALF].astype(jnp.float32), sums[:, HALF:].astype(jnp.float32)]
+
+    def _blockwise_sums(self, first) -> list[Float[Array, "64 128"]]:
+        """The tile's sums over K with the row scales of every block, in two halves of columns."""
+
+        def block(k, totals):
+            pair = lax.rem(lax.div(first, 2) + k, self.config.stages // 2)
+            stages = 2 * pair, 2 * pair + 1
+            plgpu.barrier_wait(self.scales_full.at[pair])
+            scale = mosaic.load(self.rows_smem.at[pair, self.own], mosaic.ROW)
+            added = []
+            for half, total in enumerate(totals):
+                columns = pl.ds(half * HALF, HALF)
+
+                def multiply(sums, columns=columns, half=half):
+                    for stage in stages:
+                        if half == 0:
+                            plgpu.barrier_wait(self.full.at[stage])
+                        x, weight = self.x_smem.at[stage, self.own], self.w_smem.at[stage, columns]
+                        plgpu.wgmma(sums, x, mosaic.transposed(weight))
+                    return sums[...]
+
+                accumulator = plgpu.ACC((ROWS, HALF), self.sums)
+                sums = pl.run_scoped(multiply, accumulator).astype(jnp.float32)
+                if half == 1:
+                    for stage in stages:
+                        plgpu.barrier_arrive(self.empty.at[stage])
+                added.append(total + sums * mosaic.spread(scale, total))
+            return tuple(added)
+
+        zero = mosaic.zero_output(HALF)
+        return list(lax.fori_loop(0, self.steps // 2, block, (zero, zero)))
+
+    def _leave(self, halves: list[Float[Array, "64 128"]], row, column, warpgroup) -> None:
+        """Scale, bias, GELU, and the way to global memory."""
+        place = pl.ds(row * TILE_ROWS + warpgroup * ROWS, ROWS)
+        halves = [self._finished(y, half * HALF) for half, y in enumerate(halves)]
+        if "out_scale" in self.gmem:
+            halves = self._quantised(*halves)
+        slots, width = self.out_smem.shape[1], self.out_smem.shape[-1]
+        for number, left in enumerate(range(0, TILE_COLUMNS, width)):
+            out, within = self.out_smem.at[warpgroup, number % slots], left % HALF
+            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            out[...] = halves[left // HALF][:, within : within + width].astype(out.dtype)
+            plgpu.commit_smem()
+            columns = pl.ds(column * TILE_COLUMNS + left, width)
+            plgpu.copy_smem_to_gmem(out, self.gmem["out"].at[place, columns])
+        if "out_scale" in self.gmem:
+            plgpu.copy_smem_to_gmem(
+                self.scale_smem.at[self.own], self.gmem["out_scale"].at[column, place]
+            )
+
+    def _finished(self, y: Float[Array, "64 128"], left: int) -> Float[Array, "64 128"]:
+        """Sums from column `left` of the tile on, with scales, biases and GELU."""
+        columns = pl.ds(left, HALF)
+        if not self.blockwise:
+            rows = mosaic.load(self.rows_smem.at[0, self.own], mosaic.ROW)
+            y = y * mosaic.spread(rows, y)
+        scale = mosaic.load(self.columns_smem.at[0, columns], mosaic.COLUMN)
+        bias = mosaic.load(self.columns_smem.at[1, columns], mosaic.COLUMN)
+        y = y * lax.broadcast_in_dim(scale, y.shape, [1])
+        y = y + lax.broadcast_in_dim(bias, y.shape, [1])
+        return _gelu(y) if self.gelu else y
+
+    def _quantised(self, left: Array, right: Array) -> list[Array]:
+        """The rows as multiples of their scales, which are left in shared memory."""
+        dtype = jnp.dtype(self.gmem["out"].dtype)
+        largest = LARGEST[dtype]
+        top = jnp.maximum(jnp.abs(left).max(axis=1), jnp.abs(right).max(axis=1))
+        top = jnp.maximum(top, 1e-30)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        self.scale_smem[self.own] = top * (1.0 / largest)
+        halves = [y * mosaic.spread(largest / top, y) for y in (left, right)]
+        if dtype == jnp.int8:
+            halves = [((y + _ROUNDING) - _ROUNDING).astype(jnp.int32) for y in halves]
+        return halves
+
+
+def _gelu(x: Float[Array, "64 128"]) -> Float[Array, "64 128"]:
+    """GELU by its tanh formula."""
+    inner = x * (0.7978845608028654 + 0.035677408136300125 * (x * x))
+    half = 0.5 * x
+    return half + half * jnp.tanh(inner)
