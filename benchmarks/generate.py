@@ -22,13 +22,15 @@ from benchmarks.generate_run import Options, Row, run
 from benchmarks.generate_suites import SUITES
 from sparvar_jax.cli import console
 
-KEY = ("model", "plan", "batch", "size", "text", "dtype", "fused")
+KEY = ("model", "plan", "batch", "size", "text", "dtype", "fused", "matrices")
 TRACED_KERNELS = 30
 
 
 def line(row: Row) -> str:
     """One row in one line of text."""
     head = f"{row['model']} x{row['batch']} {row['size'] or ''} {row['text']} {row['plan']}"
+    if "matrices" in row:
+        head += f" {row['matrices']}"
     if "failed" in row:
         return f"{head}: {row['failed']}"
     if row.get("check"):
@@ -60,6 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=Options.repeats)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--fused", choices=("hopper", "xla"), help="the fused operations")
+    parser.add_argument("--matrices", choices=("dense", "int8"), default="dense")
     parser.add_argument("--trace", action="store_true", help="also sum GPU time by kernel")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, help="compare with XLA")
     parser.add_argument("--out", help="folder, default benchmarks/results/DEVICE")
@@ -72,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.use_compilation_cache()
     suite = SUITES[asked.suite].asked(asked.models, asked.plans, asked.batches, asked.sizes)
     check = suite.check if asked.check is None else asked.check
-    options = Options(asked.repeats, asked.dtype, asked.fused, asked.trace, check)
+    options = Options(asked.repeats, asked.dtype, asked.fused, asked.matrices, asked.trace, check)
 
     def report(row: Row) -> None:
         record.add(f"generate-{asked.suite}", row, key=KEY, folder=asked.out)

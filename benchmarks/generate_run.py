@@ -30,12 +30,14 @@ Row = dict[str, Any]
 class Options:
     """How rows are measured. dtype, fused: None is the default of the device and of the kernels.
 
+    matrices: "int8" rounds those of the transformer's blocks to 8 bits, with what they multiply.
     trace: also sum GPU time by kernel. check: compare rows with XLA.
     """
 
     repeats: int = 5
     dtype: str | None = None
     fused: str | None = None
+    matrices: str = "dense"
     trace: bool = False
     check: bool = True
 
@@ -86,7 +88,9 @@ class Loader:
         if self._parts is None:
             before = time.perf_counter()
             dtype, fused = self._options.dtype, self._options.fused
-            self._parts = models.build(group.model, dtype=dtype, fused=fused)
+            self._parts = models.build(
+                group.model, dtype=dtype, fused=fused, matrices=self._options.matrices
+            )
             self.weights_seconds = time.perf_counter() - before
             self._model = group.model
         if group.text == "encoder":
@@ -162,6 +166,7 @@ def _base_row(group: Group, bench: Bench, options: Options, weights_seconds: flo
         "text": group.text,
         "dtype": compute_dtype(options.dtype),
         "fused": options.fused or "default",
+        **({} if options.matrices == "dense" else {"matrices": options.matrices}),
         "weights": bench.parts.weights,
         "weights_seconds": weights_seconds,
     }

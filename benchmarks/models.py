@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from sparvar_jax.models import layers
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.models.t5 import T5Config, T5Encoder
@@ -65,14 +66,19 @@ class Parts:
         return getattr(self.tokenizer, "codebook", None)
 
 
-def build(name: str, *, dtype: str | None = None, fused: Any = None) -> Parts:
+def build(
+    name: str, *, dtype: str | None = None, fused: Any = None, matrices: str = "dense"
+) -> Parts:
     """A released shape by name with random weights, or a model directory without text encoder.
 
     dtype: None is what suits the device. fused: implementation of the fused operations, None for
-    the default. Raises ValueError for an unknown name.
+    the default. matrices: "int8" rounds those of the transformer's blocks, with their inputs.
+    Raises ValueError for an unknown name.
     """
     folder, dtype = Path(name), loading.compute_dtype(dtype)
     parts = _from_directory(folder, dtype) if folder.is_dir() else _from_preset(name, dtype)
+    if matrices == "int8":
+        layers.narrow(parts.transformer)
     if fused is not None:
         model = parts.transformer
         model.config = dataclasses.replace(model.config, fused=fused)
@@ -138,8 +144,11 @@ def bytes_of(module: Any) -> int:
 
 
 def without_kernels(model: Any) -> Any:
-    """The same weights with the fused operations left to XLA."""
+    """The same weights with fused operations and 8-bit products left to XLA."""
     plain = nnx.merge(*nnx.split(model))
+    for _, part in nnx.iter_modules(plain):
+        if isinstance(part, layers.Linear):
+            part.implementation = "xla"
     plain.config = dataclasses.replace(model.config, fused="xla")
     return plain
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels import backends, calls, support
 from pallas_kernels.backends import Implementation
 from pallas_kernels.fused_shapes import MAX_LOG_TEMPERATURE, Rows, VectorLike, as_vector
+from pallas_kernels.quantised import LARGEST, Eight
 
 __all__ = ["cross_attention", "residual_norm", "rotary_to_cache", "text_memory", "text_offsets"]
 
@@ -29,13 +30,14 @@ def residual_norm(
     one_plus: bool = True,
     dtype: DTypeLike = jnp.bfloat16,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"]]:
+) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"] | Eight]:
     """`x + gain * (branch + bias)` in float32, and `LN(that) * (1 + scale) + shift` in `dtype`.
 
     LN has no affine part, epsilon 1e-6 and a biased variance. `one_plus=False` multiplies by
     `scale` alone: an affine norm. Without `branch` the first result is x itself. Vectors are [C],
     [R, C], or (table [R, K, C], k), which reads row k of a table without slicing it; of more than
-    R rows the first are meant.
+    R rows the first are meant. A `dtype` of 8 bits gives the second result as `Eight`, one scale a
+    row.
     """
     rows, _, width = x.shape
     if branch is None and (gain is not None or bias is not None):
@@ -52,7 +54,8 @@ def residual_norm(
         device=support.device_of(x, branch, vectors), x=x, branch=branch, vectors=vectors,
         one_plus=one_plus, dtype=jnp.dtype(dtype),
     )  # fmt: skip
-    return backends.serve(call, implementation)
+    x, y = backends.serve(call, implementation)
+    return x, Eight(*y) if call.dtype in LARGEST else y
 
 
 def rotary_to_cache(

@@ -203,6 +203,12 @@ def apply_words(scores: Float[Array, "64 64"], words: Int[Array, "128"]) -> Floa
     return emit(scores, words)
 
 
+def round_to_whole(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """Numbers below 2^22 to the nearest integers."""
+    shift = 12582912.0  # 1.5 * 2^23: with it added no bits are left behind the point
+    return ((x + shift) - shift).astype(jnp.int32)
+
+
 def _signed_bit(position: int) -> int:
     """The int32 with one bit set."""
     return -(1 << 31) if position == 31 else 1 << position

@@ -25,7 +25,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.fused_shapes import EPSILON, Vector
 from pallas_kernels.hopper import _mosaic as mosaic
+from pallas_kernels.hopper._mosaic import round_to_whole
 from pallas_kernels.shapes import ceil_div
+from pallas_kernels.xla.quantised import LARGEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,11 @@ def residual_norm(
     dtype: DTypeLike,
     config: NormConfig,
     multiprocessors: int,
-) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"]]:
-    """(x + gain * (branch + bias), its modulated norm); `vectors` may lack "gain" and "bias"."""
+) -> tuple[Float[Array, "R T C"], Array | tuple[Array, Array]]:
+    """(x + gain * (branch + bias), its modulated norm); `vectors` may lack "gain" and "bias".
+
+    In 8 bits the norm is its values and one scale a row [1, R, T].
+    """
     operands = {"x": x} if branch is None else {"x": x, "branch": branch}
     operands |= {name: table for name, (table, _) in vectors.items()}
     out = _call(
@@ -63,31 +68,36 @@ def residual_norm(
         resident=config.resident,
         ctas=config.ctas * multiprocessors,
     )
-    return (x if branch is None else out[1]), out[0]
+    y = (out["y"], out["y_scale"][None]) if "y_scale" in out else out["y"]
+    return out.get("x_new", x), y
 
 
 @functools.partial(jax.jit, static_argnames=("indices", "one_plus", "dtype", "resident", "ctas"))
-def _call(operands: dict[str, Array], *, indices, one_plus, dtype, resident, ctas) -> list[Array]:
+def _call(
+    operands: dict[str, Array], *, indices, one_plus, dtype, resident, ctas
+) -> dict[str, Array]:
     """The normed stream and, with a branch, the new one; jitted to be lowered once a program."""
     x = operands["x"]
     rows, tokens, _ = x.shape
     chunk = ceil_div(rows * tokens, ctas)
-    outputs = [jax.ShapeDtypeStruct(x.shape, dtype)]
+    outputs = {"y": jax.ShapeDtypeStruct(x.shape, dtype)}
+    if dtype in LARGEST:
+        outputs["y_scale"] = jax.ShapeDtypeStruct(x.shape[:2], jnp.float32)
     if "branch" in operands:
-        outputs.append(jax.ShapeDtypeStruct(x.shape, jnp.float32))
-    names = [*operands, "y", "x_new"][: len(operands) + len(outputs)]
+        outputs["x_new"] = jax.ShapeDtypeStruct(x.shape, jnp.float32)
 
     def residual_norm_kernel(*refs):
-        gmem = dict(zip(names, refs, strict=True))
+        gmem = dict(zip([*operands, *outputs], refs, strict=True))
         _ResidualNorm(gmem, dict(indices), one_plus, resident).run(chunk)
 
-    return plgpu.kernel(
+    results = plgpu.kernel(
         residual_norm_kernel,
-        out_type=outputs,
+        out_type=list(outputs.values()),
         grid=(ceil_div(tokens, chunk), rows),
         grid_names=("chunk", "row"),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(*operands.values())
+    return dict(zip(outputs, results, strict=True))
 
 
 def width_layout(width: int) -> Any:
@@ -150,4 +160,11 @@ class _ResidualNorm:
         centred = x - jnp.sum(x) * share
         inverse = lax.rsqrt(jnp.sum(centred * centred) * share + EPSILON)
         y = centred * inverse * vectors["scale"] + vectors["shift"]
-        self.gmem["y"][self.row, token] = y.astype(self.gmem["y"].dtype)
+        dtype = self.gmem["y"].dtype
+        if "y_scale" in self.gmem:
+            largest = LARGEST[jnp.dtype(dtype)]
+            top = jnp.maximum(jnp.max(jnp.abs(y)), 1e-30)
+            self.gmem["y_scale"][self.row, token] = top * (1.0 / largest)
+            y = y * (largest / top)
+            y = round_to_whole(y) if dtype == jnp.int8 else y
+        self.gmem["y"][self.row, token] = y.astype(dtype)

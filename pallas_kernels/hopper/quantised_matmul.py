@@ -18,6 +18,7 @@ registers suffice: while one warpgroup adds, the other multiplies.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,6 @@ ROWS = 64
 TILE_ROWS = ROWS * CONSUMERS
 TILE_COLUMNS = BLOCK
 HALF = TILE_COLUMNS // 2
-_ROUNDING = 12582912.0  # 1.5 * 2^23: adding it leaves no bits behind the point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class MatmulConfig:
     along: int = 0
 
 
+@functools.partial(jax.jit, static_argnames=("gelu", "dtype", "config", "ctas"))
 def quantised_matmul(
     x: Shaped[Array, "M K"],
     x_scale: Float[Array, "blocks M"],
@@ -65,15 +66,20 @@ def quantised_matmul(
     config: MatmulConfig,
     ctas: int,
 ) -> tuple[Array, ...]:
-    """(out [M, N] in `dtype`,), and for 8 bits their scales [N / 256, M].
+    """(out [M, N] in `dtype`,), and for 8 bits their scales [N / 256, M]; lowered once a program.
 
-    columns: channel scales and biases.
+    columns: channel scales and biases. Copies of scales are not cut off at the last row as those of
+    matrices are, so that scales have rows to whole tiles.
     """
     rows, width = x.shape[0], weight.shape[0]
-    quantise = dtype in LARGEST
-    out_type = [jax.ShapeDtypeStruct((rows, width), dtype)]
-    if quantise:
-        out_type.append(jax.ShapeDtypeStruct((width // BLOCK, rows), jnp.float32))
+    extra, beyond = -rows % TILE_ROWS, -rows % 8 if rows > 8 else 0
+    if extra:
+        x_scale = jnp.pad(x_scale, ((0, 0), (0, extra)))
+    if beyond:  # tiled copies take multiples of 8, or fewer
+        x = jnp.pad(x, ((0, beyond), (0, 0)))
+    out_type = [jax.ShapeDtypeStruct((rows + beyond, width), dtype)]
+    if dtype in LARGEST:
+        out_type.append(jax.ShapeDtypeStruct((width // BLOCK, rows + extra), jnp.float32))
     blockwise = x_scale.shape[0] > 1
 
     def quantised_matmul_kernel(*refs, **scratch):
@@ -81,16 +87,15 @@ def quantised_matmul(
         gmem = dict(zip(names, refs, strict=False))
         _Matmul(gmem, scratch, config, gelu, blockwise).run()
 
-    return tuple(
-        mosaic.kernel(
-            quantised_matmul_kernel,
-            out_type=out_type,
-            grid=(ctas,),
-            num_threads=CONSUMERS + 1,
-            scratch_types=_scratch(config, x.dtype, dtype, blockwise),
-            compiler_params=mosaic.compiler_params(),
-        )(x, x_scale, weight, columns)
-    )
+    out, *scale = mosaic.kernel(
+        quantised_matmul_kernel,
+        out_type=out_type,
+        grid=(ctas,),
+        num_threads=CONSUMERS + 1,
+        scratch_types=_scratch(config, x.dtype, dtype, blockwise),
+        compiler_params=mosaic.compiler_params(),
+    )(x, x_scale, weight, columns)
+    return out[:rows], *(values[:, :rows] for values in scale)
 
 
 def _scratch(config: MatmulConfig, dtype, out_dtype, blockwise: bool) -> dict[str, Any]:
@@ -312,7 +317,7 @@ class _Matmul:
         self.scale_smem[self.own] = top * (1.0 / largest)
         halves = [y * mosaic.spread(largest / top, y) for y in (left, right)]
         if dtype == jnp.int8:
-            halves = [((y + _ROUNDING) - _ROUNDING).astype(jnp.int32) for y in halves]
+            halves = [mosaic.round_to_whole(y) for y in halves]
         return halves
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import calls
 from pallas_kernels.support import Device
+from pallas_kernels.xla.quantised import LARGEST
 
 HALVES = (jnp.bfloat16, jnp.float16)
 # Releases before have never run the kernels; on later ones they are lowered before they are chosen.
@@ -84,12 +85,14 @@ def norm_reason(call: calls.ResidualNorm) -> str:
         return f"the fused norm takes a float32 residual stream; got {call.x.dtype}"
     if width % 128 or width > 4096:
         return f"the fused norm takes widths up to 4096 in steps of 128; got {width}"
+    if call.dtype in LARGEST and width % 512:
+        return f"the fused norm gives 8 bits for widths in steps of 512; got {width}"
     return ""
 
 
 def norm_unasked(call: calls.ResidualNorm) -> str:
     """Wide results."""
-    if call.dtype not in HALVES:
+    if call.dtype == jnp.float32:
         return "float32 results are left to the compiler, which rounds as everywhere else"
     return ""
 
@@ -116,8 +119,6 @@ def matmul_reason(call: calls.QuantisedMatmul) -> str:
         return reason
     if inputs % 128 or outputs % 128:
         return f"the 8-bit product takes sizes in steps of 128; got {inputs} x {outputs}"
-    if call.scale.shape[1] * call.scale.shape[2] % 4:
-        return "the 8-bit product takes rows in steps of 4, as its copies of their scales do"
     if call.dtype == jnp.float32:
         return "the 8-bit product gives 16 or 8 bits; got float32"
     return ""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.fused_shapes import EPSILON, Rows, Vector
+from pallas_kernels.xla.quantised import LARGEST, quantise
 
 
 def residual_norm(
@@ -16,9 +16,10 @@ def residual_norm(
     vectors: dict[str, Vector],
     *,
     one_plus: bool,
-    dtype: DTypeLike,
-) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"]]:
-    """Residual update in float32, two-pass layer norm without affine, modulation."""
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "R T C"], Array | tuple[Array, Array]]:
+    """Residual update in float32, two-pass layer norm without affine, modulation; in 8 bits values
+    and their scales."""
     values = {name: table[: len(x), index, None] for name, (table, index) in vectors.items()}
     if branch is not None:
         if "bias" in values:
@@ -29,7 +30,8 @@ def residual_norm(
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(variance + EPSILON)
     scale, shift = (values[name].astype(jnp.float32) for name in ("scale", "shift"))
-    return x, (normed * (1 + scale if one_plus else scale) + shift).astype(dtype)
+    y = normed * (1 + scale if one_plus else scale) + shift
+    return x, quantise(y, dtype, y.shape[-1]) if dtype in LARGEST else y.astype(dtype)
 
 
 def rotary_to_cache(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 import pallas_kernels
+from pallas_kernels import Eight
 from pallas_kernels.api import Implementation
 from sparvar_jax.models import layers
 from sparvar_jax.models.cross_attention import CrossAttention, Text
@@ -165,22 +167,24 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: InfinityConfig, rngs: nnx.Rngs):
         width, dtype = config.width, config.precision.compute
-        self.qkv = layers.linear(width, 3 * width, config.precision, rngs, bias=False)
+        self.qkv = layers.linear(
+            width, 3 * width, config.precision, rngs, bias=False, narrow="int8"
+        )
         self.q_bias = nnx.Param(jnp.zeros((width,), dtype))
         self.v_bias = nnx.Param(jnp.zeros((width,), dtype))
         self.log_temperature = nnx.Param(jnp.full((config.heads,), jnp.log(4.0), dtype))
-        self.proj = layers.linear(width, width, config.precision, rngs)
+        self.proj = layers.linear(width, width, config.precision, rngs, narrow="int8")
 
     def __call__(
         self,
-        x: Float[Array, "R T C"],
+        x: Float[Array, "R T C"] | Eight,
         rotary: Rotary,
         attend: Attend,
         fused: Implementation | None,
     ) -> Float[Array, "R T C"]:
         """The output lacks `proj`'s bias, which the norm after it adds."""
         mine = attend.heads.columns
-        qkv = mine(self.qkv(x), 3)
+        qkv = mine(layers.product(self.qkv, x), 3)
 
         def write(keys: Array, values: Array, slot: Slot) -> tuple[Array, Array, Array]:
             return pallas_kernels.rotary_to_cache(
@@ -195,18 +199,19 @@ class SelfAttention(nnx.Module):
                 implementation=fused,
             )
 
-        return layers.product(self.proj, layers.merge_heads(attend(write).astype(x.dtype)))
+        return layers.product(self.proj, layers.merge_heads(attend(write).astype(qkv.dtype)))
 
 
 class FeedForward(nnx.Module):
     """Two linear maps with tanh-approximated GELU between them; the second lacks its bias."""
 
     def __init__(self, width: int, hidden: int, precision: Precision, rngs: nnx.Rngs):
-        self.fc1 = layers.linear(width, hidden, precision, rngs)
-        self.fc2 = layers.linear(hidden, width, precision, rngs)
+        self.fc1 = layers.linear(width, hidden, precision, rngs, narrow="int8")
+        # What leaves the GELU has long tails, in which steps of one size lose everything else.
+        self.fc2 = layers.linear(hidden, width, precision, rngs, narrow="float8_e4m3fn")
 
-    def __call__(self, x: Float[Array, "R T C"]) -> Float[Array, "R T C"]:
-        return layers.product(self.fc2, jax.nn.gelu(self.fc1(x), approximate=True))
+    def __call__(self, x: Float[Array, "R T C"] | Eight) -> Float[Array, "R T C"]:
+        return layers.product(self.fc2, layers.gelu_product(self.fc1, x, into=self.fc2))
 
 
 class Block(nnx.Module):
@@ -235,11 +240,10 @@ class Block(nnx.Module):
         inputs: gains 1 and 2, scales 1 and 2, shifts 1 and 2 of the adaptive norms; the text.
         """
         fused, (values, text) = config.fused, inputs
-        norm = functools.partial(
-            pallas_kernels.residual_norm, dtype=config.precision.compute, implementation=fused
-        )
+        norm: Any = functools.partial(pallas_kernels.residual_norm, implementation=fused)
+        tokens, compute = stream.x.shape[1], config.precision.compute
         assert self.cross_norm.bias is not None
-        x, y = stream.normed(values, 2, 4, config.precision, fused)
+        x, y = stream.normed(values, 2, 4, layers.input_dtype(self.attn.qkv, tokens), fused)
         x, y = norm(
             x,
             self.attn(y, rotary, attend, fused),
@@ -248,7 +252,16 @@ class Block(nnx.Module):
             self.cross_norm.bias[...],
             bias=layers.bias_of(self.attn.proj),
             one_plus=False,
+            dtype=compute,
         )
         branch = self.cross(y, text, fused)
-        x, y = norm(x, branch, None, (values, 3), (values, 5), bias=layers.bias_of(self.cross.proj))
+        x, y = norm(
+            x,
+            branch,
+            None,
+            (values, 3),
+            (values, 5),
+            bias=layers.bias_of(self.cross.proj),
+            dtype=layers.input_dtype(self.ffn.fc1, tokens),
+        )
         return Stream(x, self.ffn(y), values, layers.bias_of(self.ffn.fc2), index=1)

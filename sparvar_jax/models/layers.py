@@ -14,11 +14,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
+from pallas_kernels import Eight
 from pallas_kernels.api import Implementation
+from pallas_kernels.quantised import BLOCK
 from sparvar_jax.weights import matrix
-from sparvar_jax.weights.matrix import Dense, Scaled, Weight
+from sparvar_jax.weights.matrix import Dense, Narrow, Scaled, Weight
 
 DtypeName = Literal["bfloat16", "float32"]
+EightBits = Literal["int8", "float8_e4m3fn"]
 MAX_LOG_TEMPERATURE = 4.605170185988092  # ln 100, the clamp of cosine attention's temperature
 NORM_EPSILON = 1e-6
 
@@ -49,7 +52,9 @@ class Precision:
 class Linear(nnx.Module):
     """A linear map whose matrix [inputs, outputs] is dense, or 8-bit values with scales.
 
-    dtype: of products and results. weights: of the parameters.
+    dtype: of products and results. weights: of the parameters. narrow: the 8-bit dtype that the
+    matrix takes when its model is made one of 8-bit products, None for one that stays as it is.
+    implementation: of such products, None for the best one.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Linear(nnx.Module):
         dtype: DTypeLike,
         weights: DTypeLike,
         precision: jax.lax.Precision,
+        narrow: EightBits | None = None,
         rngs: nnx.Rngs,
     ):
         draw = nnx.initializers.truncated_normal(0.02)
@@ -70,15 +76,18 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros((outputs,), weights))
         self.dtype, self.precision = jnp.dtype(dtype), precision
+        self.narrow, self.is_narrow = narrow, False
+        self.implementation: Implementation | None = None
 
     @property
     def weight(self) -> Weight:
         """The matrix as a value."""
         if self.kernel_scale is None:
             return Dense(self.kernel[...])
-        return Scaled(self.kernel[...], self.kernel_scale[...])
+        kind = Narrow if self.is_narrow else Scaled
+        return kind(self.kernel[...], self.kernel_scale[...])
 
-    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    def __call__(self, x: Float[Array, "... I"] | Eight) -> Float[Array, "... O"]:
         y = product(self, x)
         if self.bias is None:
             return y
@@ -94,10 +103,12 @@ def linear(
     bias: bool = True,
     weights: DTypeLike | None = None,
     compute: DTypeLike | None = None,
+    narrow: EightBits | None = None,
 ) -> Linear:
     """A linear map with kernel [inputs, outputs]; weights and products in the model's dtype.
 
     weights, compute: override the dtypes where the released runs keep a float32 island.
+    narrow: as in `Linear`.
     """
     return Linear(
         inputs,
@@ -106,13 +117,45 @@ def linear(
         dtype=compute or precision.compute,
         weights=weights or precision.compute,
         precision=precision.matmul,
+        narrow=narrow,
         rngs=rngs,
     )
 
 
-def product(linear: Linear, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+def product(linear: Linear, x: Float[Array, "... I"] | Eight) -> Float[Array, "... O"]:
     """A linear map without its bias, for a fused operation that adds it."""
-    return matrix.product(x, linear.weight, dtype=linear.dtype, precision=linear.precision)
+    weight, dtype, implementation = linear.weight, linear.dtype, linear.implementation
+    if isinstance(x, Eight) or matrix.takes_eight_bits(x, weight):
+        y: Any = matrix.eight_bit_product(x, weight, dtype=dtype, implementation=implementation)
+        return y
+    if isinstance(weight, Narrow) and x.ndim == 3:
+        return matrix.product_of_two(x, weight, dtype=dtype, implementation=implementation)
+    return matrix.product(x, weight, dtype=dtype, precision=linear.precision)
+
+
+def input_dtype(linear: Linear, tokens: int) -> jnp.dtype:
+    """The dtype in which a linear map takes so many tokens best: 8 bits, or its own."""
+    narrow = linear.is_narrow and tokens >= matrix.FEWEST_TOKENS
+    return jnp.dtype(linear.narrow if narrow else linear.dtype)
+
+
+def gelu_product(
+    linear: Linear, x: Float[Array, "R T I"] | Eight, *, into: Linear
+) -> Float[Array, "R T O"] | Eight:
+    """A linear map and the tanh GELU; in 8 bits where the map after it, `into`, takes them."""
+    weight, after = linear.weight, into.weight
+    if not isinstance(x, Eight) and not matrix.takes_eight_bits(x, weight):
+        return jax.nn.gelu(linear(x), approximate=True)
+    divides = linear.kernel[...].shape[0] % BLOCK == 0
+    dtype = after.values.dtype if isinstance(after, Narrow) and divides else linear.dtype
+    return matrix.eight_bit_product(
+        x,
+        weight,
+        bias=bias_of(linear),
+        gelu=True,
+        dtype=dtype,
+        implementation=linear.implementation,
+    )
 
 
 def bias_of(linear: Linear) -> Float[Array, "O"]:
@@ -134,6 +177,26 @@ def in_eight_bits(module: nnx.Module, paths: Collection[str]) -> None:
             values: Any = nnx.Param(jax.ShapeDtypeStruct(shape, jnp.int8))
             scale: Any = nnx.Param(jax.ShapeDtypeStruct(shape[-1:], jnp.float32))
             part.kernel, part.kernel_scale = values, nnx.data(scale)
+
+
+def narrow(module: nnx.Module) -> None:
+    """Round the matrices that say how (`Linear.narrow`) to 8 bits, one after the other, in place.
+
+    module: with weights, or abstract.
+    """
+    for _, part in nnx.iter_modules(module):
+        if not isinstance(part, Linear) or part.narrow is None or part.is_narrow:
+            continue
+        (kernel,) = jax.tree.leaves(part.kernel)
+        if isinstance(kernel, jax.ShapeDtypeStruct):
+            made = jax.eval_shape(functools.partial(matrix.narrow, dtype=part.narrow), kernel)
+        else:
+            made = _narrow(kernel, dtype=part.narrow)
+        part.kernel, part.kernel_scale = nnx.Param(made.values), nnx.data(nnx.Param(made.scale))
+        part.is_narrow = True
+
+
+_narrow = jax.jit(matrix.narrow, static_argnames="dtype")
 
 
 class Scale(nnx.Module):
@@ -178,10 +241,13 @@ class Stream:
         values: Float[Array, "R2 K C"],
         scale: int,
         shift: int,
-        precision: Precision,
+        dtype: DTypeLike,
         implementation: Implementation | None,
-    ) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"]]:
-        """The settled stream, and its adaptive norm by rows `scale` and `shift` of `values`."""
+    ) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"] | Eight]:
+        """The settled stream, and its adaptive norm by rows `scale` and `shift` of `values`.
+
+        dtype: of the norm; see `input_dtype`.
+        """
         return pallas_kernels.residual_norm(
             self.x,
             self.branch,
@@ -189,7 +255,7 @@ class Stream:
             (values, scale),
             (values, shift),
             bias=self.bias,
-            dtype=precision.compute,
+            dtype=dtype,
             implementation=implementation,
         )
 

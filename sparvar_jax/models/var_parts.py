@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels import Eight
 from pallas_kernels.api import Implementation
 from sparvar_jax.models import layers
 from sparvar_jax.models.infinity_parts import FeedForward
@@ -121,18 +122,21 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: VarConfig, rngs: nnx.Rngs):
         width, dtype = config.width, config.precision.compute
         self.heads = config.heads
-        self.qkv = layers.linear(width, 3 * width, config.precision, rngs, bias=False)
+        self.qkv = layers.linear(
+            width, 3 * width, config.precision, rngs, bias=False, narrow="int8"
+        )
         self.q_bias = nnx.Param(jnp.zeros((width,), dtype))
         self.v_bias = nnx.Param(jnp.zeros((width,), dtype))
         if config.l2_norm:
             self.log_temperature = nnx.Param(jnp.full((config.heads,), jnp.log(4.0), dtype))
         else:
             self.log_temperature = None
-        self.proj = layers.linear(width, width, config.precision, rngs)
+        self.proj = layers.linear(width, width, config.precision, rngs, narrow="int8")
 
-    def __call__(self, x: Float[Array, "R T C"], attend: Attend) -> Float[Array, "R T C"]:
+    def __call__(self, x: Float[Array, "R T C"] | Eight, attend: Attend) -> Float[Array, "R T C"]:
         mine, heads = attend.heads.columns, self.heads // attend.heads.parts
-        q, k, v = jnp.split(mine(self.qkv(x), 3), 3, axis=-1)
+        qkv = layers.product(self.qkv, x)
+        q, k, v = jnp.split(mine(qkv, 3), 3, axis=-1)
         q = layers.split_heads(q + mine(self.q_bias[...]), heads)
         k = layers.split_heads(k, heads)
         v = layers.split_heads(v + mine(self.v_bias[...]), heads)
@@ -144,9 +148,9 @@ class SelfAttention(nnx.Module):
             q, k = layers.unit(q) * temperature[:, None, None], layers.unit(k)
 
         def write(keys: Array, values: Array, slot: Slot) -> tuple[Array, Array, Array]:
-            return q.astype(x.dtype), write_rows(keys, k, slot), write_rows(values, v, slot)
+            return q.astype(qkv.dtype), write_rows(keys, k, slot), write_rows(values, v, slot)
 
-        return layers.product(self.proj, layers.merge_heads(attend(write).astype(x.dtype)))
+        return layers.product(self.proj, layers.merge_heads(attend(write).astype(qkv.dtype)))
 
 
 class Block(nnx.Module):
@@ -176,9 +180,9 @@ class Block(nnx.Module):
         values = inputs
         if self.shared_ada:
             values = values + self.ada_gss[...].astype(jnp.float32)
-        precision, fused = config.precision, config.fused
-        x, y = stream.normed(values, 2, 4, precision, fused)
+        tokens, fused = stream.x.shape[1], config.fused
+        x, y = stream.normed(values, 2, 4, layers.input_dtype(self.attn.qkv, tokens), fused)
         bias = layers.bias_of(self.attn.proj)
         attended = Stream(x, self.attn(y, attend), values, bias, index=0)
-        x, y = attended.normed(values, 3, 5, precision, fused)
+        x, y = attended.normed(values, 3, 5, layers.input_dtype(self.ffn.fc1, tokens), fused)
         return Stream(x, self.ffn(y), values, layers.bias_of(self.ffn.fc2), index=1)

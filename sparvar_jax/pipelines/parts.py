@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from flax import nnx
 
-from sparvar_jax.models.layers import in_eight_bits
+from sparvar_jax.models import layers
 from sparvar_jax.weights import checkpoint
 from sparvar_jax.weights.told import told
 
-Weights = Literal["dense", "stored"]
-"""How matrices lie in memory: in the model's dtype, or in 8 bits where they are stored so."""
+Weights = Literal["dense", "stored", "int8"]
+"""How matrices lie in memory: in the model's dtype; in 8 bits where they are stored so; or, for a
+transformer's large products, in 8 bits with activations rounded to 8 bits as well."""
 Kind = tuple[type, Any]
 """A module class with its configuration, or configuration class."""
 DEMO = Path(__file__).parents[1] / "demo"
@@ -64,10 +65,11 @@ def load_module(
     """One part with its weights on the default device, in the dtypes its config asks for.
 
     weights: "stored" leaves kernels of linear maps in 8 bits where they are stored so; everything
-    else (embeddings, vectors, convolutions, the text encoder) is made dense.
+    else (embeddings, vectors, convolutions, the text encoder) is made dense. "int8" rounds the
+    matrices of a transformer's blocks, see `layers.narrow`.
     """
-    if weights not in ("dense", "stored"):
-        raise ValueError(f"weights must be 'dense' or 'stored', got {weights!r}")
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be 'dense', 'stored' or 'int8', got {weights!r}")
     abstract = abstract_module(module, values)
     reader = checkpoint.part_reader(folder, part)
     stored = dict(reader.shapes)
@@ -75,14 +77,24 @@ def load_module(
     keep: frozenset[str] = frozenset()
     if weights == "stored":
         before = checkpoint.abstract_parameters(abstract)
-        in_eight_bits(abstract, reader.scaled)
+        layers.in_eight_bits(abstract, reader.scaled)
         after = checkpoint.abstract_parameters(abstract)
         keep = frozenset(path for path in before if after[path].dtype != before[path].dtype)
     shapes = checkpoint.abstract_parameters(abstract)
+    # Rounded from what is stored: in 8 bits again, values that are so come out as they were.
+    exact = reader.scaled if weights == "int8" else frozenset()
     tree = checkpoint.load_part(
-        folder, part, dtype=lambda path: shapes.get(path, stored[path]).dtype, keep=keep
+        folder,
+        part,
+        dtype=lambda path: (
+            (stored[path] if path in exact else shapes.get(path, stored[path])).dtype
+        ),
+        keep=keep,
     )
-    return checkpoint.fill(abstract, tree)
+    filled = checkpoint.fill(abstract, tree)
+    if weights == "int8":
+        layers.narrow(filled)
+    return filled
 
 
 def compute_dtype(dtype: str | None) -> str:

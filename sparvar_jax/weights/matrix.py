@@ -1,15 +1,26 @@
-"""Matrices of weights as values: dense, or 8-bit values with scales. Products ask for neither."""
+"""Matrices of weights as values: dense, or 8-bit values with scales. Products ask for neither.
+
+`Scaled` matrices save memory: activations stay as they are. `Narrow` ones save time as well, for
+activations are rounded to 8 bits too: to one number from `FEWEST_TOKENS` on, where products are
+bound by arithmetic; to the sum of two below, where products are bound by the weights they read, and
+where the few tokens of the first scales decide what all others draw.
+"""
 
 from __future__ import annotations
 
 import functools
 import typing
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
+
+import pallas_kernels
+from pallas_kernels import Eight
+from pallas_kernels.api import Implementation
 
 _register = functools.partial(jax.tree_util.register_dataclass, meta_fields=())
 
@@ -33,7 +44,70 @@ class Scaled:
     scale: Float[Array, "O"]
 
 
-Weight = Dense | Scaled
+@typing.no_type_check
+@functools.partial(_register, data_fields=("values", "scale"))
+@dataclass(frozen=True)
+class Narrow:
+    """A matrix [I, O] of 8-bit values, inputs innermost as tensor cores take them, with scales."""
+
+    values: Shaped[Array, "O I"]
+    scale: Float[Array, "O"]
+
+
+Weight = Dense | Scaled | Narrow
+FEWEST_TOKENS = 256
+
+
+def narrow(kernel: Float[Array, "I O"], dtype: DTypeLike) -> Narrow:
+    """A matrix rounded to int8 or e4m3, every output scaled to the largest value of the dtype."""
+    rows = pallas_kernels.quantise(kernel.T[None], dtype)
+    return Narrow(rows.values[0], rows.scale[0, 0])
+
+
+def takes_eight_bits(x: Float[Array, "... I"], weight: Weight) -> bool:
+    """Whether activations are to meet this matrix as one 8-bit number each."""
+    return isinstance(weight, Narrow) and x.ndim == 3 and x.shape[1] >= FEWEST_TOKENS
+
+
+def eight_bit_product(
+    x: Float[Array, "R T I"] | Eight,
+    weight: Weight,
+    *,
+    bias: Float[Array, "O"] | None = None,
+    gelu: bool = False,
+    dtype: DTypeLike,
+    implementation: Implementation | None = None,
+) -> Float[Array, "R T O"] | Eight:
+    """`x` in 8 bits, perhaps already, times a narrow matrix: `pallas_kernels.quantised_matmul`."""
+    assert isinstance(weight, Narrow)
+    if not isinstance(x, Eight):
+        x = pallas_kernels.quantise(x, weight.values.dtype)
+    return pallas_kernels.quantised_matmul(
+        x, weight.values, weight.scale, bias, gelu=gelu, dtype=dtype,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+def product_of_two(
+    x: Float[Array, "R T I"],
+    weight: Narrow,
+    *,
+    dtype: DTypeLike,
+    implementation: Implementation | None = None,
+) -> Float[Array, "R T O"]:
+    """`x` as the sum of two 8-bit numbers times a matrix: with int8 good to 2^-15 of a row's
+    largest value, with e4m3 to 2^-8 of every value."""
+    kind, tokens = weight.values.dtype, x.shape[1]
+    # Behind a barrier, or XLA takes a conversion to e4m3 and back for nothing.
+    first = jax.lax.optimization_barrier(pallas_kernels.quantise(x, kind))
+    wide = first.values.astype(jnp.float32) * first.scale[0][..., None]
+    second = pallas_kernels.quantise(x.astype(jnp.float32) - wide, kind)
+    both = Eight(
+        jnp.concatenate([first.values, second.values], axis=1),
+        jnp.concatenate([first.scale, second.scale], axis=2),
+    )
+    y: Any = eight_bit_product(both, weight, dtype=dtype, implementation=implementation)
+    return y[:, :tokens] + y[:, tokens:]
 
 
 def product(
@@ -43,12 +117,13 @@ def product(
     dtype: DTypeLike,
     precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "... O"]:
-    """`x` times a matrix, computed and given in `dtype`.
+    """`x` times a matrix, computed and given in `dtype`; activations stay as they are.
 
     Of scaled values the sums are taken in float32 and multiplied by the scales once: 8-bit values
     are exact in every dtype that is computed in.
     """
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    inner = 1 if isinstance(weight, Narrow) else 0
+    contract = (((x.ndim - 1,), (inner,)), ((), ()))
     if isinstance(weight, Dense):
         kernel = weight.kernel.astype(dtype)
         return jax.lax.dot_general(x.astype(dtype), kernel, contract, precision=precision)
@@ -66,4 +141,5 @@ def dense_of(weight: Weight, dtype: DTypeLike) -> Float[Array, "I O"]:
     """The matrix itself, for whoever multiplies it into something else."""
     if isinstance(weight, Dense):
         return weight.kernel.astype(dtype)
-    return (weight.values.astype(jnp.float32) * weight.scale).astype(dtype)
+    values = weight.values.T if isinstance(weight, Narrow) else weight.values
+    return (values.astype(jnp.float32) * weight.scale).astype(dtype)

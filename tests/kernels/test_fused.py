@@ -53,7 +53,7 @@ def test_an_update_left_to_the_next_norm_gives_the_bits_of_one_made_at_once():
     made = x + table[:, 1, None] * (branch + bias)
     want = layers.modulate(made, table[:, 2], table[:, 4]).astype(jnp.bfloat16)
     for stands in (stream, layers.Stream(made)):
-        settled, y = stands.normed(table, 2, 4, layers.Precision(), None)
+        settled, y = stands.normed(table, 2, 4, layers.Precision().compute, None)
         np.testing.assert_array_equal(settled, made)
         np.testing.assert_array_equal(stands.settled(), made)
         np.testing.assert_array_equal(y, want)

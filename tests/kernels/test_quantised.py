@@ -180,3 +180,43 @@ def test_what_does_not_fit_is_refused():
     three = Eight(x.values, jnp.ones((3, 2, 4)))
     with pytest.raises(ValueError, match="got 3 for 512"):
         pk.quantised_matmul(three, weight, scale, bias)
+
+
+def norm_operands(width, dtype=jnp.float32):
+    generator = np.random.default_rng(5)
+    x, branch = (generator.normal(size=(2, 9, width)).astype(np.float32) for _ in range(2))
+    table = generator.normal(size=(2, 3, width)).astype(np.float32)
+    return tuple(map(jnp.asarray, (x, branch, table)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.int8, E4M3])
+def test_a_norm_in_eight_bits_is_the_rounded_norm(implementation, dtype):
+    x, branch, table = norm_operands(1024)
+    given = x, branch, (table, 0), (table, 1), (table, 2)
+    exact_x, exact = pk.residual_norm(*given, dtype=jnp.float32, implementation="xla")
+    new, eight = pk.residual_norm(*given, dtype=dtype, implementation=implementation)
+    np.testing.assert_allclose(np.asarray(new), np.asarray(exact_x), rtol=1e-6, atol=1e-6)
+    top = np.abs(np.asarray(exact)).max(axis=-1)
+    largest = 127 if dtype == jnp.int8 else 448
+    np.testing.assert_allclose(np.asarray(eight.scale)[0], top / largest, rtol=1e-4)
+    back = np.asarray(eight.values, np.float32) * np.asarray(eight.scale)[0][..., None]
+    error = np.abs(back - np.asarray(exact))
+    half = 0.5 / 127 if dtype == jnp.int8 else 2.0**-10 / 448
+    part = 0 if dtype == jnp.int8 else 2.0**-4
+    assert (error <= 1.01 * half * top[..., None] + (part + 1e-4) * np.abs(exact)).all()
+
+
+@pytest.mark.skipif(bool(reasons.jax_reason()), reason="needs jax 0.11")
+@pytest.mark.parametrize("dtype", [jnp.int8, E4M3])
+@pytest.mark.parametrize("width", [2048, 3584])
+def test_the_norm_in_eight_bits_lowers(width, dtype, monkeypatch):
+    hopper = support.Device("gpu", capability=(9, 0), multiprocessors=132)
+    monkeypatch.setattr(support, "device_of", lambda *operands: hopper)
+    x, branch, table = norm_operands(width)
+
+    def call(x):
+        given = x, branch, (table, 0), (table, 1), (table, 2)
+        return pk.residual_norm(*given, dtype=dtype, implementation="hopper")
+
+    jax.jit(call).trace(x).lower(lowering_platforms=("cuda",))
