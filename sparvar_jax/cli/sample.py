@@ -19,9 +19,11 @@ def sample(
         str, typer.Option("--classes", help="all, or numbers and ranges such as 0-9,207.")
     ] = "all",
     per_class: Annotated[
-        int, typer.Option("--per-class", min=1, help="Pictures of every class.")
+        int, typer.Option("--per-class", min=1, max=10_000_000, help="Pictures of every class.")
     ] = 50,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures drawn together.")] = 64,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, max=65_536, help="Pictures drawn together.")
+    ] = 64,
     seed: Annotated[int, typer.Option("--seed", help="Picture i draws from seed + i.")] = 0,
     plan: options.Plan = None,
     guidance: options.Guidance = None,
@@ -45,7 +47,7 @@ def sample(
     asked = Asked(classes, per_class, batch, seed, options.name_of(dtype))
     total, drew = _run(model, out, asked, drawing)
     state = "drawn" if drew else "was complete already"
-    console.output.print(f"{out}: {total} pictures, {state}", highlight=False)
+    console.say(f"{out}: {total} pictures, {state}")
 
 
 @dataclasses.dataclass(frozen=True)
