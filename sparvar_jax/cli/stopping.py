@@ -28,7 +28,8 @@ def cleanly() -> Iterator[None]:
         yield
         return
     came: list[BaseException] = []
-    before = _handle(came)
+    before, tell = _handle(came), sys.unraisablehook
+    sys.unraisablehook = lambda lost: None if lost.exc_value in came else tell(lost)
     try:
         try:
             yield
@@ -39,6 +40,7 @@ def cleanly() -> Iterator[None]:
         if came:
             raise came[0]
     finally:
+        sys.unraisablehook = tell
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -159,7 +159,7 @@ def resolve_plan(
     flags = tuple(g != 1 for g in guide) if isinstance(guide, tuple) else guide != 1
     name = model.defaults.plan if plan is None else plan
     depth = model.transformer.config.depth
-    merge = None if guidance_layer is None else whole("guidance_layer", guidance_layer, 0, depth)
+    merge = None if guidance_layer is None else whole("guidance_layer", guidance_layer)
     return cached_plan(name, schedule, depth, guidance=flags, merge_at=merge)
 
 

@@ -27,7 +27,7 @@ from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.weights.files import remove_temporaries, sync, whole_file
 from sparvar_jax.weights.json_file import read_json
 from sparvar_jax.weights.locks import locked
-from sparvar_jax.weights.told import told
+from sparvar_jax.weights.told import shown, told
 
 Draw = Callable[[Sequence[int], Sequence[int]], UInt8[np.ndarray, "B height width 3"]]
 """(classes, seeds) of one batch -> pictures; must depend on nothing else."""
@@ -59,7 +59,7 @@ class SampleJob:
         if self.per_class < 1 or self.batch < 1 or self.seed < 0:
             raise ValueError(
                 "pictures a class and batch must be at least 1 and the seed at least 0, got "
-                f"{self.per_class}, {self.batch} and {self.seed}"
+                f"{shown(self.per_class)}, {shown(self.batch)} and {shown(self.seed)}"
             )
         if self.total > MOST_PICTURES or self.batch > MOST_IN_A_BATCH:
             raise ValueError(

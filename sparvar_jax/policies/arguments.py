@@ -137,7 +137,11 @@ def _wanted(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_wanted(option) for option in get_args(hint))
     if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
+        options = get_args(hint)
+        if len(options) < 3:
+            return " or ".join(map(repr, options))
+        *first, last = map(str, options)
+        return f"{', '.join(first)} or {last}"
     if get_origin(hint) is tuple:
         hints = get_args(hint)
         if hints[-1] is Ellipsis:

@@ -196,6 +196,8 @@ def encoded(kind):
 )
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9])
 def test_truncated_pictures_end_in_one_line(tmp_path, kind, share):
+    if kind == "ICNS" and share > 0.5:
+        pytest.skip("its largest picture lies before the cut")
     if kind not in Image.SAVE:
         pytest.skip(f"this Pillow writes no {kind}")
     content = encoded(kind)
@@ -206,7 +208,7 @@ def test_truncated_pictures_end_in_one_line(tmp_path, kind, share):
 
 
 def test_damaged_exif_is_named(tmp_path):
-    file = saved(COLOURS, tmp_path, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    file = saved(COLOURS, tmp_path, exif=b"Exif\0\0no tags at all")
     with pytest.raises(ValueError, match=r"a\.png is damaged"):
         read_picture(file, SIDE)
 
