@@ -16,8 +16,11 @@ several frames the first is taken, with a warning. Colour profiles are not appli
 
 from __future__ import annotations
 
+import contextlib
+import os
 import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +140,8 @@ def _opened(path: Path) -> Image.Image:
             image = Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
             _require_size(path, image.size)
             frames = image.format in _ANIMATED and getattr(image, "is_animated", False)
-            image.load()
+            with _without_stderr() if image.format == "TIFF" else contextlib.nullcontext():
+                image.load()  # libtiff writes what it finds to the process's own stderr
             _require_size(path, image.size)  # some formats choose among several while decoding
             upright = _upright(image)
     except Image.DecompressionBombError:
@@ -155,6 +159,24 @@ def _opened(path: Path) -> Image.Image:
     if frames:
         warnings.warn(f"{path} has several frames: the first is taken", stacklevel=3)
     return upright
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Nothing of this process reaches its stderr in the block."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class _TooLarge(Exception):
