@@ -12,19 +12,7 @@ import numpy as np
 import pytest
 
 from sparvar_jax.pipelines.sampling_jobs import SampleJob, parse_classes, run_job
-
-JOB = SampleJob((3, 1, 7), per_class=7, batch=4, seed=100, settings=(("model", "fake"),))
-
-
-def fake_draw(labels, seeds):
-    """Pictures that only depend on class and seed."""
-    return np.stack(
-        [
-            np.random.default_rng([label, seed]).integers(0, 256, (6, 5, 3), np.uint8)
-            for label, seed in zip(labels, seeds, strict=True)
-        ]
-    )
-
+from tests.hardening.workers import JOB, fake_draw
 
 WORKER = textwrap.dedent(
     """

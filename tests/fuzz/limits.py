@@ -55,19 +55,18 @@ def _late(number: int, frame: object) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """`Noise` where something in the block wrote past Python, to the process's own stderr."""
-    kept, heard = os.dup(2), tempfile.TemporaryFile()
-    os.dup2(heard.fileno(), 2)
-    try:
-        yield
-        os.dup2(kept, 2)
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as heard:
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
         heard.seek(0)
         text = heard.read(300)
-        if text:
-            raise Noise(text.decode(errors="replace"))
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        heard.close()
+    if text:
+        raise Noise(text.decode(errors="replace"))
 
 
 def largest_resident() -> int:

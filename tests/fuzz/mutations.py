@@ -19,22 +19,92 @@ Step = Sequence[Any]  # (operation, place, value as hexadecimal text)
 Mutate = Callable[[bytes, Step], bytes]
 
 NUMBERS = (
-    0, 1, -1, 2, 7, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, -(2**31), 2**32 - 1, 2**33,
-    2**40, 2**62, 2**63 - 1, -(2**63),
-)  # fmt: skip
+    0,
+    1,
+    -1,
+    2,
+    7,
+    127,
+    128,
+    255,
+    256,
+    65535,
+    65536,
+    2**31 - 1,
+    -(2**31),
+    2**32 - 1,
+    2**33,
+    2**40,
+    2**62,
+    2**63 - 1,
+    -(2**63),
+)
 ODD = (
-    None, True, False, 0, 1, -1, 2, 1.5, -0.0, 3.0, 2**31, 2**63, 10**30, 10**400, 1e300, -1e300,
-    float("nan"), float("inf"), "", "x", "\0", "\ud800", "\x1b[31m", "x" * 5000, "../..", "1e9",
-    "off", "dense", "float32", [], [1], [0] * 1000, [[]], ["x"], {}, {"a": 1}, {"kind": []}, "8",
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    1.5,
+    -0.0,
+    3.0,
+    2**31,
+    2**63,
+    10**30,
+    10**400,
+    1e300,
+    -1e300,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\0",
+    "\ud800",
+    "\x1b[31m",
+    "x" * 5000,
+    "../..",
+    "1e9",
+    "off",
+    "dense",
+    "float32",
+    [],
+    [1],
+    [0] * 1000,
+    [[]],
+    ["x"],
+    {},
+    {"a": 1},
+    {"kind": []},
+    "8",
+)
 NAMES = (
-    "posix system", "os system", "builtins exec", "builtins eval", "builtins print", "os mkdir",
-    "subprocess Popen", "numpy load", "torch load", "torch.hub load", "shutil rmtree",
-    "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage",
-    "builtins bytearray", "builtins getattr", "torch._utils _rebuild_parameter", "argparse Namespace",
-    "numpy.core.multiarray scalar", "numpy dtype", "codecs encode", "_codecs encode", "pathlib Path",
+    "posix system",
+    "os system",
+    "builtins exec",
+    "builtins eval",
+    "builtins print",
+    "os mkdir",
+    "subprocess Popen",
+    "numpy load",
+    "torch load",
+    "torch.hub load",
+    "shutil rmtree",
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch FloatStorage",
+    "builtins bytearray",
+    "builtins getattr",
+    "torch._utils _rebuild_parameter",
+    "argparse Namespace",
+    "numpy.core.multiarray scalar",
+    "numpy dtype",
+    "codecs encode",
+    "_codecs encode",
+    "pathlib Path",
     "tests.fuzz.canary sing",
-)  # fmt: skip
+)
 """Names a pickle may ask for: code, what PyTorch's own loader allows, and settings."""
 
 
@@ -43,7 +113,7 @@ def _value(step: Step) -> bytes:
 
 
 def _place(step: Step, length: int) -> int:
-    """A place in so many things; half of them near the beginning, where formats say what is next."""
+    """A place in so many things; half of them near the beginning, where headers are."""
     if not length:
         return 0
     near, place = step[1] & 1, step[1] >> 1
@@ -143,10 +213,18 @@ def on_pickle(content: bytes, step: Step) -> bytes:
     other = places[(step[1] >> 5) % len(places)]
     name = NAMES[(step[1] >> 9) % len(NAMES)].encode().replace(b" ", b"\n") + b"\n"
     new = (
-        b"", code * 2, content[other : ends[places.index(other)]], b"c" + name, b"c" + name + b"(tR",
-        b"c" + name + b"(X\x01\x00\x00\x00atR" + code, code + _value(step),
-        b"\x8a\x08" + struct.pack("<q", _number(step)), b"K\x01" + code, b"(" + code, code + b"b",
-    )  # fmt: skip
+        b"",
+        code * 2,
+        content[other : ends[places.index(other)]],
+        b"c" + name,
+        b"c" + name + b"(tR",
+        b"c" + name + b"(X\x01\x00\x00\x00atR" + code,
+        code + _value(step),
+        b"\x8a\x08" + struct.pack("<q", _number(step)),
+        b"K\x01" + code,
+        b"(" + code,
+        code + b"b",
+    )
     return content[:start] + new[step[0] % len(new)] + content[end:]
 
 

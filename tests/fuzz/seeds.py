@@ -92,18 +92,34 @@ def pictures() -> tuple[bytes, ...]:
     base, made = Image.fromarray(colours), []
     exif = Image.Exif()
     exif[0x0112] = 6
-    deep = Image.fromarray((colours[..., 0].astype(np.uint16) * 257))
+    deep = Image.fromarray(colours[..., 0].astype(np.uint16) * 257)
     wanted = [
-        (base, "PNG", {"exif": exif}), (base.convert("P"), "PNG", {"transparency": 3}),
-        (base.convert("LA"), "PNG", {}), (deep, "PNG", {}), (base.convert("1"), "PNG", {}),
-        (base, "JPEG", {"exif": exif}), (base.convert("CMYK"), "JPEG", {}), (base, "WEBP", {}),
-        (base, "TIFF", {}), (deep, "TIFF", {}), (base, "TIFF", {"compression": "tiff_lzw"}),
-        (base, "TIFF", {"compression": "jpeg"}), (Image.fromarray(np.float32(colours[..., 0])), "TIFF", {}),
-        (base, "GIF", {"save_all": True, "append_images": [base]}), (base, "BMP", {}),
-        (base, "PPM", {}), (base, "TGA", {}), (base, "ICO", {}), (base, "ICNS", {}),
-        (base, "AVIF", {}), (base, "JPEG2000", {}), (base, "PCX", {}), (base, "SGI", {}),
-        (base, "DDS", {}), (base.convert("L"), "PNG", {"save_all": True, "append_images": [base.convert("L")]}),
-    ]  # fmt: skip
+        (base, "PNG", {"exif": exif}),
+        (base.convert("P"), "PNG", {"transparency": 3}),
+        (base.convert("LA"), "PNG", {}),
+        (deep, "PNG", {}),
+        (base.convert("1"), "PNG", {}),
+        (base, "JPEG", {"exif": exif}),
+        (base.convert("CMYK"), "JPEG", {}),
+        (base, "WEBP", {}),
+        (base, "TIFF", {}),
+        (deep, "TIFF", {}),
+        (base, "TIFF", {"compression": "tiff_lzw"}),
+        (base, "TIFF", {"compression": "jpeg"}),
+        (Image.fromarray(np.float32(colours[..., 0])), "TIFF", {}),
+        (base, "GIF", {"save_all": True, "append_images": [base]}),
+        (base, "BMP", {}),
+        (base, "PPM", {}),
+        (base, "TGA", {}),
+        (base, "ICO", {}),
+        (base, "ICNS", {}),
+        (base, "AVIF", {}),
+        (base, "JPEG2000", {}),
+        (base, "PCX", {}),
+        (base, "SGI", {}),
+        (base, "DDS", {}),
+        (base.convert("L"), "PNG", {"save_all": True, "append_images": [base.convert("L")]}),
+    ]
     Image.init()
     for image, kind, options in wanted:
         if kind in Image.SAVE:

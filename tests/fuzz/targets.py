@@ -73,8 +73,26 @@ def check(name: str, case: Any) -> str | None:
 
 def _steps(count: int) -> st.SearchStrategy:
     """(which seed, steps of damage)."""
-    value = st.sampled_from(["", "00", "ff", "80", "7f", "2e", "0a", "28", "52", "62", "63", "ffff",
-                             "00000001", "ffffffff", "4294967295".encode().hex(), "deadbeef00"])  # fmt: skip
+    value = st.sampled_from(
+        [
+            "",
+            "00",
+            "ff",
+            "80",
+            "7f",
+            "2e",
+            "0a",
+            "28",
+            "52",
+            "62",
+            "63",
+            "ffff",
+            "00000001",
+            "ffffffff",
+            b"4294967295".hex(),
+            "deadbeef00",
+        ]
+    )
     step = st.tuples(st.integers(0, 63), st.integers(0, 2**24 - 1), value)
     return st.tuples(st.integers(0, count - 1), st.lists(step, min_size=1, max_size=5))
 

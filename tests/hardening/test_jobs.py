@@ -4,14 +4,13 @@ import json
 import os
 import random
 import signal
-import time
 
 import numpy as np
 import pytest
 
 from sparvar_jax.pipelines import sample_parts
 from sparvar_jax.pipelines.sampling_jobs import SampleJob, parts_folder, run_job
-from tests.test_var_jobs import JOB, fake_draw, start
+from tests.test_var_jobs import JOB, fake_draw
 
 
 class Stop(Exception):
@@ -129,15 +128,14 @@ def test_long_names(tmp_path, whole, length):
 @pytest.mark.parametrize(
     "kills", [10, pytest.param(50, marks=pytest.mark.slow)], ids=["few", "many"]
 )
-def test_kills_leave_nothing_behind(tmp_path, whole, kills):
+def test_kills_leave_nothing_behind(tmp_path, runner, whole, kills):
     draw, ended = random.Random(1), 0
     for index in range(kills):
         out = tmp_path / f"run{index}.npz"
-        worker = start(out)
-        time.sleep(draw.uniform(0, 0.25))
-        worker.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
-        ended += worker.wait() != 0
-        worker.communicate()
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        code = runner(out, call="sample_slowly", after=draw.uniform(0, 0.25), number=number)
+        assert code in (0, -number, 128 + number), runner.told
+        ended += code != 0
         run_job(JOB, fake_draw, out)
         assert out.read_bytes() == whole
     assert sorted(os.listdir(tmp_path)) == sorted(f"run{index}.npz" for index in range(kills))
