@@ -2,8 +2,8 @@
 
     python -m benchmarks.soak --model infinity_2b --pictures 200 --shapes 8
 
-Draws one picture a shape in every round, with other plans, batches and seeds; in between streams are
-left half-way and calls are refused. Rounds of the first plans compile; from then on nothing may grow.
+Draws one call a shape in every round, with other plans, batches and seeds; in between, streams
+are left half-way and calls are refused. The first rounds compile; from then on nothing may grow.
 Rows go to `soak.json`; exit code 1 where something grew.
 """
 
@@ -121,7 +121,7 @@ def grown(held: Sequence[Footprint]) -> dict[str, int]:
 
 
 def pipeline_of(name: str, dtype: str | None) -> tuple[Pipeline, Any]:
-    """A released shape or a model directory as a pipeline, and a function that makes its subject."""
+    """A released shape or a model directory as a pipeline, and what makes its subjects."""
     parts = models.build(name, dtype=dtype)
     kind = "classes" if parts.draws_classes else "prompts"
     family = next(family for family in families() if family.draws == kind)

@@ -45,8 +45,9 @@ def test_an_hour_of_generations(tmp_path, family):
         orders = soak.Orders(lambda batch: texts[:batch], shapes, PLANS, (1, 2))
     else:
         folder, _ = tiny_model()
-        orders = soak.Orders(lambda batch: [1, 3][:batch], [{}, {"smooth": True}],
-                             ("dense", "skip_last_scales(1)", "csla(first_scale=-1)"), (1, 2))  # fmt: skip
+        plans = ("dense", "skip_last_scales(1)", "csla(first_scale=-1)")
+        shapes = [{}, {"smooth": True}]
+        orders = soak.Orders(lambda batch: [1, 3][:batch], shapes, plans, (1, 2))
     pipe = Pipeline.from_checkpoint(folder, dtype="float32")
     drawn, held = soak.soak(pipe, orders, 900)
     assert drawn >= 900

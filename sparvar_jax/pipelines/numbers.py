@@ -6,12 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from sparvar_jax.models.sampling import KEY_KIND
+from sparvar_jax.models.sampling import keys_of
 from sparvar_jax.weights.json_file import BOUNDS
 from sparvar_jax.weights.numbers import real, several, whole
 from sparvar_jax.weights.told import shown
@@ -77,8 +75,7 @@ def image_keys(seed: Any, batch: int) -> Key[Array, "B"]:
             raise ValueError(f"got {len(seeds)} seeds for {batch} pictures")
         if any(one is None or not 0 <= one < SEEDS for one in seeds):
             raise ValueError(f"seeds must lie in 0..{SEEDS - 1}, got {shown(seeds)}")
-    # Not through vmap: a key must be what `sampling.image_keys` makes of the same seed.
-    return jnp.stack([jax.random.key(np.uint32(one), impl=KEY_KIND) for one in seeds])
+    return keys_of(seeds)
 
 
 def parse_ratio(ratio: float | str) -> float:
