@@ -125,9 +125,10 @@ def _cache_home() -> Path | None:
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         probe = next(place for place in (base, *base.parents) if place.exists())
+        writable = os.access(probe, os.W_OK | os.X_OK)
     except RuntimeError:
-        base = probe = None
-    if base is None or not os.access(probe, os.W_OK | os.X_OK):
+        base, writable = None, False
+    if not writable:
         warnings.warn(
             "compiled programs are not kept: there is no home folder to write to; set "
             "JAX_COMPILATION_CACHE_DIR to a private folder",

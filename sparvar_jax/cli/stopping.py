@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 TERMINATED = 128 + 15  # shells' code for SIGTERM; a closed terminal counts as one
 _NAMES = ("SIGTERM", "SIGHUP")  # the second is not everywhere
@@ -45,7 +46,7 @@ def cleanly() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _handle(came: list[BaseException]) -> dict[int, object]:
+def _handle(came: list[BaseException]) -> dict[Any, Any]:
     """Let signals raise, and note them in `came`; the handlers there were.
 
     SIGINT gets a handler of its own, too: event loops replace Python's, and lose an interrupt that

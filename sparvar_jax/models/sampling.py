@@ -41,7 +41,7 @@ def image_keys(seed: SupportsIndex, batch: int) -> Key[Array, "B"]:
 
 def keys_of(seeds: Sequence[int]) -> Key[Array, "B"]:
     """The key of every seed below 2^32: what `jax.random.key` makes where nothing shifts seeds."""
-    data = np.array([[0, seed] for seed in seeds], np.uint32)
+    data = jnp.asarray(np.array([[0, seed] for seed in seeds], np.uint32))
     return jax.random.wrap_key_data(data, impl=KEY_KIND)
 
 
