@@ -42,16 +42,17 @@ _WORDS = (
     "\ud800", "[red]", "[/red]", "float32", "--", "-x", "a" * 3000,
 )  # fmt: skip
 _OPTIONS = {
-    "plans": "--depth --aspect --size".split(),
-    "generate": "--out --plan --seed --num --guidance --temperature --negative --aspect --size --class --dtype".split(),
-    "edit": "--out --box --mask --class --keep-scales --seed --guidance".split(),
-    "sample": "--out --classes --per-class --batch --seed --top-k --top-p".split(),
-    "info": "--plan --num --aspect --size --dtype".split(),
-    "inspect": "--out --plan --seed --aspect --size".split(),
-    "warmup": "--plan --num --aspect --size --guidance --prompt".split(),
-    "convert": "--into --kind --export --part --ema".split(),
-    "compare": "--converted --out --size --aspect --guidance --seed --tolerance".split(),
-    "nope": "--help".split(),
+    "plans": "--depth --aspect --size",
+    "generate": "--out --plan --seed --num --guidance --temperature --negative --aspect --size "
+    "--class --dtype",
+    "edit": "--out --box --mask --class --keep-scales --seed --guidance",
+    "sample": "--out --classes --per-class --batch --seed --top-k --top-p",
+    "info": "--plan --num --aspect --size --dtype",
+    "inspect": "--out --plan --seed --aspect --size",
+    "warmup": "--plan --num --aspect --size --guidance --prompt",
+    "convert": "--into --kind --export --part --ema",
+    "compare": "--converted --out --size --aspect --guidance --seed --tolerance",
+    "nope": "--help",
 }
 
 
@@ -59,7 +60,7 @@ def lines() -> st.SearchStrategy[list[str]]:
     """Commands with right and wrong options; those that draw find no model."""
 
     def of(command: str) -> st.SearchStrategy[list[str]]:
-        pair = st.tuples(st.sampled_from(_OPTIONS[command]), st.sampled_from(_WORDS))
+        pair = st.tuples(st.sampled_from(_OPTIONS[command].split()), st.sampled_from(_WORDS))
         rest = st.lists(pair, max_size=4).map(lambda pairs: [word for p in pairs for word in p])
         first = st.lists(st.sampled_from(_WORDS), max_size=1)
         draws = command in ("generate", "edit", "sample", "info", "inspect", "warmup")

@@ -225,8 +225,10 @@ LINES = [
     ["info", "--plan", "sparvar('x')"],
     ["inspect", "x", "--seed", BIG],
     ["compare", "/nowhere", "--tolerance", "nan"],
+    ["compare", "/nowhere", "--tolerance", "-1"],
     ["compare", "/nowhere", "--guidance", "inf"],
     ["compare", "/nowhere", "--seed", BIG],
+    ["compare", "/nowhere", "--seed", "-1"],
     ["convert", "/nowhere", "--into", "x", "--kind", "\x1b[31m" + BIG],
 ]
 SAMPLES = [
@@ -249,7 +251,8 @@ SAMPLES = [
 def test_numbers_of_command_lines(folder, tmp_path, monkeypatch, capsys, line):
     monkeypatch.chdir(tmp_path)
     takes_model = line[0] in ("generate", "warmup", "info", "inspect")
-    one_line(capsys, [*line, *(["--model", str(folder)] if takes_model else [])])
+    told = one_line(capsys, [*line, *(["--model", str(folder)] if takes_model else [])])
+    assert "/nowhere does not exist" not in told or line[0] == "convert"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,3 +269,4 @@ def one_line(capsys, line):
     told = capsys.readouterr().err
     assert re.fullmatch(r"error: [^\n]{5,490}\n", told), told
     assert told[:-1].isprintable()
+    return told
