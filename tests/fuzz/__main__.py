@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -54,7 +53,7 @@ def run(asked: argparse.Namespace) -> dict[str, campaign.Counts]:
                 total = totals[name]
                 known = {found.signature for found in total.found}
                 # Targets differ in speed: a round is so long that each gets about as much time.
-                round_ = child.try_target(name, 200, seed, known, min(left, 30.0))
+                round_ = child.try_target(name, 200, seed, known, min(left, 15.0))
                 campaign.add(total, round_)
                 for found in round_.found:
                     print(found.as_test(), flush=True)
@@ -68,12 +67,12 @@ def summarise(
     totals: dict[str, campaign.Counts], asked: argparse.Namespace, seconds: float
 ) -> dict:
     """What was tried and found, as a result file has it."""
+    from benchmarks import _record as record
     from tests.fuzz import limits
 
     return {
-        "benchmark": "fuzz",
+        **record.describe(),
         "command": "python -m tests.fuzz " + " ".join(sys.argv[1:]),
-        "python": platform.python_version(),
         "seed": asked.seed,
         "seconds": round(seconds, 1),
         "cases": sum(total.cases for total in totals.values()),

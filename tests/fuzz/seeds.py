@@ -145,11 +145,18 @@ def job_files() -> tuple[bytes, bytes, bytes]:
 
 
 @functools.cache
-def index() -> bytes:
-    """The index of a folder of shards."""
+def shards() -> dict[str, bytes]:
+    """A folder of two shards and its index."""
     names = list(weights()[0])
-    shards = {
-        name: f"model-0000{number % 2 + 1}-of-00002.safetensors"
-        for number, name in enumerate(names)
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    where = {name: files[number % 2] for number, name in enumerate(names)}
+    made = {
+        file: _file(
+            lambda path, file=file: save_file(
+                {name: weights()[0][name] for name in names if where[name] == file}, path
+            )
+        )
+        for file in files
     }
-    return json.dumps({"metadata": {"total_size": 0}, "weight_map": shards}).encode()
+    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    return made | {"model.safetensors.index.json": json.dumps(index).encode()}

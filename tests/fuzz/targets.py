@@ -114,13 +114,13 @@ class _Nothing:
         pass
 
 
-def _convert(file: Path) -> None:
+def _convert(source: Path, into: Path) -> None:
     writer, convert_run._Writer = convert_run._Writer, _Nothing
     try:
-        convert_run.convert_source(file, file.parent / "model")
+        convert_run.convert_source(source, into)
     finally:
         convert_run._Writer = writer
-        left = {path.name for path in file.parent.glob("model/*")}
+        left = {path.name for path in into.glob("*")}
         left -= {"transformer", "tokenizer", "text", "config.json", "manifest.json"}
         if left:
             raise Fault(f"left behind: {left}")
@@ -131,22 +131,24 @@ def _pth(case: Any, folder: Path) -> None:
     zipped = contents[case[0] % len(contents)].startswith(b"PK")
     structure = mutations.on_zip if zipped else mutations.on_pickle
     (folder / "a.pth").write_bytes(_damaged(contents, case, structure))
-    _convert(folder / "a.pth")
+    _convert(folder / "a.pth", folder / "model")
 
 
 def _safetensors(case: Any, folder: Path) -> None:
     content = _damaged(seeds.safetensors_files(), case, mutations.on_safetensors)
     (folder / "a.safetensors").write_bytes(content)
-    _convert(folder / "a.safetensors")
+    _convert(folder / "a.safetensors", folder / "model")
 
 
 def _shards(case: Any, folder: Path) -> None:
-    index = _damaged((seeds.index(),), case, mutations.on_json)
-    (folder / "model.safetensors.index.json").write_bytes(index)
-    for number in (1, 2):
-        file = folder / f"model-0000{number}-of-00002.safetensors"
-        file.write_bytes(seeds.safetensors_files()[0])
-    _convert(folder)
+    files, source = dict(seeds.shards()), folder / "source"
+    name = sorted(files)[-1 if case[0] % 3 else 0]
+    structure = mutations.on_json if name.endswith(".json") else mutations.on_safetensors
+    files[name] = mutations.mutated(files[name], case[1], structure)
+    source.mkdir()
+    for other, content in files.items():
+        (source / other).write_bytes(content)
+    _convert(source, folder / "model")
 
 
 def _model(case: Any, folder: Path) -> str | None:
@@ -256,7 +258,7 @@ _kept: dict[str, Any] = {}
 TARGETS: dict[str, Target] = {
     "pth": Target(_steps(6), _pth),
     "safetensors": Target(_steps(3), _safetensors),
-    "shards": Target(_steps(1), _shards),
+    "shards": Target(_steps(3), _shards),
     "model": Target(_steps(2), _model),
     "part": Target(_steps(3), _part),
     "tokenizer": Target(_steps(2), _tokenizer),

@@ -31,7 +31,10 @@ def plans() -> st.SearchStrategy[str]:
     call = st.tuples(st.sampled_from(_NAMES), arguments).map(lambda c: f"{c[0]}({c[1]})")
     policy = st.one_of(st.sampled_from(_NAMES), call, call)
     joined = st.lists(policy, min_size=1, max_size=3).map("+".join)
-    return st.one_of(joined, joined, joined, st.text(max_size=40))
+    letters = st.tuples(
+        st.sampled_from(_RIGHT), st.integers(0, 60), st.integers(0, 3), st.text(max_size=2)
+    ).map(lambda c: c[0][: c[1]] + c[3] + c[0][c[1] + c[2] :])
+    return st.one_of(joined, letters, letters, st.text(max_size=40))
 
 
 _WORDS = (
@@ -40,6 +43,12 @@ _WORDS = (
     "csla(", "adaptive(None)", "0-9", "0-99999999999", "1,2,3,4", "-5,0,9,9", "all", "HERE",
     "HERE/a.png", "HERE/a.json", "HERE/none/b.png", "/dev/null", "\x1b[31m", "\u202eabc",
     "\ud800", "[red]", "[/red]", "float32", "--", "-x", "a" * 3000,
+)  # fmt: skip
+_RIGHT = (
+    "dense", "sparvar-paper", "sparvar-fast + drop_uncond(2)", "csla(sinks=2, form='boxes')",
+    "csla(windows=(-1, 1, 3), first_scale=-2, layers=(0, 2))", "cs4a(keep=0.3, group=64)",
+    "cs4a(-2, granularity=8, multiple=64, mapping='relative')", "adaptive(0.8, cap=0.5, block=64)",
+    "sparvar(0.5, columns_options={'keep': 0.1}, sinks=1)", "skip_last_scales(2)+drop_uncond(3)",
 )  # fmt: skip
 _OPTIONS = {
     "plans": "--depth --aspect --size",
