@@ -22,16 +22,19 @@ from sparvar_jax.pipelines.requests import Request
 from sparvar_jax.runtime.step import ScaleOutput
 from sparvar_jax.weights.json_file import BOUNDS
 from sparvar_jax.weights.numbers import real, whole
+from sparvar_jax.weights.told import shown
 
 
 def box(
     height: int, width: int, top: int, left: int, bottom: int, right: int
 ) -> Bool[np.ndarray, "height width"]:
     """A region of pixels: True in rows top..bottom and columns left..right, ends excluded."""
+    corners = {"top": top, "left": left, "bottom": bottom, "right": right}
+    top, left, bottom, right = (whole(name, value) for name, value in corners.items())
     if not (0 <= top < bottom <= height and 0 <= left < right <= width):
         raise ValueError(
             f"a box must be top < bottom and left < right within {height}x{width}, got "
-            f"{top},{left},{bottom},{right}"
+            f"{shown(top)},{shown(left)},{shown(bottom)},{shown(right)}"
         )
     region = np.zeros((height, width), bool)
     region[top:bottom, left:right] = True

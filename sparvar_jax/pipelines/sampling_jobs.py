@@ -27,6 +27,7 @@ from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.weights.files import remove_temporaries, sync, whole_file
 from sparvar_jax.weights.json_file import read_json
 from sparvar_jax.weights.locks import locked
+from sparvar_jax.weights.numbers import whole
 from sparvar_jax.weights.told import shown, told
 
 Draw = Callable[[Sequence[int], Sequence[int]], UInt8[np.ndarray, "B height width 3"]]
@@ -54,6 +55,8 @@ class SampleJob:
     settings: Sequence[Sequence[str]] = ()
 
     def __post_init__(self):
+        for name in ("per_class", "batch", "seed"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError(f"a job needs classes, each once, got {told(self.classes, 80)}")
         if self.per_class < 1 or self.batch < 1 or self.seed < 0:

@@ -10,6 +10,7 @@ from sparvar_jax.cli import main
 from sparvar_jax.pipelines import edit, loading
 from sparvar_jax.pipelines.numbers import image_keys, parse_ratio
 from sparvar_jax.pipelines.requests import Options, shape_of
+from sparvar_jax.pipelines.sampling_jobs import SampleJob
 from sparvar_jax.plans.schedule import infinity_schedule
 from sparvar_jax.policies import drop_uncond, parse_plan, skip_last_scales
 from sparvar_jax.policies.registry import POLICIES, PRESETS, register_policy
@@ -199,6 +200,15 @@ def test_options_of_edits(option):
     region = edit.box(24, 24, 0, 0, 9, 9)
     pictures = np.zeros((1, 24, 24, 3), np.uint8)
     refused(name, lambda: edit.edit(tiny_pipe(), pictures, region, [1], **option))
+
+
+@pytest.mark.parametrize("value", [1.0, "1", True, None])
+def test_numbers_of_jobs_and_boxes(value):
+    for name in ("per_class", "batch", "seed"):
+        options = {"per_class": 1, name: value}
+        refused(name, lambda options=options: SampleJob((0, 1), **options))
+    refused("left must be a whole number", lambda: edit.box(9, 9, 0, value, 9, 9))
+    assert SampleJob((0,), np.int64(2), np.uint8(3)).describe() == SampleJob((0,), 2, 3).describe()
 
 
 BIG = "9" * 400

@@ -10,7 +10,7 @@ import pytest
 
 from sparvar_jax.pipelines import sample_parts
 from sparvar_jax.pipelines.sampling_jobs import SampleJob, parts_folder, run_job
-from tests.test_var_jobs import JOB, fake_draw
+from tests.hardening.workers import JOB, fake_draw
 
 
 class Stop(Exception):
@@ -140,6 +140,25 @@ def test_kills_leave_nothing_behind(tmp_path, runner, whole, kills):
         assert out.read_bytes() == whole
     assert sorted(os.listdir(tmp_path)) == sorted(f"run{index}.npz" for index in range(kills))
     assert ended >= kills // 4
+
+
+def test_kills_at_random_points_change_nothing(tmp_path, runner):
+    """At least 20 kills, spread over drawing and joining; jobs that finish start over elsewhere."""
+    whole = tmp_path / "whole.npz"
+    run_job(JOB, fake_draw, whole)
+    draw, kills, finished = random.Random(0), 0, 0
+    out = tmp_path / "run0.npz"
+    while kills < 20 or not finished:
+        code = runner(out, call="sample_slowly", after=draw.uniform(0, 0.15))
+        kills += code == -signal.SIGKILL
+        if draw.random() < 0.1:
+            assert runner(out, call="sample_slowly") == 0
+        if out.exists():
+            assert out.read_bytes() == whole.read_bytes()
+            finished += 1
+            out = tmp_path / f"run{finished}.npz"
+    assert runner(out, call="sample_slowly") == 0
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_the_same_job_in_other_words_is_the_same():

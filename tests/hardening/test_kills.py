@@ -171,7 +171,7 @@ def test_a_folder_that_convert_did_not_write_is_not_replaced(tmp_path, runner, r
 def test_two_processes_into_one_folder(tmp_path, runner, released):
     (tmp_path / "second").mkdir()
     second = Runner(tmp_path / "second")
-    for index in range(4):
+    for index in range(2):
         model = tmp_path / f"model{index}"
         calls = [(runner, released.transformer), (second, released.tokenizer)]
         with ThreadPoolExecutor() as pool:
