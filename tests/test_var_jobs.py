@@ -2,60 +2,12 @@
 
 import os
 import random
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import numpy as np
 import pytest
 
 from sparvar_jax.pipelines.sampling_jobs import SampleJob, parse_classes, run_job
-
-JOB = SampleJob((3, 1, 7), per_class=7, batch=4, seed=100, settings=(("model", "fake"),))
-
-
-def fake_draw(labels, seeds):
-    """Pictures that only depend on class and seed."""
-    return np.stack(
-        [
-            np.random.default_rng([label, seed]).integers(0, 256, (6, 5, 3), np.uint8)
-            for label, seed in zip(labels, seeds, strict=True)
-        ]
-    )
-
-
-WORKER = textwrap.dedent(
-    """
-    import sys, time
-    from tests.test_var_jobs import JOB, fake_draw
-    from sparvar_jax.pipelines import sampling_jobs
-
-    def draw(labels, seeds):
-        time.sleep(0.02)
-        return fake_draw(labels, seeds)
-
-    # Joining is slowed down as well, so that kills strike there too.
-    join = sampling_jobs._join
-    sampling_jobs._join = lambda *args: (time.sleep(0.03), join(*args), time.sleep(0.03))
-    print("ready", flush=True)
-    sampling_jobs.run_job(JOB, draw, sys.argv[1])
-    """
-)
-
-
-def start(out) -> subprocess.Popen:
-    worker = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert worker.stdout.readline() == b"ready\n", worker.stderr.read()
-    return worker
-
-
-def finish(out) -> None:
-    with start(out) as worker:
-        assert worker.wait() == 0
+from tests.hardening.workers import JOB, fake_draw
 
 
 def test_uninterrupted_file(tmp_path):
@@ -68,28 +20,6 @@ def test_uninterrupted_file(tmp_path):
     assert calls == [("sample", done, 6) for done in range(1, 7)]
     assert os.listdir(tmp_path) == ["samples.npz"]
     assert not run_job(JOB, lambda *_: pytest.fail("a finished job draws nothing"), out)
-
-
-def test_kills_at_random_points_change_nothing(tmp_path):
-    """At least 20 kills, spread over drawing and joining; jobs that finish start over elsewhere."""
-    whole = tmp_path / "whole.npz"
-    run_job(JOB, fake_draw, whole)
-    draw, kills, finished = random.Random(0), 0, 0
-    out = tmp_path / "run0.npz"
-    while kills < 20 or not finished:
-        worker = start(out)
-        time.sleep(draw.uniform(0, 0.15))
-        worker.send_signal(signal.SIGKILL)
-        kills += worker.wait() == -signal.SIGKILL
-        worker.communicate()
-        if draw.random() < 0.1:
-            finish(out)
-        if out.exists():
-            assert out.read_bytes() == whole.read_bytes()
-            finished += 1
-            out = tmp_path / f"run{finished}.npz"
-    finish(out)
-    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_no_batch_is_drawn_twice(tmp_path):

@@ -14,6 +14,8 @@ from sparvar_convert.export import to_torch
 from sparvar_convert.families import Family
 from sparvar_convert.rules import PER_HEAD, ConversionError, Ignore, Rule
 from sparvar_convert.sources import Source
+from sparvar_jax.weights.json_file import BOUNDS
+from sparvar_jax.weights.numbers import real, whole
 from sparvar_jax.weights.told import told
 
 TOLERANCE = 1e-4
@@ -45,7 +47,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is run: the schedule by size and ratio, sampling controls, the seed of all inputs."""
+    """What is run: the schedule by size and ratio, sampling controls, the seed of all inputs.
+
+    Raises ValueError for numbers out of range.
+    """
 
     size: str = "0.06M"
     aspect_ratio: float = 1.0
@@ -53,6 +58,12 @@ class Options:
     temperature: float = 0.5
     seed: int = 0
     tolerance: float = TOLERANCE
+
+    def __post_init__(self) -> None:
+        for name in ("aspect_ratio", "guidance", "temperature"):
+            real(name, getattr(self, name), *BOUNDS[name])
+        whole("seed", self.seed, 0, (1 << 32) - 1)
+        real("tolerance", self.tolerance, 0)
 
 
 @dataclasses.dataclass(frozen=True)

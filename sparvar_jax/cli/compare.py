@@ -57,11 +57,10 @@ def compare(
             str(row.exempt) if bits else "",
         )
     files = write_report(found, out)
-    show = console.output.print
-    show(f"{found.title}: {found.source} against {found.converted}", markup=False, highlight=False)
-    show(table)
+    console.say(f"{found.title}: {found.source} against {found.converted}")
+    console.output.print(table)
     verdict = "inside" if found.passed else "OUTSIDE"
-    show(f"{verdict} the tolerance {tolerance:g}; wrote {files[0]} and {files[1]}", highlight=False)
+    console.say(f"{verdict} the tolerance {tolerance:g}; wrote {files[0]} and {files[1]}")
     if not found.passed:
         raise typer.Exit(console.FAILED)
 

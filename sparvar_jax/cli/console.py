@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sparvar_jax.weights.told import told
+from sparvar_jax.cli import stopping
+from sparvar_jax.weights.told import LONGEST, escaped, told
 
 if TYPE_CHECKING:
     from sparvar_jax.runtime.progress import Progress as Report
@@ -46,7 +47,8 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
     """Run the command line; every foreseen failure ends in one line on stderr and an exit code.
 
     2 for bad input, 1 for what failed on the way (device memory, a missing optional package, a
-    comparison outside tolerance), 130 for an interrupt. Other errors keep their traceback.
+    comparison outside tolerance), 130 for an interrupt, 143 for SIGTERM or a closed terminal. Other
+    errors keep their traceback.
     """
     # The compiler logs slow compilations and missing devices as errors; jax raises real ones.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -57,17 +59,27 @@ def run(app: typer.Typer, arguments: list[str] | None = None) -> int:
 
 def _run(app: typer.Typer, arguments: list[str] | None) -> int:
     try:
-        code = int(app(args=arguments, standalone_mode=False) or 0)
+        with stopping.cleanly():
+            code = int(app(args=arguments, standalone_mode=False) or 0)
         return _complain("interrupted", code) if code == INTERRUPTED else code
     except _USAGE_ERROR as error:
         return _complain(getattr(error, "format_message", error.__str__)(), BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):  # some versions return the code, others raise
         return _complain("interrupted", INTERRUPTED)
+    except stopping.Stopped:  # it has said so already
+        return stopping.TERMINATED
     except Exception as error:
         foreseen = describe(error)
         if foreseen is None or _settings["traceback"]:
             raise
         return _complain(*foreseen)
+
+
+def say(text: str) -> None:
+    """Print text on stdout; file names and what stands in files cannot do more than be read."""
+    for line in text.split("\n"):
+        short = escaped(line) if len(line) <= LONGEST else told(line)
+        output.print(short, markup=False, highlight=False)
 
 
 def describe(error: Exception) -> tuple[str, int] | None:
@@ -83,24 +95,47 @@ def describe(error: Exception) -> tuple[str, int] | None:
     return None
 
 
-def use_compilation_cache() -> Path | str:
+def use_compilation_cache() -> Path | str | None:
     """Keep compiled programs and tuning results across processes; returns the folder.
 
-    A cache that is configured already (for instance by JAX_COMPILATION_CACHE_DIR) is left alone.
-    jax's default for XLA's own caches stays: with XLA's kernel cache, programs that several threads
-    had compiled stopped a second process on an H100 with illegal instructions.
+    None, with a warning, where this user has no home to keep them in. A cache that is configured
+    already (for instance by JAX_COMPILATION_CACHE_DIR) is left alone. jax's default for XLA's own
+    caches stays: with XLA's kernel cache, programs that several threads had compiled stopped a
+    second process on an H100 with illegal instructions.
     """
     import jax
 
     configured = jax.config.values.get("jax_compilation_cache_dir")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     if "://" in str(configured):  # jax writes there itself; a path would lose a slash
         folder: Path | str = str(configured)
+    elif configured:
+        folder = Path(configured)
     else:
-        folder = Path(configured or Path(base) / "sparvar_jax" / "xla")
+        base = _cache_home()
+        if base is None:
+            return None
+        folder = base / "sparvar_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return folder
+
+
+def _cache_home() -> Path | None:
+    """Where this user keeps caches; a user of a container may have no place and no name."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        probe = next(place for place in (base, *base.parents) if place.exists())
+        writable = os.access(probe, os.W_OK | os.X_OK)
+    except RuntimeError:
+        base, writable = None, False
+    if not writable:
+        warnings.warn(
+            "compiled programs are not kept: there is no home folder to write to; set "
+            "JAX_COMPILATION_CACHE_DIR to a private folder",
+            stacklevel=3,
+        )
+        return None
+    return base
 
 
 class Stopwatch:

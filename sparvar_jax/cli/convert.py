@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparvar_jax.cli import console, stopping
-from sparvar_jax.weights.told import told
+from sparvar_jax.cli import console
 
 
 def convert(
@@ -35,12 +34,11 @@ def convert(
     """Add a released checkpoint to a model directory (--into), or write a part back (--export)."""
     if (into is None) == (export is None):
         raise ValueError("give either --into DIR to convert, or --export FILE to write back")
-    with stopping.cleanly():
-        if export is not None:
-            _export(source, part, export)
-        else:
-            assert into is not None
-            _convert(source, into, ema, kind)
+    if export is not None:
+        _export(source, part, export)
+    else:
+        assert into is not None
+        _convert(source, into, ema, kind)
 
 
 def _convert(source: str, into: Path, ema: bool, kind: str | None) -> None:
@@ -53,12 +51,12 @@ def _convert(source: str, into: Path, ema: bool, kind: str | None) -> None:
             report("convert", done, total)
 
         done = convert_source(source, into, moved, ema=ema, kind=kind)
-    _show(
+    console.say(
         f"{done.title} ({done.kind}) from a {done.container}: {done.tensors} tensors, "
         f"{done.parameters:,} parameters -> {done.folder}"
     )
     for reason, keys in done.ignored.items():
-        _show(f"left behind: {len(keys)} x {reason}")
+        console.say(f"left behind: {len(keys)} x {reason}")
 
 
 def _export(source: str, part: str, file: Path) -> None:
@@ -68,11 +66,7 @@ def _export(source: str, part: str, file: Path) -> None:
     from sparvar_jax.weights import checkpoint
 
     count = save_state_dict(source, part, file)
-    _show(f"{count} tensors -> {file}")
+    console.say(f"{count} tensors -> {file}")
     note = family_of(checkpoint.read_config(source)[part]["kind"]).note
     if note:
-        _show(f"written: {note}")
-
-
-def _show(text: str) -> None:
-    console.output.print(told(text), highlight=False, markup=False)
+        console.say(f"written: {note}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sparvar_jax.cli import console, options
+from sparvar_jax.weights.told import shown
 
 
 def edit(
@@ -29,7 +30,7 @@ def edit(
         int | None, typer.Option("--class", help="Class to draw; without it none.")
     ] = None,
     keep_scales: Annotated[
-        int, typer.Option("--keep-scales", min=0, help="First scales that are kept whole.")
+        int, typer.Option("--keep-scales", min=0, max=32, help="First scales that are kept whole.")
     ] = 1,
     paste: Annotated[
         bool, typer.Option("--paste", help="Put the picture's own pixels back elsewhere.")
@@ -51,7 +52,7 @@ def edit(
     }
     asked = Asked(picture, model, region, mask, outside, label, options.name_of(dtype))
     side = _run(asked, out, drawing)
-    console.output.print(f"{out}: {side}x{side}", highlight=False)
+    console.say(f"{out}: {side}x{side}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,9 @@ class Asked:
     label: int | None
     dtype: str | None
 
-    def region(self, side: int) -> Any:
-        """True where to draw."""
-        inside = _region(self.box, self.mask, side)
+    def region(self, side: int, of: tuple[int, int]) -> Any:
+        """True where to draw. of: (width, height) of the picture's file."""
+        inside = _region(self.box, self.mask, side, of)
         return ~inside if self.outside else inside
 
 
@@ -76,18 +77,21 @@ def _run(asked: Asked, out: Path, drawing: dict[str, Any]) -> int:
     """Write the edited picture; its side in pixels."""
     from sparvar_jax.pipelines import edit as editing
     from sparvar_jax.pipelines import metadata
+    from sparvar_jax.pipelines.pictures import read_picture
     from sparvar_jax.pipelines.pipeline import Pipeline
-    from sparvar_jax.weights.files import whole_file
+    from sparvar_jax.weights.large_file import whole_files
 
     console.use_compilation_cache()
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out must name a .png file, got {out}")
-    with whole_file(out) as opened, console.progress() as report:
+    with whole_files([out]) as (opened,), console.progress() as report:
         options.check_draws(asked.model, "classes")
         pipe = Pipeline.from_checkpoint(asked.model, dtype=asked.dtype, progress=report)
         side = pipe.picture_side
-        pictures = _load(asked.picture, side, "RGB")[None]
-        result = editing.edit(pipe, pictures, asked.region(side), asked.label, **drawing)
+        picture = read_picture(asked.picture, side)
+        region = asked.region(side, picture.size)
+        _require_drawn(pipe, region, drawing["keep_scales"])
+        result = editing.edit(pipe, picture.pixels[None], region, asked.label, **drawing)
         told = {
             "edited": asked.picture.name,
             "class": str(asked.label),
@@ -101,29 +105,33 @@ def _run(asked: Asked, out: Path, drawing: dict[str, Any]) -> int:
     return side
 
 
-def _region(box: str | None, mask: Path | None, side: int):
+def _require_drawn(pipe: Any, region: Any, keep_scales: int) -> None:
+    """ValueError where an edit would draw nothing."""
+    from sparvar_jax.pipelines import edit as editing
+
+    sides = pipe.model.transformer.config.sides
+    if not any(
+        drawn.any() for drawn in editing.drawn_tokens(region, sides, keep_scales=keep_scales)
+    ):
+        raise ValueError(
+            f"nothing would be drawn: with --keep-scales {keep_scales} of {len(sides)} no token "
+            "lies by more than half in the region; give a larger one, or keep fewer scales"
+        )
+
+
+def _region(box: str | None, mask: Path | None, side: int, of: tuple[int, int]) -> Any:
     """True inside of the box, or where the mask is light."""
     from sparvar_jax.pipelines import edit as editing
+    from sparvar_jax.pipelines.pictures import read_mask
 
     if (box is None) == (mask is None):
         raise ValueError("say where to draw: give either --box or --mask")
     if mask is not None:
-        return _load(mask, side, "L") >= 128
+        return read_mask(mask, side, of)
     try:
         top, left, bottom, right = (int(part) for part in str(box).split(","))
     except ValueError:
-        raise ValueError(f"--box must be TOP,LEFT,BOTTOM,RIGHT in pixels, got {box!r}") from None
+        raise ValueError(
+            f"--box must be TOP,LEFT,BOTTOM,RIGHT in pixels, got {shown(box)}"
+        ) from None
     return editing.box(side, side, top, left, bottom, right)
-
-
-def _load(path: Path, side: int, mode: str):
-    """A picture cropped to its middle square and resized to the model's size, uint8."""
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            square = ImageOps.fit(ImageOps.exif_transpose(image).convert(mode), (side, side))
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture that can be read") from None
-    return np.asarray(square)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,14 +120,14 @@ def generate(
 
 def _run(order: Order, out: Path) -> None:
     from sparvar_jax.pipelines import metadata
-    from sparvar_jax.weights.files import whole_file
+    from sparvar_jax.pipelines.numbers import first_seed
+    from sparvar_jax.weights.large_file import whole_files
 
     console.use_compilation_cache()
-    seed, watch = order.drawing["seed"], console.Stopwatch()
+    seed, watch = first_seed(order.drawing["seed"], order.num), console.Stopwatch()
     targets = _targets(out, seed, order.num)
-    with contextlib.ExitStack() as files:
-        # Opened before the work: a folder that cannot be written to is found now.
-        opened = [files.enter_context(whole_file(path)) for path in targets]
+    # Opened before the work: a folder that cannot be written to is found now.
+    with whole_files(targets) as opened:
         with console.progress() as report:
             pipe, subject, drawing = order.load(report)
             watch.lap("loaded")
@@ -142,7 +141,7 @@ def _run(order: Order, out: Path) -> None:
     watch.tell()
     height, width = pictures.shape[1:3]
     for path in targets:
-        console.output.print(f"{path}: {width}x{height}", highlight=False)
+        console.say(f"{path}: {width}x{height}")
 
 
 def _targets(out: Path, seed: int, num: int) -> list[Path]:

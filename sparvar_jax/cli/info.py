@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from sparvar_jax.cli import console, options
+from sparvar_jax.weights.told import told
 
 _GIB = 1 << 30
 
@@ -36,21 +38,19 @@ def info(
     needed = estimate(described, chosen, num)
 
     height, width = (side * described.stride for side in chosen.schedule.final)
-    show = console.output.print
-    show(f"model {folder}: pictures of {width}x{height}", highlight=False)
-    show(_parts(folder, described, needed.weights))
-    show(f"\ndefaults {described.defaults}", highlight=False)
-    show(f"\nplan {chosen.name}", highlight=False)
-    show(chosen.describe(), markup=False, highlight=False)
-    show(
+    console.say(f"model {folder}: pictures of {width}x{height}")
+    console.output.print(_parts(folder, described, needed.weights))
+    console.say(f"\ndefaults {described.defaults}")
+    console.say(f"\nplan {chosen.name}")
+    console.say(chosen.describe())
+    console.say(
         f"\nmemory of a batch of {num}, estimated: weights {_gib(sum(needed.weights.values()))}, "
         f"cache {_gib(needed.cache)}, largest step {_gib(needed.step)}, "
-        f"decoding {_gib(needed.decode)}; peak about {_gib(needed.peak)}",
-        highlight=False,
+        f"decoding {_gib(needed.decode)}; peak about {_gib(needed.peak)}"
     )
     if "text" in needed.weights:
         freed = _gib(needed.peak_text_freed)
-        show(f"with --free-text-encoder: peak about {freed}", highlight=False)
+        console.say(f"with --free-text-encoder: peak about {freed}")
 
 
 def _parts(folder: Path, described: Any, weights: dict[str, int]) -> Table:
@@ -62,7 +62,7 @@ def _parts(folder: Path, described: Any, weights: dict[str, int]) -> Table:
     for part, module in described.parts.items():
         shapes = checkpoint.abstract_parameters(module)
         count = sum(math.prod(leaf.shape) for leaf in shapes.values())
-        source = str(manifest.get(part, {}).get("source", "unknown"))
+        source = Text(told(manifest.get(part, {}).get("source", "unknown"), 200))
         table.add_row(part, config[part]["kind"], f"{count:,}", _gib(weights[part]), source)
     return table
 

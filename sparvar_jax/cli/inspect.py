@@ -34,4 +34,4 @@ def inspect(
     rows = inspect_prompt(
         pipe, prompt, out, plan=plan or "dense", seed=seed, aspect_ratio=aspect, size=size
     )
-    console.output.print(f"{len(rows)} rows (scale, layer) in {out}/inspect.json")
+    console.say(f"{len(rows)} rows (scale, layer) in {out}/inspect.json")

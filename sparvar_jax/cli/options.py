@@ -31,7 +31,9 @@ Size = Annotated[
 Precision = Annotated[
     Dtype | None, typer.Option("--dtype", help="Compute dtype; by default what suits the device.")
 ]
-Num = Annotated[int, typer.Option("--num", min=1, help="How many pictures, drawn as one batch.")]
+Num = Annotated[
+    int, typer.Option("--num", min=1, max=4096, help="How many pictures, drawn as one batch.")
+]
 Guidance = Annotated[
     str | None, typer.Option("--guidance", help="Guidance strength, or off.", metavar="FLOAT|off")
 ]

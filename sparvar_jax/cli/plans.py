@@ -15,7 +15,9 @@ def plans(
     name: Annotated[
         str | None, typer.Argument(help="Plan to show scale by scale, such as sparvar-paper.")
     ] = None,
-    depth: Annotated[int, typer.Option("--depth", min=1, help="Layers of the model.")] = 32,
+    depth: Annotated[
+        int, typer.Option("--depth", min=1, max=512, help="Layers of the model.")
+    ] = 32,
     aspect: options.Aspect = None,
     size: options.Size = None,
 ) -> None:
@@ -26,8 +28,7 @@ def plans(
 
     schedule = infinity_schedule(1 / parse_ratio(aspect or 1.0), size or "1M")
     if name is not None:
-        described = parse_plan(name, schedule, depth).describe()
-        console.output.print(described, markup=False, highlight=False)
+        console.say(parse_plan(name, schedule, depth).describe())
         return
     presets = Table("preset", "density", "what it runs", box=None)
     for preset, make in registry.PRESETS.items():

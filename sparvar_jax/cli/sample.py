@@ -19,9 +19,11 @@ def sample(
         str, typer.Option("--classes", help="all, or numbers and ranges such as 0-9,207.")
     ] = "all",
     per_class: Annotated[
-        int, typer.Option("--per-class", min=1, help="Pictures of every class.")
+        int, typer.Option("--per-class", min=1, max=10_000_000, help="Pictures of every class.")
     ] = 50,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures drawn together.")] = 64,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, max=65_536, help="Pictures drawn together.")
+    ] = 64,
     seed: Annotated[int, typer.Option("--seed", help="Picture i draws from seed + i.")] = 0,
     plan: options.Plan = None,
     guidance: options.Guidance = None,
@@ -45,7 +47,7 @@ def sample(
     asked = Asked(classes, per_class, batch, seed, options.name_of(dtype))
     total, drew = _run(model, out, asked, drawing)
     state = "drawn" if drew else "was complete already"
-    console.output.print(f"{out}: {total} pictures, {state}", highlight=False)
+    console.say(f"{out}: {total} pictures, {state}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,21 +69,32 @@ def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple
     console.use_compilation_cache()
     with console.progress() as report:
         options.check_draws(model, "classes")
+        job = _job(model, asked, drawing)  # complains before the work
         pipe = Pipeline.from_checkpoint(model, dtype=asked.dtype, progress=report)
-        settings = {**drawing, "dtype": asked.dtype, "model": _fingerprint(model)}
-        job = sampling_jobs.SampleJob(
-            sampling_jobs.parse_classes(asked.classes, pipe.model.transformer.config.classes),
-            asked.per_class,
-            asked.batch,
-            asked.seed,
-            tuple((name, str(value)) for name, value in sorted(settings.items())),
-        )
-        pipe.request([0], seed=asked.seed + job.total - 1, **drawing)  # complains before the work
 
         def draw(labels, seeds):
             return pipe(labels, seed=seeds, **drawing)
 
         return job.total, sampling_jobs.run_job(job, draw, out, report)
+
+
+def _job(model: Path, asked: Asked, drawing: dict[str, Any]) -> Any:
+    """What is to be drawn; ValueError for what cannot be, before any weights are read."""
+    from sparvar_jax.pipelines import loading, sampling_jobs
+    from sparvar_jax.pipelines.numbers import first_seed
+
+    described = loading.describe_model(model)
+    settings = {**drawing, "dtype": asked.dtype, "model": _fingerprint(model)}
+    job = sampling_jobs.SampleJob(
+        sampling_jobs.parse_classes(asked.classes, described.transformer.config.classes),
+        asked.per_class,
+        asked.batch,
+        asked.seed,
+        tuple((name, str(value)) for name, value in sorted(settings.items())),
+    )
+    first_seed(asked.seed, job.total)
+    described.family.options(**drawing).resolve(described)
+    return job
 
 
 def _fingerprint(model: Path) -> str:

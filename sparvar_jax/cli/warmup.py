@@ -42,4 +42,4 @@ def warmup(
         pipe.warm_up(subject, progress=report, **drawing)
     watch.lap("compiled")
     watch.tell()
-    console.output.print(f"programs of {pipe.model.name} are in {cache}", highlight=False)
+    console.say(f"programs of {pipe.model.name} are in {cache or 'memory alone'}")

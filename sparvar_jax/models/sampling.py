@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import operator
 import typing
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int8, Key
 
 KEY_KIND = "threefry2x32"
@@ -34,7 +36,13 @@ class Controls:
 def image_keys(seed: SupportsIndex, batch: int) -> Key[Array, "B"]:
     """One key per image: image b of a call with seed s draws what seed s + b draws alone."""
     first = operator.index(seed)  # numpy's integers would overflow
-    return jnp.stack([jax.random.key(first + image, impl=KEY_KIND) for image in range(batch)])
+    return keys_of([first + image for image in range(batch)])
+
+
+def keys_of(seeds: Sequence[int]) -> Key[Array, "B"]:
+    """The key of every seed below 2^32: what `jax.random.key` makes where nothing shifts seeds."""
+    data = jnp.asarray(np.array([[0, seed] for seed in seeds], np.uint32))
+    return jax.random.wrap_key_data(data, impl=KEY_KIND)
 
 
 def mix(x: Float[Array, "R ..."], guidance: Float[Array, ""]) -> Float[Array, "B ..."]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sparvar_jax.weights.files import refuse_pointer
-from sparvar_jax.weights.told import told
+from sparvar_jax.weights.told import shown, told
 
 PAD_ID = 0
 EOS_ID = 1
@@ -51,10 +51,16 @@ class Tokenizer:
         return ids, lengths
 
     def _encode_one(self, prompt: str, max_length: int) -> list[int]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the prompt {shown(prompt)} is no Unicode text: it holds half of a character"
+            ) from None
         pieces = self.split(prompt)
         if not prompt.strip() or not pieces:
             raise ValueError(
-                f"the prompt is empty ({prompt!r}): describe the picture in at least one word"
+                f"the prompt is empty ({shown(prompt)}): describe the picture in at least one word"
             )
         if len(pieces) + 1 > max_length:
             warnings.warn(

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 from sparvar_jax.models.family import How
 from sparvar_jax.models.sampling import Controls
 from sparvar_jax.models.var_parts import guidance_ramp
-from sparvar_jax.pipelines.numbers import PerScale, guidance_of, numbers
+from sparvar_jax.pipelines.numbers import PerScale, flag, guidance_of, numbers
 from sparvar_jax.pipelines.requests import cached_plan
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime.controls import controls as make_controls
@@ -80,7 +80,7 @@ class ClassOptions:
     def how(self, model: Any) -> How:
         """How tokens are drawn."""
         smooth = model.transformer.config.smooth if self.smooth is None else self.smooth
-        return "smooth" if smooth else "sample"
+        return "smooth" if flag("smooth", smooth) else "sample"
 
 
 def _weights(guidance: Any, scales: int) -> tuple[float, ...]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from sparvar_jax.models.sampling import KEY_KIND
+from sparvar_jax.models.sampling import keys_of
+from sparvar_jax.weights.json_file import BOUNDS
+from sparvar_jax.weights.numbers import real, several, whole
+from sparvar_jax.weights.told import shown
 
 PerScale = SupportsFloat | Sequence[SupportsFloat]
 SEEDS = 1 << 32
@@ -21,22 +21,22 @@ OFF = "off"
 
 def whole_numbers(name: str, value: Any) -> list[Any]:
     """One whole number or several as Python's; None stays; 2.7 is refused."""
-    several = not isinstance(value, str) and (isinstance(value, Sequence) or np.ndim(value))
     try:
-        given: list[Any] = list(value) if several else [value]
-        return [None if number is None else operator.index(number) for number in given]
-    except TypeError:
-        raise ValueError(f"{name} must be whole numbers, got {value!r}") from None
+        given: list[Any] = list(value) if several(value) else [value]
+        return [None if number is None else whole(name, number) for number in given]
+    except ValueError:
+        raise ValueError(f"{name} must be whole numbers, got {shown(value)}") from None
 
 
 def numbers(name: str, value: Any) -> float | tuple[float, ...]:
-    """A float, or a tuple of them: one a scale. Scalars of numpy and jax are numbers as well."""
-    try:
-        if not isinstance(value, str) and (isinstance(value, Sequence) or np.ndim(value)):
-            return tuple(float(v) for v in value)
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number, or one a scale, got {value!r}") from None
+    """A float, or a tuple of them: one a scale. Scalars of numpy and jax are numbers as well.
+
+    Raises ValueError for anything else, and outside the bounds that configurations have, too.
+    """
+    bounds = BOUNDS.get(name, (-math.inf, math.inf))
+    if not several(value):
+        return real(name, value, *bounds)
+    return tuple(real(name, one, *bounds) for one in value)
 
 
 def guidance_of(value: Any, off: float) -> float | tuple[float, ...]:
@@ -46,36 +46,51 @@ def guidance_of(value: Any, off: float) -> float | tuple[float, ...]:
     return numbers("guidance", value)
 
 
+def flag(name: str, value: Any) -> bool:
+    """True or False, numpy's as well; ValueError for anything else."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
+def first_seed(seed: Any, batch: int) -> int:
+    """The seed of the first of a batch of pictures; ValueError unless all seeds are in range."""
+    (first,) = whole_numbers("seed", seed)
+    if first is None or not 0 <= first <= SEEDS - batch:
+        raise ValueError(f"seed must lie in 0..{SEEDS - batch}, got {shown(first)}")
+    return first
+
+
 def image_keys(seed: Any, batch: int) -> Key[Array, "B"]:
     """One random key a picture: image b draws from seed + b, or from its own of several seeds.
 
     Raises ValueError for seeds that are no whole numbers in 0..2^32 - 1, or too few of them.
     """
-    if not isinstance(seed, Sequence) and not np.ndim(seed):
-        (first,) = whole_numbers("seed", seed)
-        if first is None or not 0 <= first <= SEEDS - batch:
-            raise ValueError(f"seed must lie in 0..{SEEDS - batch}, got {first}")
+    if not several(seed):
+        first = first_seed(seed, batch)
         seeds: list[Any] = [first + image for image in range(batch)]
     else:
         seeds = whole_numbers("seeds", seed)
         if len(seeds) != batch:
             raise ValueError(f"got {len(seeds)} seeds for {batch} pictures")
         if any(one is None or not 0 <= one < SEEDS for one in seeds):
-            raise ValueError(f"seeds must lie in 0..{SEEDS - 1}, got {seeds}")
-    # Not through vmap: a key must be what `sampling.image_keys` makes of the same seed.
-    return jnp.stack([jax.random.key(np.uint32(one), impl=KEY_KIND) for one in seeds])
+            raise ValueError(f"seeds must lie in 0..{SEEDS - 1}, got {shown(seeds)}")
+    return keys_of(seeds)
 
 
 def parse_ratio(ratio: float | str) -> float:
     """Width / height from a number or from "W:H"; ValueError for anything else."""
     try:
         if isinstance(ratio, str) and ":" in ratio:
-            width, height = (float(part) for part in ratio.split(":"))
+            width, height = (real("aspect ratio", part) for part in ratio.split(":"))
             value = width / height
         else:
-            value = float(ratio)
-    except (ValueError, ZeroDivisionError, TypeError):
+            value = real("aspect ratio", ratio)
+    except (ValueError, ZeroDivisionError):
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"aspect ratio must be W:H such as 16:9, or a positive number: {ratio!r}")
+    low, high = BOUNDS["aspect_ratio"]
+    if not low <= value <= high:
+        raise ValueError(
+            f"aspect ratio must be W:H such as 16:9, or a positive number: {shown(ratio)}"
+        )
     return value

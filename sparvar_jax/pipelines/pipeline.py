@@ -17,7 +17,7 @@ from sparvar_jax.models.family import How
 from sparvar_jax.models.vqvae import Tokenised
 from sparvar_jax.pipelines import loading
 from sparvar_jax.pipelines.loading import Model
-from sparvar_jax.pipelines.numbers import image_keys, whole_numbers
+from sparvar_jax.pipelines.numbers import image_keys
 from sparvar_jax.pipelines.parts import Weights
 from sparvar_jax.pipelines.requests import Options, Request, shape_of
 from sparvar_jax.pipelines.subjects import Jobs
@@ -26,6 +26,9 @@ from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime.bound import Bound, to_host
 from sparvar_jax.runtime.generate import Generator, ScaleOutput, State
 from sparvar_jax.runtime.progress import Progress
+from sparvar_jax.weights.json_file import BOUNDS
+from sparvar_jax.weights.numbers import whole
+from sparvar_jax.weights.told import shown
 
 __all__ = ["Options", "Pipeline", "Request", "TextEncoder", "TextFeatures"]
 ALIASES = {"guidance_scale": "guidance", "negative_prompt": "negative"}
@@ -185,9 +188,12 @@ class Pipeline:
             draws = self.model.family.draws
             raise ValueError(f"{self.model.name} draws {draws}: give them once, got {len(given)}")
         subject = self.subject.listed(given[0])
-        (count,) = whole_numbers("num_images_per_prompt", options.pop("num_images_per_prompt", 1))
-        if not count or count < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {count}")
+        count = whole("num_images_per_prompt", options.pop("num_images_per_prompt", 1))
+        most = BOUNDS["num"][1]
+        if not 1 <= count <= most:
+            raise ValueError(
+                f"num_images_per_prompt must be at least 1 and at most {most}, got {shown(count)}"
+            )
         subject = subject if count == 1 else self.subject.repeated(subject, count)
         pixels = [options.pop(name, None) for name in ("height", "width")]
         if any(side is not None for side in pixels):

@@ -18,13 +18,15 @@ from sparvar_jax.pipelines.numbers import (
     guidance_of,
     numbers,
     parse_ratio,
-    whole_numbers,
 )
 from sparvar_jax.pipelines.text_encoder import TextFeatures
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.schedule import SIZES, ScaleSchedule, infinity_schedule
 from sparvar_jax.policies import parse_plan
 from sparvar_jax.runtime.controls import controls as make_controls
+from sparvar_jax.weights.json_file import BOUNDS
+from sparvar_jax.weights.numbers import whole
+from sparvar_jax.weights.told import shown
 
 Prompts = str | Sequence[str] | TextFeatures
 RATIO_TOLERANCE = 1.15  # of the asked for to the nearest ratio, beyond which a call warns
@@ -32,7 +34,17 @@ RATIO_TOLERANCE = 1.15  # of the asked for to the nearest ratio, beyond which a 
 OFF = 1.0  # the weight of the conditional logits that leaves them alone
 
 # Making a sparse plan takes longer than dispatching its steps.
-cached_plan = functools.lru_cache(maxsize=64)(parse_plan)
+_cached_plan = functools.lru_cache(maxsize=64)(parse_plan)
+
+
+def cached_plan(text: Any, schedule: ScaleSchedule, depth: int, **options: Any) -> Plan:
+    """`parse_plan`, each plan made once; ValueError for what is no text."""
+    if not isinstance(text, str):
+        raise ValueError(
+            f"a plan is a Plan, or text such as 'dense', got {shown(text)}: `sparvar plans` "
+            "lists them"
+        )
+    return _cached_plan(text, schedule, depth, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +159,8 @@ def resolve_plan(
     flags = tuple(g != 1 for g in guide) if isinstance(guide, tuple) else guide != 1
     name = model.defaults.plan if plan is None else plan
     depth = model.transformer.config.depth
-    return cached_plan(name, schedule, depth, guidance=flags, merge_at=guidance_layer)
+    merge = None if guidance_layer is None else whole("guidance_layer", guidance_layer)
+    return cached_plan(name, schedule, depth, guidance=flags, merge_at=merge)
 
 
 def picture_size(model: Any, schedule: ScaleSchedule) -> tuple[int, int]:
@@ -161,9 +174,12 @@ def shape_of(model: Any, height: SupportsIndex, width: SupportsIndex) -> tuple[f
     Raises ValueError for a side that is not a positive whole number. Warns where the pictures that
     can be drawn differ.
     """
-    (high,), (wide,) = whole_numbers("height", height), whole_numbers("width", width)
-    if min(high or 0, wide or 0) < 1:
-        raise ValueError(f"height and width must be positive numbers of pixels, got {high}x{wide}")
+    high, wide = whole("height", height), whole("width", width)
+    if not 1 <= min(high, wide) <= max(high, wide) <= BOUNDS["pixels"][1]:
+        raise ValueError(
+            "height and width must be positive numbers of pixels, at most "
+            f"{BOUNDS['pixels'][1]}, got {shown(high)}x{shown(wide)}"
+        )
     sizes = {size: picture_size(model, infinity_schedule(high / wide, size)) for size in SIZES}
     size = min(sizes, key=lambda name: abs(math.log(math.prod(sizes[name]) / (high * wide))))
     if sizes[size] != (high, wide):

@@ -27,7 +27,8 @@ from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.weights.files import remove_temporaries, sync, whole_file
 from sparvar_jax.weights.json_file import read_json
 from sparvar_jax.weights.locks import locked
-from sparvar_jax.weights.told import told
+from sparvar_jax.weights.numbers import whole
+from sparvar_jax.weights.told import shown, told
 
 Draw = Callable[[Sequence[int], Sequence[int]], UInt8[np.ndarray, "B height width 3"]]
 """(classes, seeds) of one batch -> pictures; must depend on nothing else."""
@@ -54,12 +55,14 @@ class SampleJob:
     settings: Sequence[Sequence[str]] = ()
 
     def __post_init__(self):
+        for name in ("per_class", "batch", "seed"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError(f"a job needs classes, each once, got {told(self.classes, 80)}")
         if self.per_class < 1 or self.batch < 1 or self.seed < 0:
             raise ValueError(
                 "pictures a class and batch must be at least 1 and the seed at least 0, got "
-                f"{self.per_class}, {self.batch} and {self.seed}"
+                f"{shown(self.per_class)}, {shown(self.batch)} and {shown(self.seed)}"
             )
         if self.total > MOST_PICTURES or self.batch > MOST_IN_A_BATCH:
             raise ValueError(
@@ -236,6 +239,10 @@ def _job_of(out: Path) -> str | None:
             if entry.file_size > _MOST_JOB or entry.compress_type != zipfile.ZIP_STORED:
                 return None
             with archive.open(entry) as stream:
-                return str(np.lib.format.read_array(stream, allow_pickle=False))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError):
+                np.lib.format.read_magic(stream)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+                if shape != () or dtype.kind != "U" or dtype.itemsize > entry.file_size:
+                    return None
+                return str(np.frombuffer(stream.read(dtype.itemsize), dtype)[0])
+    except Exception:  # zipfile and numpy fail in many ways at what is damaged
         return None

@@ -14,6 +14,7 @@ from sparvar_jax.pipelines.numbers import whole_numbers
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime.bound import Bound
+from sparvar_jax.weights.told import shown
 
 Jobs = list[Callable[[], Any]]
 
@@ -45,12 +46,12 @@ class Prompted:
         if isinstance(subject, TextFeatures):
             return subject
         if not isinstance(subject, Sequence):
-            raise ValueError(f"expected a prompt or a list of prompts, got {subject!r}")
+            raise ValueError(f"expected a prompt or a list of prompts, got {shown(subject)}")
         if not subject:
             raise ValueError("expected at least one prompt, got none")
         for prompt in subject:
             if not isinstance(prompt, str):
-                raise ValueError(f"prompts are text, got {prompt!r}: give strings")
+                raise ValueError(f"prompts are text, got {shown(prompt)}: give strings")
         return list(subject)
 
     def repeated(self, subject: Any, count: int) -> Any:
@@ -144,7 +145,7 @@ class Classes:
             raise ValueError("expected at least one class, got none")
         for label in labels:
             if label is not None and not 0 <= label < classes:
-                raise ValueError(f"classes must lie in 0..{classes - 1}, got {label}")
+                raise ValueError(f"classes must lie in 0..{classes - 1}, got {shown(label)}")
         return np.array([classes if label is None else label for label in labels], np.int32)
 
     def repeated(self, subject: np.ndarray, count: int) -> np.ndarray:

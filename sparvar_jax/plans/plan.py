@@ -18,6 +18,7 @@ from sparvar_jax.plans.segments import Rows, Segment, Step, split_at_merge, stat
 from sparvar_jax.plans.stores import Store
 from sparvar_jax.plans.strategy import AllTokens, Attention, Place
 from sparvar_jax.plans.validate import validate
+from sparvar_jax.weights.told import shown
 
 __all__ = ["Plan", "Rows", "Segment", "Step", "dense_plan", "map_attention", "map_segments"]
 LAST_SCALES = 3
@@ -156,7 +157,7 @@ def dense_plan(
         raise ValueError(f"guidance needs one flag for each of {len(schedule)} scales, got {flags}")
     merge = depth if merge_at is None else merge_at
     if not 0 <= merge <= depth:
-        raise ValueError(f"merge_at must lie in 0..{depth}, got {merge_at}")
+        raise ValueError(f"merge_at must lie in 0..{depth}, got {shown(merge_at)}")
     segments: tuple[Segment, ...] = (Segment((0, depth)),)
     rows: Rows = "both" if any(flags) else "cond"
     steps = tuple(

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sparvar_jax.plans.rows import LayoutName, RowMap, row_map
+from sparvar_jax.weights.told import shown
 
 SIZES = {"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13}
 
@@ -156,8 +157,8 @@ def infinity_schedule(height_over_width: float = 1.0, size: str = "1M") -> Scale
     size: "0.06M", "0.25M", "0.60M" or "1M"; the smaller ones are prefixes of the 1M schedule and
     keep its rotary grid. Raises ValueError for an unknown size or an impossible ratio.
     """
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    if not isinstance(size, str) or size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {shown(size)}")
     table = ASPECT_TABLES[nearest_ratio(height_over_width)]
     return ScaleSchedule(table[: SIZES[size]], table[-1])
 

@@ -20,6 +20,7 @@ from pallas_kernels.sparsity import BlockTable
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.schedule import Scale
 from sparvar_jax.plans.strategy import LayerState, Output, Place, ReadsAll, View
+from sparvar_jax.policies.arguments import checked
 from sparvar_jax.policies.indices import ceil_div, decision_index, unit_tokens
 from sparvar_jax.policies.routing import Layers, Policy, assign
 
@@ -80,6 +81,8 @@ class AdaptiveSparse(ReadsAll):
             )
         if self.block not in (64, 128):
             raise ValueError(f"block must be 64 or 128, got {self.block}")
+        if self.sinks < 0:
+            raise ValueError(f"sinks must be at least 0, got {self.sinks}")
 
     def limits(self, place: Place) -> tuple[int, int, int]:
         """(sink blocks, fewest, most) key blocks of a query block at one scale."""
@@ -125,6 +128,7 @@ class AdaptiveSparse(ReadsAll):
         return Output(out)
 
 
+@checked
 def adaptive(
     coverage: float = 0.9,
     cap: float = 0.25,

@@ -18,6 +18,7 @@ from pallas_kernels.api import Implementation
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.strategy import LayerState, Output, Place, ReadsAll, View
 from sparvar_jax.policies import columns as lists
+from sparvar_jax.policies.arguments import checked
 from sparvar_jax.policies.columns import Mapping, Reuse, Selection
 from sparvar_jax.policies.indices import decision_index, unit_tokens
 from sparvar_jax.policies.routing import Layers, Policy, assign
@@ -110,6 +111,7 @@ class Cs4aSparse(ReadsAll):
         return Output(out)
 
 
+@checked
 def cs4a(
     decision_scale: int | float = -3,
     keep: float = 0.2,

@@ -5,7 +5,7 @@ the window around its own place. Two forms: raster blocks, as released, and rect
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypedDict
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from pallas_kernels.api import Implementation
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.rows import LayoutName
 from sparvar_jax.plans.strategy import LayerState, Output, Place, ReadsAll, View
+from sparvar_jax.policies.arguments import checked
 from sparvar_jax.policies.indices import scale_index
 from sparvar_jax.policies.routing import Layers, Policy, assign
 
@@ -24,6 +25,16 @@ Form = Literal["blocks", "boxes"]
 WINDOWS = (-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 3, 5, 7)
 """The released windows, one a key scale; shorter schedules take them from the end."""
 SINKS = 5
+
+
+class CslaOptions(TypedDict, total=False):
+    """Arguments of `csla` that policies made of it pass on."""
+
+    windows: tuple[int, ...]
+    sinks: int
+    form: Form
+    exact: bool
+    block: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +120,7 @@ class Csla(ReadsAll):
         return Output(out)
 
 
+@checked
 def csla(
     windows: tuple[int, ...] = WINDOWS,
     sinks: int = SINKS,

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import re
 import runpy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from pallas_kernels.api import Implementation
 from sparvar_jax.plans.plan import Plan, dense_plan, with_implementation
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.policies.adaptive import adaptive
+from sparvar_jax.policies.arguments import checked
 from sparvar_jax.policies.cs4a import cs4a
 from sparvar_jax.policies.csla import csla
 from sparvar_jax.policies.routing import Policy
 from sparvar_jax.policies.scales import drop_uncond, skip_last_scales
 from sparvar_jax.policies.sparvar import released_boundary, sparvar
+from sparvar_jax.weights.json_file import LONGEST_TEXT
+from sparvar_jax.weights.told import shown, told
 
 _NAME = r"[a-z_][\w-]*"
 FAST_COLUMNS = (("granularity", 8), ("multiple", 64))
@@ -46,9 +50,9 @@ def sparvar_fast() -> Policy:
 
 
 PRESETS: dict[str, Callable[[], Policy]] = {
-    "dense": dense,
-    "sparvar-paper": sparvar_paper,
-    "sparvar-fast": sparvar_fast,
+    "dense": checked(dense),
+    "sparvar-paper": checked(sparvar_paper),
+    "sparvar-fast": checked(sparvar_fast),
 }
 POLICIES: dict[str, Callable[..., Policy]] = {
     "csla": csla,
@@ -74,7 +78,7 @@ def register_policy(name: str, make: Callable[..., Policy], *, preset: bool = Fa
         )
     if name in _OWN:
         raise ValueError(f"there is a policy named {name!r} already: choose another name")
-    (PRESETS if preset else POLICIES)[name] = make
+    (PRESETS if preset else POLICIES)[name] = checked(make)
 
 
 def load_policies(file: Path) -> None:
@@ -87,7 +91,9 @@ def load_policies(file: Path) -> None:
     try:
         runpy.run_path(str(file), run_name="policies")
     except Exception as error:  # whatever a user's file raises is told by file and reason
-        raise ValueError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{file} cannot be run: {type(error).__name__}: {told(error, 200)}"
+        ) from error
 
 
 def load_entry_points() -> None:
@@ -112,16 +118,15 @@ def parse_policy(text: str) -> Policy:
     match = re.fullmatch(rf"\s*({_NAME})\s*(\(.*\))?\s*", text, re.DOTALL)
     known = {**PRESETS, **POLICIES}
     if match is None or match[1] not in known:
-        raise ValueError(f"unknown policy {text.strip()!r}: use one of {', '.join(known)}")
+        raise ValueError(f"unknown policy {shown(text.strip())}: use one of {', '.join(known)}")
     positional, named = _arguments(text, match[2] or "()")
-    try:
-        return known[match[1]](*positional, **named)
-    except TypeError as error:
-        raise ValueError(f"{text.strip()}: {error}") from error
+    return known[match[1]](*positional, **named)
 
 
 def parse_policies(text: str) -> Policy:
     """The policies of a text such as "sparvar-fast + drop_uncond(3)", applied left to right."""
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"a plan's text has {LONGEST_TEXT} letters at most, got {len(text)}")
     policies = [parse_policy(part) for part in _split(text)]
 
     def apply(plan: Plan) -> Plan:
@@ -164,15 +169,19 @@ def _split(text: str) -> list[str]:
 
 def _arguments(text: str, call: str) -> tuple[list[Any], dict[str, Any]]:
     try:
-        node = ast.parse(f"f{call}", mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the text's spelling, such as '\\d'
+            node = ast.parse(f"f{call}", mode="eval").body
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             raise ValueError("not one call")
         positional = [_literal(value) for value in node.args]
         named = {str(item.arg): _literal(item.value) for item in node.keywords}
-    except (SyntaxError, ValueError) as error:
+        if len(named) < len(node.keywords):
+            raise ValueError("an argument is given twice")
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):  # as ast may raise
         raise ValueError(
-            f"{text.strip()!r} needs literal arguments, such as csla(sinks=5, form='boxes')"
-        ) from error
+            f"{shown(text.strip())} needs literal arguments, such as csla(sinks=5, form='boxes')"
+        ) from None
     return positional, named
 
 

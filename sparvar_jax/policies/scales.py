@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from sparvar_jax.plans.plan import Plan, map_attention
+from sparvar_jax.policies.arguments import checked
 from sparvar_jax.policies.routing import Policy
 
 
+@checked
 def skip_last_scales(count: int) -> Policy:
     """Do not draw the last `count` scales of the schedule; the picture keeps its size.
 
@@ -21,6 +23,7 @@ def skip_last_scales(count: int) -> Policy:
     return apply
 
 
+@checked
 def drop_uncond(count: int) -> Policy:
     """Run only the conditional rows in the last `count` scales of the schedule.
 

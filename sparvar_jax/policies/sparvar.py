@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from sparvar_jax.plans.plan import Plan
+from sparvar_jax.policies.arguments import checked
 from sparvar_jax.policies.cs4a import cs4a
-from sparvar_jax.policies.csla import csla
+from sparvar_jax.policies.csla import CslaOptions, csla
 from sparvar_jax.policies.routing import Policy, layer_at
 
 BOUNDARY = 10
@@ -14,12 +15,13 @@ BOUNDARY_SHARE = 11 / 32
 """Share of the layers that decide columns: layers 0..10 of the 32 of the 2B model."""
 
 
+@checked
 def sparvar(
     boundary: int | float = BOUNDARY,
     *,
     first_scale: int | float = -3,
     columns_options: tuple[tuple[str, Any], ...] = (),
-    **csla_options: Any,
+    **csla_options: Unpack[CslaOptions],
 ) -> Policy:
     """CS4A in layers 0..boundary (inclusive), CSLA above, from `first_scale` (the decision) on.
 
@@ -28,13 +30,18 @@ def sparvar(
     model.
     """
 
+    options = dict(columns_options)
+
+    def parts(cut: int, depth: int) -> tuple[Policy, Policy]:
+        rest = csla(first_scale=first_scale, layers=(cut, depth), **csla_options)
+        return cs4a(first_scale, layers=(0, cut), **options), rest
+
+    parts(1, 2)  # complains before there is a plan
+
     def apply(plan: Plan) -> Plan:
         cut = boundary_layer(boundary, plan.depth) + 1
-        plan = cs4a(first_scale, layers=(0, cut), **dict(columns_options))(plan)
-        if cut == plan.depth:
-            return plan
-        rest = csla(first_scale=first_scale, layers=(cut, plan.depth), **csla_options)
-        return rest(plan)
+        columns, rest = parts(cut, plan.depth)
+        return columns(plan) if cut == plan.depth else rest(columns(plan))
 
     return apply
 

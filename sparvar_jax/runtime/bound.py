@@ -11,6 +11,7 @@ import numpy as np
 
 from sparvar_jax.runtime.compiling import compile_lowered
 from sparvar_jax.runtime.parameters import Parameters
+from sparvar_jax.runtime.settings import fixed
 
 
 class Bound:
@@ -34,7 +35,8 @@ class Bound:
     def shape(self, *args: Any) -> Any:
         """The result with shapes and dtypes instead of arrays; arguments may be such as well."""
         leaves = self._leaves()
-        return jax.eval_shape(self._jitted, leaves, *args)
+        with fixed():
+            return jax.eval_shape(self._jitted, leaves, *args)
 
     def compile(self, *args: Any) -> Any:
         """The executable for arguments of these shapes; they may be abstract."""
@@ -65,7 +67,9 @@ class Bound:
         if name not in self._compiled:
             # From shapes alone, so that programs made without weights are found in the cache.
             shapes = jax.tree.map(_abstract, (leaves, *args))
-            self._compiled[name] = compile_lowered(self._jitted.lower(*shapes))
+            with fixed():
+                lowered = self._jitted.lower(*shapes)
+            self._compiled[name] = compile_lowered(lowered)
         return self._compiled[name]
 
 

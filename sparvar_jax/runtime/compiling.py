@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from sparvar_jax.runtime import programs
+from sparvar_jax.runtime.settings import fixed
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> Any:
@@ -28,7 +29,9 @@ def compile_traced(traced: jax.stages.Traced, file: Path | None) -> Any:
     kept = None if file is None else programs.load(file, traced)
     if kept is not None:
         return kept
-    compiled = compile_lowered(traced.lower())
+    with fixed():
+        lowered = traced.lower()
+    compiled = compile_lowered(lowered)
     if file is not None:
         programs.keep(file, compiled)
     return compiled

@@ -21,6 +21,7 @@ from sparvar_jax.runtime.compiling import compile_traced
 from sparvar_jax.runtime.controls import controls
 from sparvar_jax.runtime.placement import Placement
 from sparvar_jax.runtime.progress import Progress
+from sparvar_jax.runtime.settings import fixed
 from sparvar_jax.runtime.step import (
     ScaleOutput,
     State,
@@ -169,9 +170,10 @@ class Steps:
         if self.placement:
             body = self.placement.wrap(body)
         donated, read = split_state(state)
-        return jax.jit(body, donate_argnums=(2,)).trace(
-            self._shapes, condition, donated, read, controls, keys, forced
-        )
+        with fixed():
+            return jax.jit(body, donate_argnums=(2,)).trace(
+                self._shapes, condition, donated, read, controls, keys, forced
+            )
 
     def _placed(self, state: State) -> State:
         """A state as shapes, on the devices where steps expect it."""

@@ -41,12 +41,10 @@ def whole_file(path: str | Path, *, private: bool = False) -> Iterator[Path]:
     temporary = _make_beside(path)
     try:
         yield temporary
-        if not private:
-            temporary.chmod(0o666 & ~_umask())
-            sync(temporary)
-        temporary.replace(path)
-        if not private:
-            sync(path.parent)
+        if private:
+            temporary.replace(path)
+        else:
+            publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -55,13 +53,26 @@ def _make_beside(path: Path) -> Path:
     """A new empty file of a random name in the folder of `path`, for this user alone."""
     temporary = path.with_name(f".sparvar-{secrets.token_hex(8)}{_PART}") if path.name else path
     with writing(path):
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder: expected the name of a file to write")
-        with contextlib.suppress(FileNotFoundError):
-            path.lstat()  # a name that is too long for the disk is found here
+        require_name(path)
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
         os.close(os.open(temporary, flags, 0o600))
     return temporary
+
+
+def require_name(path: Path) -> None:
+    """ValueError for a folder, OSError for a name that is too long for the disk."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: expected the name of a file to write")
+    with contextlib.suppress(FileNotFoundError):
+        path.lstat()
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name: on the disk, with what an ordinary write would have given."""
+    temporary.chmod(0o666 & ~_umask())
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
 
 
 @contextlib.contextmanager

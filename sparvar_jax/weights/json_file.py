@@ -61,6 +61,10 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "guidance": (-1e6, 1e6),
     "temperature": (0, 1e6),
     "aspect_ratio": (1e-3, 1e3),
+    # Options of calls and commands.
+    "num": (1, 4096),
+    "pixels": (1, 1 << 16),
+    "keep_scales": (0, 32),
     # Names of Hugging Face for the sizes of a text encoder.
     "vocab_size": _VOCABULARY,
     "d_model": _WIDTH,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sparvar_jax.weights import files
 from sparvar_jax.weights.locks import locked
 
-_PREFIX, _LOCK = ".export-", ".lock"
+_PREFIX, _LOCK, _TRIES = ".export-", ".lock", 20
 
 
 @contextlib.contextmanager
@@ -19,22 +19,53 @@ def large_file(path: str | Path) -> Iterator[Path]:
 
     Libraries that make temporary files of their own beside the one they write make them there.
     """
-    path = Path(path)
-    with files.whole_file(path) as probe:  # complains where nothing can be written
-        probe.unlink()
-        with contextlib.ExitStack() as exits:
+    with whole_files([Path(path)]) as (temporary,):
+        yield temporary
+
+
+@contextlib.contextmanager
+def whole_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Temporary paths that become `paths`, files of one folder, when the block ends.
+
+    They are made at once, so that what cannot be written is found before the work: ValueError.
+    """
+    folder = paths[0].parent
+    with contextlib.ExitStack() as exits:
+        for path in paths:
             with files.writing(path):
-                _remove_dead(path.parent)
-                place = exits.enter_context(files.stage(path.parent, _PREFIX))
+                files.require_name(path)
+        with files.writing(paths[0]):
+            _remove_dead(folder)
+            place = exits.enter_context(_locked_stage(folder))
+            temporaries = [place / f"file{index}" for index in range(len(paths))]
+            for temporary in temporaries:
+                temporary.touch(0o600)
+        yield temporaries
+        for temporary, path in zip(temporaries, paths, strict=True):
+            files.publish(temporary, path)
+
+
+@contextlib.contextmanager
+def _locked_stage(folder: Path) -> Iterator[Path]:
+    """A folder whose lock says that its process lives.
+
+    Between making and locking it, another process may take it for a dead one's: then make another.
+    """
+    with contextlib.ExitStack() as exits:
+        for _ in range(_TRIES):
+            place = exits.enter_context(files.stage(folder, _PREFIX))
+            with contextlib.suppress(FileNotFoundError, ValueError):
                 exits.enter_context(locked(place / _LOCK))
-            with files.whole_file(place / "file") as temporary:
-                yield temporary
-            os.replace(place / "file", probe)
+                break
+        else:
+            raise ValueError(f"cannot lock {folder}: another process keeps removing what is made")
+        yield place
 
 
 def _remove_dead(folder: Path) -> None:
     """Remove the folders of processes that are gone: nobody holds their locks."""
     for entry in list(os.scandir(folder)):
         if entry.name.startswith(_PREFIX) and entry.is_dir(follow_symlinks=False):
-            with contextlib.suppress(ValueError, OSError), locked(Path(entry.path) / _LOCK):
+            lock = locked(Path(entry.path) / _LOCK, strict=True)
+            with contextlib.suppress(ValueError, OSError), lock:
                 files.remove_folder(Path(entry.path))

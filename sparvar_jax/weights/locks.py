@@ -15,14 +15,15 @@ _UNKNOWN = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 
 @contextlib.contextmanager
-def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(file: Path, *, wait: bool = False, strict: bool = False) -> Iterator[None]:
     """Hold the lock named by a file, which is made for it and removed again.
 
-    wait: wait for the process that holds it, with a warning. Raises ValueError where another
+    wait: wait for the process that holds it, with a warning. strict: ValueError, not a warning,
+    where the file system knows no locks. Raises ValueError where another
     process holds the lock and `wait` is off, and where the name is taken by something else, such
     as a link; FileNotFoundError where the folder does not exist.
     """
-    handle = _acquire(file, wait)
+    handle = _acquire(file, wait, strict)
     try:
         yield
     finally:
@@ -31,7 +32,7 @@ def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
-def _acquire(file: Path, wait: bool) -> int:
+def _acquire(file: Path, wait: bool, strict: bool) -> int:
     while True:
         try:
             handle = os.open(file, _FLAGS, 0o666)
@@ -45,7 +46,7 @@ def _acquire(file: Path, wait: bool) -> int:
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise ValueError(f"{file} is no plain file: remove what has this name")
-            _lock(handle, file, wait)
+            _lock(handle, file, wait, strict)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), file.lstat()):
                     return handle
@@ -55,10 +56,12 @@ def _acquire(file: Path, wait: bool) -> int:
         os.close(handle)  # its holder has removed the file meanwhile: ours locks nothing
 
 
-def _lock(handle: int, file: Path, wait: bool) -> None:
+def _lock(handle: int, file: Path, wait: bool, strict: bool) -> None:
     try:
         import fcntl
     except ImportError:  # no locks of this kind here (Windows)
+        if strict:
+            raise ValueError("this system knows no locks") from None
         return
     try:
         try:
@@ -73,6 +76,8 @@ def _lock(handle: int, file: Path, wait: bool) -> None:
     except OSError as error:
         if error.errno not in _UNKNOWN:
             raise
+        if strict:
+            raise ValueError(f"the file system of {file.parent} knows no locks") from None
         warnings.warn(
             f"the file system of {file.parent} knows no locks: run one process at a time there",
             stacklevel=4,

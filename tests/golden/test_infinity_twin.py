@@ -16,10 +16,15 @@ from sparvar_convert.torch_twin.infinity_loop import Settings, run
 
 from sparvar_jax.plans.schedule import ASPECT_TABLES, nearest_ratio
 from tests.convert.fakes import DictReader
-from tests.golden.support import golden_stems, load_golden, load_sidecar, state_dict
+from tests.golden.support import (
+    golden_stems,
+    load_golden,
+    load_sidecar,
+    most_exempt,
+    state_dict,
+)
 
 TOLERANCE = 1e-4
-EXEMPT_SHARE = 1e-3
 
 CASES = [(stem, name) for stem in golden_stems("infinity_*") for name in load_sidecar(stem)["runs"]]
 
@@ -110,4 +115,4 @@ def check_guided(name, settings, traces, tensors, bits, argmax: bool) -> None:
             np.testing.assert_array_equal(ours[far], removed[scale][far].astype(bool))
         exempt, total = exempt + int((~far).sum()), total + far.size
     print(f"{name}: {exempt} of {total} bits exempt")
-    assert exempt <= EXEMPT_SHARE * total
+    assert exempt <= most_exempt(total)

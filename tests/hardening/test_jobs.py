@@ -4,14 +4,13 @@ import json
 import os
 import random
 import signal
-import time
 
 import numpy as np
 import pytest
 
 from sparvar_jax.pipelines import sample_parts
 from sparvar_jax.pipelines.sampling_jobs import SampleJob, parts_folder, run_job
-from tests.test_var_jobs import JOB, fake_draw, start
+from tests.hardening.workers import JOB, fake_draw
 
 
 class Stop(Exception):
@@ -129,19 +128,37 @@ def test_long_names(tmp_path, whole, length):
 @pytest.mark.parametrize(
     "kills", [10, pytest.param(50, marks=pytest.mark.slow)], ids=["few", "many"]
 )
-def test_kills_leave_nothing_behind(tmp_path, whole, kills):
+def test_kills_leave_nothing_behind(tmp_path, runner, whole, kills):
     draw, ended = random.Random(1), 0
     for index in range(kills):
         out = tmp_path / f"run{index}.npz"
-        worker = start(out)
-        time.sleep(draw.uniform(0, 0.25))
-        worker.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
-        ended += worker.wait() != 0
-        worker.communicate()
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        code = runner(out, call="sample_slowly", after=draw.uniform(0, 0.25), number=number)
+        assert code in (0, -number, 128 + number), runner.told
+        ended += code != 0
         run_job(JOB, fake_draw, out)
         assert out.read_bytes() == whole
     assert sorted(os.listdir(tmp_path)) == sorted(f"run{index}.npz" for index in range(kills))
     assert ended >= kills // 4
+
+
+def test_kills_at_random_points_change_nothing(tmp_path, runner):
+    """At least 20 kills, spread over drawing and joining; jobs that finish start over elsewhere."""
+    whole = tmp_path / "whole.npz"
+    run_job(JOB, fake_draw, whole)
+    draw, kills, finished = random.Random(0), 0, 0
+    out = tmp_path / "run0.npz"
+    while kills < 20 or not finished:
+        code = runner(out, call="sample_slowly", after=draw.uniform(0, 0.15))
+        kills += code == -signal.SIGKILL
+        if draw.random() < 0.1:
+            assert runner(out, call="sample_slowly") == 0
+        if out.exists():
+            assert out.read_bytes() == whole.read_bytes()
+            finished += 1
+            out = tmp_path / f"run{finished}.npz"
+    assert runner(out, call="sample_slowly") == 0
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_the_same_job_in_other_words_is_the_same():

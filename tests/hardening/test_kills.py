@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sparvar_jax.weights import checkpoint
+from tests.hardening import workers
 from tests.hardening.runs import Runner, leftovers, torn
+from tests.tiny_model import write_tiny_model
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -24,7 +26,7 @@ def convert_all(runner, released, model):
 
 
 @pytest.mark.parametrize(
-    "kills", [10, pytest.param(100, marks=pytest.mark.slow)], ids=["few", "many"]
+    "kills", [6, pytest.param(100, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_random_kills_of_convert(tmp_path, runner, released, kills):
     draw, ended = random.Random(0), []
@@ -39,14 +41,18 @@ def test_random_kills_of_convert(tmp_path, runner, released, kills):
         assert ended[-1] in (0, -number, 128 + number), runner.told
         if ended[-1] > 0 and model.exists():  # stopped, and given the time to clean up
             assert leftovers(model) == []
-        convert_all(runner, released, model)
+        if kills > 10:
+            convert_all(runner, released, model)
+        else:
+            code = runner("convert", source, "--into", model)
+            assert code == 0 or (code == 2 and "exists already" in runner.told), runner.told
         assert torn(model) == []
         assert leftovers(model) == []
     assert len([code for code in ended if code]) >= kills // 2, ended
 
 
 @pytest.mark.parametrize("again", ["same", "other"])
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_every_step_of_joining(tmp_path, runner, released, again, stride):
     """Every renaming, removal and new folder of a part's way into the directory."""
     source = released.transformer
@@ -62,6 +68,44 @@ def test_a_kill_at_every_step_of_joining(tmp_path, runner, released, again, stri
         assert torn(model) == []
         assert leftovers(model) == []
     assert 8 <= step < 50
+
+
+@pytest.mark.parametrize(
+    "kills", [10, pytest.param(40, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_kills_while_pictures_are_written(tmp_path, runner, kills):
+    """What `generate` and `edit` write with: the next call removes what a kill left."""
+    draw, ended = random.Random(3), 0
+    for _ in range(kills):
+        number = draw.choice(SIGNALS)
+        code = runner(tmp_path, call="write_pictures", after=draw.uniform(0, 0.15), number=number)
+        assert code in (0, -number, 128 + number), runner.told
+        ended += code != 0
+    assert ended >= kills // 3
+    workers.write_pictures(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png"]
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"whole"}
+
+
+@pytest.mark.slow
+def test_kills_of_generate(tmp_path, runner, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = write_tiny_model(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    line = ["generate", "x", "--model", model, "--num", 2, "--plan", "skip_last_scales(5)"]
+    line += ["--out", tmp_path / "out" / "a.png"]
+    assert runner(*line) == 0, runner.told
+    start = time.perf_counter()
+    assert runner(*line) == 0
+    longest, draw, ended = time.perf_counter() - start, random.Random(4), []
+    whole = [path.read_bytes() for path in sorted((tmp_path / "out").iterdir())]
+    for _ in range(20):
+        number = draw.choice(SIGNALS)
+        ended.append(runner(*line, after=draw.uniform(0, longest), number=number))
+        assert ended[-1] in (0, -number, 128 + number), runner.told
+    assert len([code for code in ended if code]) >= 8, ended
+    assert runner(*line) == 0
+    assert [path.read_bytes() for path in sorted((tmp_path / "out").iterdir())] == whole
 
 
 def test_sigterm_cleans_up_like_an_interrupt(tmp_path, runner, released):
@@ -127,7 +171,7 @@ def test_a_folder_that_convert_did_not_write_is_not_replaced(tmp_path, runner, r
 def test_two_processes_into_one_folder(tmp_path, runner, released):
     (tmp_path / "second").mkdir()
     second = Runner(tmp_path / "second")
-    for index in range(4):
+    for index in range(2):
         model = tmp_path / f"model{index}"
         calls = [(runner, released.transformer), (second, released.tokenizer)]
         with ThreadPoolExecutor() as pool:
