@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -234,21 +233,32 @@ class Block(nnx.Module):
 
         inputs: gains 1 and 2, scales 1 and 2, shifts 1 and 2 of the adaptive norms; the text.
         """
-        fused, (values, text) = config.fused, inputs
-        norm = functools.partial(
-            pallas_kernels.residual_norm, dtype=config.precision.compute, implementation=fused
-        )
-        assert self.cross_norm.bias is not None
-        x, y = stream.normed(values, 2, 4, config.precision, fused)
-        x, y = norm(
-            x,
-            self.attn(y, rotary, attend, fused),
-            (values, 0),
-            self.cross_norm.scale[...],
-            self.cross_norm.bias[...],
-            bias=layers.bias_of(self.attn.proj),
-            one_plus=False,
-        )
-        branch = self.cross(y, text, fused)
-        x, y = norm(x, branch, None, (values, 3), (values, 5), bias=layers.bias_of(self.cross.proj))
-        return Stream(x, self.ffn(y), values, layers.bias_of(self.ffn.fc2), index=1)
+        fused, precision, (values, text) = config.fused, config.precision, inputs
+
+        def self_attention(stream: Stream, rotary: Rotary) -> Stream:
+            x, y = stream.normed(values, 2, 4, precision, fused)
+            out = self.attn(y, rotary, attend, fused)
+            return Stream(x, out, values, layers.bias_of(self.attn.proj), index=0)
+
+        def cross_attention(stream: Stream, rotary: Rotary) -> Stream:
+            assert self.cross_norm.bias is not None
+            x, y = pallas_kernels.residual_norm(
+                stream.x,
+                stream.branch,
+                None if stream.table is None else (stream.table, stream.index),
+                self.cross_norm.scale[...],
+                self.cross_norm.bias[...],
+                bias=stream.bias,
+                dtype=precision.compute,
+                one_plus=False,
+                implementation=fused,
+            )
+            return Stream(x, self.cross(y, text, fused), None, layers.bias_of(self.cross.proj))
+
+        def feed_forward(stream: Stream, rotary: Rotary) -> Stream:
+            x, y = stream.normed(values, 3, 5, precision, fused)
+            return Stream(x, self.ffn(y), values, layers.bias_of(self.ffn.fc2), index=1)
+
+        for run in (self_attention, cross_attention, feed_forward):
+            stream = attend.branch(run.__name__, run, stream, rotary)
+        return stream

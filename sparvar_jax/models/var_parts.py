@@ -172,13 +172,20 @@ class Block(nnx.Module):
         config: VarConfig,
     ) -> Stream:
         """The residual stream after this block; `inputs` modulate it (their own part is added)."""
-        del positions
         values = inputs
         if self.shared_ada:
             values = values + self.ada_gss[...].astype(jnp.float32)
         precision, fused = config.precision, config.fused
-        x, y = stream.normed(values, 2, 4, precision, fused)
-        bias = layers.bias_of(self.attn.proj)
-        attended = Stream(x, self.attn(y, attend), values, bias, index=0)
-        x, y = attended.normed(values, 3, 5, precision, fused)
-        return Stream(x, self.ffn(y), values, layers.bias_of(self.ffn.fc2), index=1)
+
+        def self_attention(stream: Stream, positions: tuple[()]) -> Stream:
+            x, y = stream.normed(values, 2, 4, precision, fused)
+            bias = layers.bias_of(self.attn.proj)
+            return Stream(x, self.attn(y, attend), values, bias, index=0)
+
+        def feed_forward(stream: Stream, positions: tuple[()]) -> Stream:
+            x, y = stream.normed(values, 3, 5, precision, fused)
+            return Stream(x, self.ffn(y), values, layers.bias_of(self.ffn.fc2), index=1)
+
+        for run in (self_attention, feed_forward):
+            stream = attend.branch(run.__name__, run, stream, positions)
+        return stream
