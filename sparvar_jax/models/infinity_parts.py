@@ -16,6 +16,7 @@ from sparvar_jax.models.cross_attention import CrossAttention, Text
 from sparvar_jax.models.layers import DtypeName, Precision, Stream
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.rows import Slot
+from sparvar_jax.plans.stores import Writes
 
 Rotary = tuple[jax.Array, jax.Array]
 """(cos, sin) of `schedule.rotary_channels`, each [T, D], or [R, T, D] of every row's own tokens."""
@@ -194,7 +195,9 @@ class SelfAttention(nnx.Module):
                 implementation=fused,
             )
 
-        return layers.product(self.proj, layers.merge_heads(attend(write).astype(x.dtype)))
+        heads = mine(self.log_temperature[...]).shape[0]
+        writes = Writes(write, lambda: layers.split_heads(jnp.split(qkv, 3, axis=-1)[0], heads))
+        return layers.product(self.proj, layers.merge_heads(attend(writes).astype(x.dtype)))
 
 
 class FeedForward(nnx.Module):

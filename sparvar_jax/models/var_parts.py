@@ -16,7 +16,7 @@ from sparvar_jax.models.layers import DtypeName, Precision, Stream
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.rows import Slot
 from sparvar_jax.plans.schedule import ScaleSchedule
-from sparvar_jax.plans.stores import write_rows
+from sparvar_jax.plans.stores import Writes, write_rows
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -133,6 +133,7 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: Float[Array, "R T C"], attend: Attend) -> Float[Array, "R T C"]:
         mine, heads = attend.heads.columns, self.heads // attend.heads.parts
         q, k, v = jnp.split(mine(self.qkv(x), 3), 3, axis=-1)
+        raw = layers.split_heads(q, heads)
         q = layers.split_heads(q + mine(self.q_bias[...]), heads)
         k = layers.split_heads(k, heads)
         v = layers.split_heads(v + mine(self.v_bias[...]), heads)
@@ -146,7 +147,8 @@ class SelfAttention(nnx.Module):
         def write(keys: Array, values: Array, slot: Slot) -> tuple[Array, Array, Array]:
             return q.astype(x.dtype), write_rows(keys, k, slot), write_rows(values, v, slot)
 
-        return layers.product(self.proj, layers.merge_heads(attend(write).astype(x.dtype)))
+        writes = Writes(write, lambda: raw)
+        return layers.product(self.proj, layers.merge_heads(attend(writes).astype(x.dtype)))
 
 
 class Block(nnx.Module):

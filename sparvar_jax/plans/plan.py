@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sparvar_jax.plans.describe import describe
+from sparvar_jax.plans.route import Route
 from sparvar_jax.plans.rows import LayoutName, RowMap
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.segments import Rows, Segment, Step, split_at_merge, state_use
@@ -28,16 +29,20 @@ class Plan:
     """What one generation runs.
 
     schedule: always the full one, because rotary positions and code resizing depend on it.
-    layout: the cache layout. steps: what actually runs, a prefix of the schedule.
+    layout: the cache layout. steps: what actually runs, a prefix of the schedule. route: with one,
+    these steps are those of its most careful plan; another may go on after some scale.
     """
 
     schedule: ScaleSchedule
     layout: LayoutName
     steps: tuple[Step, ...]
     name: str = dataclasses.field(default="dense", compare=False)
+    route: Route | None = None
 
     def __post_init__(self):
         validate(self.schedule, self.steps, self.place)
+        if self.route is not None:
+            self.route.check(self)
 
     @property
     def depth(self) -> int:
@@ -107,6 +112,13 @@ class Plan:
     def _kept(self, step: int, layer: int) -> int | None:
         rule = self.steps[step].segment(layer).tokens
         return rule.tokens(Place(self.schedule, self.layout, self.steps[step].scale.index))
+
+    def through(self, policy: Callable[[Plan], Plan]) -> Plan:
+        """What a policy makes of this plan, and of every plan that its route may take."""
+        if self.route is None:
+            return policy(self)
+        plans = tuple(policy(plan) for plan in self.route.plans)
+        return dataclasses.replace(plans[0], route=dataclasses.replace(self.route, plans=plans))
 
     def density(self, last: int | None = LAST_SCALES) -> float:
         """Kept over dense (query, key) pairs in the schedule's last scales (None: all scales).

@@ -217,11 +217,24 @@ class TokenRule(Protocol):
 
 
 @runtime_checkable
+class Watches(Protocol):
+    """A token rule that leaves something of a scale that it runs whole."""
+
+    def watch(
+        self, x: Float[Array, "R T C"], codes: Float[Array, "B T N"] | None, place: Place
+    ) -> Mapping[str, jax.Array]:
+        """State entries from what enters the segment; see `TokenRule.select`."""
+        ...
+
+
+@runtime_checkable
 class DrawsSome(Protocol):
     """A token rule after which only some tokens add codes to the picture."""
 
-    def drawn(self, kept: Int[Array, "R T2"], place: Place, batch: int) -> Bool[Array, "B T"]:
-        """The tokens whose codes count; the others add nothing to the code sum."""
+    def drawn(
+        self, kept: Int[Array, "R T2"], place: Place, batch: int
+    ) -> Bool[Array, "B T"] | None:
+        """The tokens whose codes count, None for all; others add nothing to the code sum."""
         ...
 
 

@@ -17,8 +17,18 @@ from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.policies.adaptive import adaptive
 from sparvar_jax.policies.cs4a import cs4a
 from sparvar_jax.policies.csla import csla
+from sparvar_jax.policies.fastvar import fastvar
+from sparvar_jax.policies.per_head import per_head
+from sparvar_jax.policies.prune import prune
+from sparvar_jax.policies.router import router
 from sparvar_jax.policies.routing import Policy
-from sparvar_jax.policies.scales import drop_uncond, skip_last_scales
+from sparvar_jax.policies.scalekv import scalekv
+from sparvar_jax.policies.scales import (
+    drop_uncond,
+    guidance_range,
+    share_rows,
+    skip_last_scales,
+)
 from sparvar_jax.policies.sparvar import released_boundary, sparvar
 
 _NAME = r"[a-z_][\w-]*"
@@ -57,6 +67,13 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "adaptive": adaptive,
     "skip_last_scales": skip_last_scales,
     "drop_uncond": drop_uncond,
+    "guidance_range": guidance_range,
+    "share_rows": share_rows,
+    "prune": prune,
+    "fastvar": fastvar,
+    "per_head": per_head,
+    "scalekv": scalekv,
+    "router": router,
 }
 _OWN = frozenset({**PRESETS, **POLICIES})
 
@@ -126,7 +143,7 @@ def parse_policies(text: str) -> Policy:
 
     def apply(plan: Plan) -> Plan:
         for policy in policies:
-            plan = policy(plan)
+            plan = plan.through(policy)
         return dataclasses.replace(plan, name=text.strip())
 
     return apply
@@ -147,7 +164,9 @@ def parse_plan(
     implementation: kernel choice for every attention, None for the best that can serve.
     """
     plan = parse_policies(text)(dense_plan(schedule, depth, guidance=guidance, merge_at=merge_at))
-    return with_implementation(plan, implementation) if implementation else plan
+    if not implementation:
+        return plan
+    return plan.through(lambda bare: with_implementation(bare, implementation))
 
 
 def _split(text: str) -> list[str]:

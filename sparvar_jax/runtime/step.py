@@ -17,7 +17,14 @@ from sparvar_jax.models.layers import Stream
 from sparvar_jax.plans.attend import Attend, HeadSplit
 from sparvar_jax.plans.plan import Plan, Step
 from sparvar_jax.plans.stores import CacheShape, Store, Write
-from sparvar_jax.plans.strategy import KEPT, AllTokens, BranchRule, DrawsSome, Place
+from sparvar_jax.plans.strategy import (
+    KEPT,
+    AllTokens,
+    BranchRule,
+    DrawsSome,
+    Place,
+    Watches,
+)
 from sparvar_jax.runtime.branches import Around, by_row
 
 
@@ -249,9 +256,12 @@ class _Body:
         place, rule, entry = self.spec.places[first], segment.tokens, left.states[first]
         positions = self.model.positions(self.condition, place)
         kept, before = None, stream.x
-        if not isinstance(rule, (AllTokens, BranchRule)):
+        if not isinstance(rule, AllTokens | BranchRule):
             before = stream.settled()
             kept = rule.select(before, self.codes, place, entry)
+            if isinstance(rule, Watches):
+                seen = rule.watch(before, self.codes, place)
+                left.states[first] |= {n: seen[n] for n in seen if n in self.spec.keep[first]}
         if kept is not None:
             stream = Stream(_take(before, kept))
             positions = jax.tree.map(lambda table: _take(by_row(table), kept), positions)
