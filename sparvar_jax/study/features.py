@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 NAME = "efficientnet-lite0 feature distance"
-STORED = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "efficientnet_lite0.npz"
+STORED = pathlib.Path(__file__).resolve().parents[2] / ".cache" / "efficientnet_lite0.npz"
 # (repeats, kernel, stride, output channels) of every stage; all but the first expand six times.
 STAGES = (
     (1, 3, 1, 16),
