@@ -26,7 +26,9 @@ from sparvar_jax.models.family import Draw
 from sparvar_jax.models.layers import Stream
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.plan import Plan, with_implementation
-from sparvar_jax.plans.strategy import View
+from sparvar_jax.plans.stores import Full
+from sparvar_jax.plans.strategy import AllTokens, View
+from sparvar_jax.policies.per_head import PerHead
 
 MISREAD_ROWS = 8
 
@@ -119,6 +121,15 @@ def check(bench: Bench, plan: Plan) -> Check:
                 tolerance(bench.parts),
             )
     raise AssertionError("the last step was not drawn")
+
+
+def checkable(plan: Plan) -> bool:
+    """Whether the reference can compute the last scale: all its tokens and rows, stored whole."""
+    return all(
+        (segment.tokens, segment.store, segment.rows) == (AllTokens(), Full(), "all")
+        and not isinstance(segment.attention, PerHead)
+        for segment in plan.steps[-1].segments
+    )
 
 
 def image_of(tree: Any, image: int, batch: int) -> Any:

@@ -142,16 +142,15 @@ class Plan:
     def work(self) -> float:
         """Tokens x rows that are multiplied with weights, over those of the dense plan.
 
-        What time follows; density counts attention alone. Where rows share their attention, its
-        share of a block's products (4 of 14 widths squared) is left out once.
+        What time follows; density counts attention alone.
         """
         dense = self.schedule.tokens * self.depth * self.row_factor
         return sum(self._multiplied(index) for index in range(len(self.steps))) / dense
 
     def _multiplied(self, index: int) -> float:
-        step, rows = self.steps[index], {"all": 2, "shared": 2 - 4 / 14, "cond": 1}
+        step = self.steps[index]
         return sum(
-            self.place(index, layer).queries * (rows[segment.rows] if step.rows == "both" else 1)
+            self.place(index, layer).queries * step.multiplied_rows(segment)
             for segment in step.segments
             for layer in range(*segment.layers)
         )

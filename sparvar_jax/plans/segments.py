@@ -66,6 +66,15 @@ class Step:
         """Rows for every picture that attend, and write keys and values, in a segment."""
         return self.row_factor if segment.rows == "all" else 1
 
+    def multiplied_rows(self, segment: Segment) -> float:
+        """Rows for every picture that are multiplied with a segment's weights.
+
+        Shared rows leave out the four of a block's 14 widths squared a token that are attention's.
+        """
+        if self.rows == "cond" or segment.rows == "cond":
+            return 1
+        return 2 - 4 / 14 if segment.rows == "shared" else 2
+
     def segment(self, layer: int) -> Segment:
         """The segment that holds a layer."""
         return next(segment for segment in self.segments if layer in segment)

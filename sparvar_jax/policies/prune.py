@@ -244,7 +244,7 @@ def prune(
     "draw". Windows (`csla`) in these layers go on, on the grid, if given before this policy and if
     only the last scale drawn is pruned; other sparse attentions are refused.
     """
-    rule = Patches(share, tuple(tile), codes)
+    rule = Patches(share, (tile[0], tile[1]), codes)
 
     def apply(plan: Plan) -> Plan:
         above = released_boundary(plan.depth) + 1

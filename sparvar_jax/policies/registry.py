@@ -55,7 +55,29 @@ def sparvar_fast() -> Policy:
     )(plan)
 
 
+def almost_lossless() -> Policy:
+    """Hardly to be told from dense: the last scale runs without its unconditional rows."""
+    return drop_uncond(1)
+
+
+def balanced() -> Policy:
+    """Near to dense at about two thirds of its work: the last two scales without those rows."""
+    return drop_uncond(2)
+
+
+def fastest() -> Policy:
+    """The quickest that still shows the same picture: no last scale, and rows dropped before it."""
+
+    def apply(plan: Plan) -> Plan:
+        return drop_uncond(3)(skip_last_scales(1)(plan))
+
+    return apply
+
+
 PRESETS: dict[str, Callable[[], Policy]] = {
+    "almost-lossless": almost_lossless,
+    "balanced": balanced,
+    "fastest": fastest,
     "dense": dense,
     "sparvar-paper": sparvar_paper,
     "sparvar-fast": sparvar_fast,

@@ -150,7 +150,7 @@ class Generator:
         ahead: Any = None
         if forced is None and not capture:
             ahead = self.compile(plan, condition, batch, how=how)
-        route, earlier = plan.route, None
+        route, earlier = plan.route, state.code_sum
         for index in range(len(plan.schedule)):
             if index == len(plan.steps):
                 break

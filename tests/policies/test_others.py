@@ -12,9 +12,11 @@ import pytest
 
 from sparvar_jax.models import quantizer, sampling
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
+from sparvar_jax.pipelines.memory import cache_bytes
 from sparvar_jax.plans.plan import dense_plan
 from sparvar_jax.plans.route import Route
 from sparvar_jax.plans.schedule import ScaleSchedule
+from sparvar_jax.plans.stores import CacheShape
 from sparvar_jax.policies import head_orders, parse_plan
 from sparvar_jax.policies.per_head import with_orders
 from sparvar_jax.policies.router import SkipVar, high_frequencies, outlines
