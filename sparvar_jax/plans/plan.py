@@ -162,6 +162,12 @@ class Plan:
             f"{self.density(None):.3f} over all; tokens x rows multiplied {self.work():.3f}; "
             f"layout {self.layout}"
         )
+        if self.route is not None:
+            footer += (
+                f"\nafter scale {self.steps[self.route.after].scale.index} "
+                f"{self.route.chooser.name} takes one of {len(self.route.plans)} plans; above is "
+                "the most careful"
+            )
         return describe(self.steps, self.place, footer)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.segments import Step, state_use
-from sparvar_jax.plans.strategy import Place
+from sparvar_jax.plans.strategy import BranchRule, Place
 
 
 def validate(
@@ -98,6 +98,11 @@ def _validate_shared_rows(steps: tuple[Step, ...], layer: int) -> None:
             raise ValueError(
                 f"scale {step.scale.index}, layer {layer}: {segment.rows} rows need both rows, "
                 "but the unconditional ones do not run"
+            )
+        if segment.rows == "shared" and isinstance(segment.tokens, BranchRule):
+            raise ValueError(
+                f"scale {step.scale.index}, layer {layer}: under {segment.tokens.name} rows choose "
+                "their tokens apart, so they cannot share their attention"
             )
         if step.cached_rows(segment) > before.cached_rows(before.segment(layer)):
             raise ValueError(

@@ -188,7 +188,7 @@ class OnGrid(ReadsAll):
         self, view: View, q: Float[Array, "R H T D"], place: Place, state: LayerState
     ) -> Output:
         """The inner attention's result at the tokens that run."""
-        whole, kept, index = _whole(place), state[KEPT], place.index
+        whole, kept, index = _whole(place), state[KEPT][: len(q)], place.index
         if place.rows.spans[:index] != whole.rows.spans[:index]:
             raise ValueError(
                 f"scale {index}: {self.inner.name} needs earlier scales on their grids: prune the "

@@ -235,6 +235,7 @@ REFUSED = {
     "prune(0.5, (2, 2))": "tiles of 4x4 or 8x16",
     "prune(0.5, layers=(1, 3)) + csla(first_scale=-2)": "cannot read the traced cache layout",
     "scalekv(keep=0.1) + csla(first_scale=-1)": "cannot read the traced cache layout",
+    "fastvar(((-1, 0.5),), -2, 0) + share_rows(1)": "rows choose their tokens apart",
     "scalekv('3b')": "presets 2b and 8b",
     "per_head('infinity_2b')": "order is of 32 layers",
     "per_head('nowhere.json')": "no head order",
