@@ -32,9 +32,9 @@ class Weighed(ReadsAll):
     def __call__(
         self, view: View, q: Float[Array, "R H T D"], place: Place, state: LayerState
     ) -> Output:
-        """The inner attention's result, and the mass [H, scales so far], a mean over queries."""
+        """The inner attention's result, and the mass [1, H, scales so far], a mean over queries."""
         output = self.inner(view, q, place, state)
-        return output._replace(report={MASS: mass(q[:1], view.k[:1], place)})
+        return output._replace(report={MASS: mass(q[:1], view.k[:1], place)[None]})
 
 
 def mass(
@@ -78,7 +78,7 @@ def measure(pipe: Pipeline, subjects: Sequence[Any], **options: Any) -> HeadOrde
         _, outputs = pipe.generator.run(
             weighed(request.plan), request.condition, request.controls, request.keys
         )
-        found.append([np.stack([r[MASS] for r in output.reports]) for output in outputs])
+        found.append([np.concatenate([r[MASS] for r in output.reports]) for output in outputs])
     return orders_from([np.mean(masses, axis=0) for masses in zip(*found, strict=True)])
 
 

@@ -64,7 +64,7 @@ def replay(stem, run, plan, *, before=None):
             forced=forced, capture=True,
         )  # fmt: skip
         captured = {key: np.asarray(value) for key, value in output.captured.items()}
-        kept = dataclasses.replace(state, code_sum=np.asarray(state.code_sum), codes=None)
+        kept = dataclasses.replace(state, code_sum=np.array(state.code_sum), codes=None)
         shapes = jax.tree.map(np.shape, state.cache)
         found.append((dataclasses.replace(kept, cache=shapes, shared=()), captured, output.reports))
     return found

@@ -123,7 +123,7 @@ def test_pruned_tokens_add_no_codes_and_fill_whole_patches():
     """The last grid is the final one: what it adds is a code of length one, or nothing."""
     plan = plan_of("prune(0.3, layers=(1, 3))")
     sums = [
-        np.asarray(state.code_sum) for state, _ in generator().steps(plan, *arguments())
+        np.array(state.code_sum) for state, _ in generator().steps(plan, *arguments())
     ]  # fmt: skip
     added = np.linalg.norm(sums[-1] - sums[-2], axis=-1)
     ran = added > 0.5
@@ -151,7 +151,7 @@ def test_windows_go_on_under_a_pruned_scale():
     assert "csla boxes on grid, prune 0.5 by 4x4" in plan.describe()
     whole = plan_of(f"{windows} + prune(1.0, layers=(1, 3))")
     same(draw(whole), draw(plan_of(windows)))
-    sums = [np.asarray(s.code_sum) for s, _ in generator().steps(plan, *arguments())]
+    sums = [np.array(s.code_sum) for s, _ in generator().steps(plan, *arguments())]
     assert ((sums[-1] != sums[-2]).any(-1).sum((1, 2)) == 96).all()
 
 
