@@ -39,7 +39,7 @@ def chart(
     aspect: options.Aspect = None,
     dtype: options.Precision = None,
 ) -> None:
-    """Measure quality, time and memory of all plans, and say which one to take."""
+    """Measure quality, time and memory of all plans, and say which to take; again, it goes on."""
     from sparvar_jax.pipelines.pipeline import Pipeline
     from sparvar_jax.study import chart as study
 
@@ -58,12 +58,13 @@ def chart(
         asked, wanted = {}, [int(subject) for subject in wanted]
     drawn = study.Chart(pipe, wanted, seed, batch, repeats, tuple(asked.items()))
     about = study.describe(drawn)
+    known = study.read(out, about, name)
 
     def keep(rows: list[study.Row]) -> None:
         study.write(out, rows, about, name)
         console.errors.print(f"{study.label(rows[-1]['plan'])}: measured", highlight=False)
 
-    rows = study.measure(drawn, plan or study.PLANS, write=keep, deadline=deadline)
+    rows = study.measure(drawn, plan or study.PLANS, known=known, write=keep, deadline=deadline)
     study.write(out, rows, about, name)
     console.output.print(f"{study.table(rows)}\n{study.sentence(rows)}", markup=False)
 

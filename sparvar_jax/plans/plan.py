@@ -65,6 +65,8 @@ class Plan:
         """Where a layer stands at a step."""
         index = self.steps[step].scale.index
         rows = self._stores[layer].rows(self._rows[layer], index)
+        if all(span.visible == "all" for span in rows.spans[: index + 1]):
+            rows = dataclasses.replace(rows, name=self.layout)  # what is chosen later is not there
         return Place(self.schedule, self.layout, index, rows=rows, kept=self._kept(step, layer))
 
     def read_later(self, step: int, layer: int) -> frozenset[int]:

@@ -62,7 +62,9 @@ def read_orders(name: str) -> HeadOrders:
             f"no head order {name!r}: give {', '.join(names())}, or a file of `sparvar head-order`"
         )
     content = read_json(file, "make it anew with `sparvar head-order`")
-    found: dict[str, Any] = {key: content.get(key) for key in ("format", "layers", "heads", "sinks", "orders")}
+    found: dict[str, Any] = {
+        key: content.get(key) for key in ("format", "layers", "heads", "sinks", "orders")
+    }
     for key in ("format", "layers", "heads", "sinks"):
         if not isinstance(found[key], int) or not 0 < found[key] <= MOST:
             raise ValueError(f"{file}: {key} must be a number in 1..{MOST}, got {found[key]!r}")

@@ -36,7 +36,6 @@ def drop_uncond(count: int, ramp: tuple[tuple[int, int | float], ...] = ()) -> P
 
     def apply(plan: Plan) -> Plan:
         _check("drop_uncond", count, len(plan.schedule))
-        plan = _ramped(plan, ramp)
         first = len(plan.schedule) - count
         steps = tuple(
             dataclasses.replace(step, rows="cond", merge_at=None)
@@ -45,7 +44,7 @@ def drop_uncond(count: int, ramp: tuple[tuple[int, int | float], ...] = ()) -> P
             for step in plan.steps
         )
         plan = dataclasses.replace(plan, steps=_plain_rows(steps))
-        return map_attention(plan, lambda step, layer: None)
+        return _ramped(map_attention(plan, lambda step, layer: None), ramp)
 
     return apply
 

@@ -18,6 +18,7 @@ from sparvar_jax.plans.plan import Plan
 from sparvar_jax.study import features
 from sparvar_jax.study.compare_pictures import picture_measures
 from sparvar_jax.weights.files import whole_file
+from sparvar_jax.weights.json_file import read_json
 
 Row = dict[str, Any]
 DENSE = "dense"
@@ -135,20 +136,25 @@ def measure(
     chart: Chart,
     plans: Sequence[str] = PLANS,
     *,
+    known: Sequence[Row] = (),
     write: Callable[[list[Row]], Any] | None = None,
     deadline: float = float("inf"),
 ) -> list[Row]:
     """One row a plan, the dense one first; means over the pictures.
 
-    write: given the rows so far after every plan. deadline (`time.perf_counter`): plans not begun
-    by then are left out. A plan that cannot run on this model gets a row that says why.
+    known: rows measured before, which are not measured again unless they failed. write: given the
+    rows so far after every plan. deadline (`time.perf_counter`): plans not begun by then are left
+    out. A plan that cannot run on this model gets a row that says why.
     """
     dense = chart.draw(DENSE)
     compare = picture_measures(features.load())
     whole = np.ones(dense.pictures.shape[:3], np.float32)
     cost = chart.cost(chart.request(0, DENSE).plan)
-    rows: list[Row] = [{"plan": DENSE, "bits_equal": 1.0, "seconds": dense.seconds, **cost}]
-    for name in dict.fromkeys(plan for plan in plans if plan != DENSE):
+    rows: list[Row] = [row for row in known if "failed" not in row]
+    if not rows:
+        rows = [{"plan": DENSE, "bits_equal": 1.0, "seconds": dense.seconds, **cost}]
+    done = {row["plan"] for row in rows}
+    for name in dict.fromkeys(plan for plan in plans if plan not in done):
         if time.perf_counter() > deadline:
             break
         try:
@@ -274,6 +280,32 @@ def draw(rows: Sequence[Row], file: Path, title: str) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=130, format="png")
     pyplot.close(figure)
+
+
+def read(folder: Path, about: Row, name: str = "chart") -> list[Row]:
+    """Rows of an earlier chart of the same model, pictures and device; none where it is another.
+
+    Raises ValueError for a file that is no chart.
+    """
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        return []
+    content = read_json(file, "move it away, and measure again")
+    if any(content.get(key) != value for key, value in about.items()):
+        return []
+    rows = content.get("rows")
+    if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
+        raise ValueError(f"{file} holds no rows of a chart: move it away, and measure again")
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    numbers = [name for _, name, _ in COLUMNS]
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("plan"), str)
+        and all(isinstance(row.get(name, 0), int | float) for name in numbers)
+    )
 
 
 def write(folder: Path, rows: Sequence[Row], about: Row, name: str = "chart") -> None:
