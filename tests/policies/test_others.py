@@ -233,6 +233,7 @@ def test_skipvar_chooses_by_the_published_numbers():
     assert SkipVar(careful=9).choose(features[2:]) == [2]
 
 
+@pytest.mark.slow
 def test_windows_and_patches_compose_for_real_depths():
     for text in ("sparvar-fast + prune(0.4, (8, 16))", "sparvar-paper + prune(0.4)"):
         plan = parse_plan(f"{text} + drop_uncond(1)", infinity_schedule(), 40)
