@@ -275,8 +275,8 @@ class _Body:
         x, more = rule.restore(before, stream.settled(), kept, place, entry)
         left.states[first] |= {n: more[n] for n in more if n in self.spec.keep[first]}
         if isinstance(rule, DrawsSome):
-            batch = len(before) // (2 if segment.rows != "cond" else 1)
-            left.counted = rule.drawn(kept, place, batch)
+            halves = 1 if "cond" in (segment.rows, self.spec.step.rows) else 2
+            left.counted = rule.drawn(kept, place, len(before) // halves)
         return Stream(x)
 
     def layer(

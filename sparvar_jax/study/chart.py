@@ -151,34 +151,38 @@ def measure(
     """
     dense = chart.draw(DENSE)
     compare = picture_measures(features.load())
-    whole = np.ones(dense.pictures.shape[:3], np.float32)
     cost = chart.cost(chart.request(0, DENSE).plan)
     rows: list[Row] = [row for row in known if "failed" not in row]
     if not rows:
         rows = [{"plan": DENSE, "bits_equal": 1.0, "seconds": dense.seconds, **cost}]
+    seen = {chart.request(0, row["plan"]).plan: row for row in rows}
     done = {row["plan"] for row in rows}
     for name in dict.fromkeys(plan for plan in plans if plan not in done):
         if time.perf_counter() > deadline:
             break
         try:
             plan = chart.request(0, name).plan
+            if plan not in seen:
+                seen[plan] = _row(chart, plan, name, dense, compare)
+            rows.append({**seen[plan], "plan": name})
         except ValueError as error:
             rows.append({"plan": name, "failed": str(error)})
-            continue
-        drawn = chart.draw(name)
-        found = compare(dense.pictures, drawn.pictures, whole)
-        rows.append(
-            {
-                "plan": name,
-                **{measure: float(value.mean()) for measure, value in found.items()},
-                "bits_equal": bits_equal(dense.tokens, drawn.tokens),
-                "seconds": drawn.seconds,
-                **chart.cost(plan),
-            }
-        )
         if write is not None:
             write(rows)
     return rows
+
+
+def _row(chart: Chart, plan: Plan, name: str, dense: Drawn, compare: Callable[..., Any]) -> Row:
+    """What one plan drew, beside the dense pictures."""
+    drawn = chart.draw(name)
+    whole = np.ones(dense.pictures.shape[:3], np.float32)
+    found = compare(dense.pictures, drawn.pictures, whole)
+    return {
+        **{measure: float(value.mean()) for measure, value in found.items()},
+        "bits_equal": bits_equal(dense.tokens, drawn.tokens),
+        "seconds": drawn.seconds,
+        **chart.cost(plan),
+    }
 
 
 def describe(chart: Chart) -> Row:

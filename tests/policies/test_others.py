@@ -85,7 +85,8 @@ def test_keeping_everything_draws_the_same_bits(text):
     same(draw(plan_of(text)), dense())
 
 
-@pytest.mark.parametrize("free", [pytest.param(True, marks=SLOW), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("free", [True, False])
 def test_heads_that_see_everything_draw_the_same_bits(free):
     same(draw(with_orders(DENSE, ORDERS, 1.0, free=free)), dense())
 
@@ -121,9 +122,10 @@ def test_a_ramp_keeps_the_difference_of_rows():
     assert plan.work() == pytest.approx((181 * 6 + 192 * (2 + 2)) / (373 * 6))
 
 
-def test_pruned_tokens_add_no_codes_and_fill_whole_patches():
+@pytest.mark.parametrize("more", ["", pytest.param(" + drop_uncond(1)", marks=SLOW)])
+def test_pruned_tokens_add_no_codes_and_fill_whole_patches(more):
     """The last grid is the final one: what it adds is a code of length one, or nothing."""
-    plan = plan_of("prune(0.3, layers=(1, 3))")
+    plan = plan_of("prune(0.3, layers=(1, 3))" + more)
     sums = [
         np.array(state.code_sum) for state, _ in generator().steps(plan, *arguments())
     ]  # fmt: skip
