@@ -55,7 +55,8 @@ PLANS = (
 )
 CLASSES = {"almost lossless": 0.95, "balanced": 0.85, "fastest": 0.6}
 """Smallest mean SSIM to the dense pictures of the plan that is named for a wish."""
-MEASURES = ("psnr", "ssim", "ms_ssim", "distance")
+ROOM = 5.0
+"""Decibels above the nearest plan where a noise floor that lies higher is drawn."""
 COLUMNS = (
     ("PSNR dB", "psnr", 2),
     ("SSIM", "ssim", 3),
@@ -265,18 +266,22 @@ def draw(rows: Sequence[Row], file: Path, title: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(10, 6.5))
     best = frontier(rows)
+    points: dict[tuple[float, float], list[str]] = {}
     for row in rows:
         if row.get("psnr") is not None and row["plan"] != FLOOR:
-            colour = "tab:red" if row in best else "tab:blue"
-            axes.scatter(row["seconds"], row["psnr"], color=colour)
-            axes.annotate(
-                row["plan"], (row["seconds"], row["psnr"]), fontsize=6.5,
-                xytext=(4, 2), textcoords="offset points",
-            )  # fmt: skip
+            points.setdefault((row["seconds"], row["psnr"]), []).append(row["plan"])
+    on = {(row["seconds"], row["psnr"]) for row in best}
+    for point, names in points.items():
+        axes.scatter(*point, color="tab:red" if point in on else "tab:blue")
+        axes.annotate(
+            "\n".join(names), point, fontsize=6.5, xytext=(4, 2), textcoords="offset points"
+        )
     axes.plot([r["seconds"] for r in best], [r["psnr"] for r in best], color="tab:red", alpha=0.5)
+    top = max((psnr for _, psnr in points), default=0.0) + ROOM
     for row in rows:
         if row["plan"] == FLOOR and row.get("psnr") is not None:
-            axes.axhline(row["psnr"], linestyle="--", color="gray", label=label(FLOOR))
+            said = f"{label(FLOOR)}: {row['psnr']:.1f} dB"
+            axes.axhline(min(row["psnr"], top), linestyle="--", color="gray", label=said)
         if row["plan"] == DENSE:
             axes.axvline(row["seconds"], linestyle=":", color="gray", label="dense")
     axes.set_xlabel("seconds a picture" + (" (of one core)" if "cpu" in title else ""))
