@@ -90,7 +90,8 @@ class Bench:
     ):
         self.parts, self.batch, self.setting = parts, batch, setting_of(parts, size)
         self.keys = sampling.image_keys(0, batch)
-        self.generator = Generator(parts.transformer, parts.codebook)
+        look = Bound(lambda: parts.tokenizer, lambda tokenizer, x: tokenizer.decode(x))
+        self.generator = Generator(parts.transformer, parts.codebook, decode=look)
         self._text = text
         self._embedding = _embed_classes if parts.draws_classes else _embed_text
         self._embed = Bound(lambda: parts.transformer, self._embedding)

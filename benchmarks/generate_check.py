@@ -26,7 +26,9 @@ from sparvar_jax.models.family import Draw
 from sparvar_jax.models.layers import Stream
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.plan import Plan, with_implementation
-from sparvar_jax.plans.strategy import View
+from sparvar_jax.plans.stores import Full
+from sparvar_jax.plans.strategy import AllTokens, View
+from sparvar_jax.policies.per_head import PerHead
 
 MISREAD_ROWS = 8
 
@@ -97,8 +99,10 @@ def tolerance(parts: Parts) -> Tolerance:
 def check(bench: Bench, plan: Plan) -> Check:
     """Compare the last scale of the programs that `bench.draw` runs with the reference.
 
-    Raises ValueError for a plan of one scale, which reads no cache.
+    Raises ValueError for a plan of one scale, which reads no cache. Of a plan with a route the
+    first one is checked: the others are its steps and those of plans that can be named.
     """
+    plan = dataclasses.replace(plan, route=None)
     last, image = len(plan.steps) - 1, bench.batch - 1
     if not last:
         raise ValueError(f"the check needs a plan of at least two scales, got {plan.name}")
@@ -117,6 +121,15 @@ def check(bench: Bench, plan: Plan) -> Check:
                 tolerance(bench.parts),
             )
     raise AssertionError("the last step was not drawn")
+
+
+def checkable(plan: Plan) -> bool:
+    """Whether the reference can compute the last scale: all its tokens and rows, stored whole."""
+    return all(
+        (segment.tokens, segment.store, segment.rows) == (AllTokens(), Full(), "all")
+        and not isinstance(segment.attention, PerHead)
+        for segment in plan.steps[-1].segments
+    )
 
 
 def image_of(tree: Any, image: int, batch: int) -> Any:

@@ -15,7 +15,7 @@ from benchmarks import generate_stats as stats
 from benchmarks import models
 from benchmarks._trace import kernel_times
 from benchmarks.generate_bench import PROMPT, Bench, measure
-from benchmarks.generate_check import check
+from benchmarks.generate_check import check, checkable
 from benchmarks.generate_suites import Group
 from sparvar_jax.cli import console
 from sparvar_jax.pipelines.loading import compute_dtype
@@ -184,7 +184,7 @@ def _plan_rows(
     try:
         row = base | measure_row(bench, plan, base, options)
         report(row)
-        if not options.check:
+        if not options.check or not checkable(plan):
             return None
         if pace.left < MEASURE_SECONDS:
             return "not checked for time"

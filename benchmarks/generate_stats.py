@@ -15,8 +15,9 @@ import pallas_kernels
 from benchmarks.generate_bench import Bench
 from benchmarks.models import bytes_of
 from sparvar_jax.models.cross_attention import FoldedText
+from sparvar_jax.pipelines.memory import cache_bytes
 from sparvar_jax.plans.plan import Plan
-from sparvar_jax.runtime.step import empty_state
+from sparvar_jax.plans.stores import CacheShape
 from sparvar_jax.weights import checkpoint
 
 GIB = 2**30
@@ -43,13 +44,14 @@ def implementations(bench: Bench, plan: Plan) -> dict[str, str]:
     """
     config, used = bench.parts.transformer.config, {}
     for index, step in enumerate(plan.steps):
-        place, rows = plan.place(index), bench.batch * step.row_factor
         dtype = config.precision.compute
-        shape = (rows, config.heads, step.scale.tokens, config.head_dim)
-        query = jax.ShapeDtypeStruct(shape, dtype)
-        keys = jax.ShapeDtypeStruct((*shape[:2], place.rows.total, shape[3]), dtype)
         for segment in step.segments:
             name = segment.attention.name
+            place = plan.place(index, segment.layers[0])
+            rows = bench.batch * step.cached_rows(segment)
+            shape = (rows, config.heads, place.queries, config.head_dim)
+            query = jax.ShapeDtypeStruct(shape, dtype)
+            keys = jax.ShapeDtypeStruct((*shape[:2], place.rows.total, shape[3]), dtype)
             if name in OPS:
                 used[name] = pallas_kernels.implementation_used(OPS[name], query, keys, keys)
     return used
@@ -68,9 +70,11 @@ def memory(bench: Bench, plan: Plan) -> dict[str, float]:
     neither a text encoder, nor the CUDA context, nor code, nor what the allocator cannot use.
     """
     weights = bytes_of(bench.parts.transformer) + bytes_of(bench.parts.tokenizer)
-    state = jax.eval_shape(lambda: empty_state(bench.parts.transformer, plan, bench.batch))
+    config = bench.parts.transformer.config
+    rows = bench.batch * plan.row_factor
     *steps, decode = bench.programs(plan)
-    cache = tree_bytes(state.cache)
+    shape = CacheShape(rows, config.heads, config.head_dim, config.precision.compute)
+    cache = cache_bytes(plan, shape)
     peak = cache + tree_bytes(decode.args_info[0][1:]) + program_bytes(decode)
     for program in steps:
         _, *rest = program.args_info[0]
@@ -105,12 +109,12 @@ def transformer_tflop(bench: Bench, plan: Plan) -> float:
     """
     config, per_token, total = bench.parts.transformer.config, _products_per_token(bench), 0.0
     for index, step in enumerate(plan.steps):
-        rows, place = bench.batch * step.row_factor, plan.place(index)
-        pairs = sum(
-            (segment.layers[1] - segment.layers[0]) * segment.attention.pairs(place)
-            for segment in step.segments
-        )
-        total += rows * (2 * per_token * step.scale.tokens + 4 * config.width * pairs)
+        for segment in step.segments:
+            place = plan.place(index, segment.layers[0])
+            products = 2 * per_token / config.depth * place.queries * step.multiplied_rows(segment)
+            pairs = segment.attention.pairs(place) * step.cached_rows(segment)
+            layers = segment.layers[1] - segment.layers[0]
+            total += bench.batch * layers * (products + 4 * config.width * pairs)
     return total / 1e12
 
 

@@ -17,6 +17,7 @@ Text = Literal["features", "encoder", "encoder freed"]
 
 INFINITY = ("infinity_2b", "infinity_8b")
 PAIR = ("dense", "sparvar-fast")
+PRESETS = ("almost-lossless", "balanced", "fastest", "sparvar-fast")
 BESIDES_DENSE = ("sparvar-paper", "sparvar-fast", "sparvar-fast+drop_uncond(3)")
 
 
@@ -85,9 +86,22 @@ class Suite:
         )
 
 
+WAYS = (
+    "sparvar-fast+drop_uncond(1)",
+    "sparvar-fast+drop_uncond(3)",
+    "sparvar-fast+drop_uncond(1,((-3,0.75),(-2,0.5)))",
+    "sparvar-fast+share_rows(3)",
+    "sparvar-fast+prune(0.4,(8,16))+drop_uncond(2)",
+    "sparvar-fast+skip_last_scales(1)+drop_uncond(2)",
+    "sparvar-fast+router()",
+    "fastvar()",
+)
+"""Other ways to draw less, over the fast attention where they compose with it."""
+
 SUITES = {
     "latency": Suite(INFINITY, waves=(("dense",), BESIDES_DENSE), check=True),
     "demo": Suite((str(DEMO),), waves=(("dense",), ("sparvar-fast",)), check=True),
+    "policies": Suite(INFINITY[::-1], waves=(("dense",), PRESETS, WAYS)),
     "throughput": Suite(INFINITY, rounds=((1, 8), (4,), (2,)), check=True),
     "sizes": Suite(("infinity_2b",), sizes=("0.25M", "2.25M", "1M"), check=True),
     "memory": Suite(("infinity_8b", "infinity_2b"), texts=("encoder freed", "encoder")),

@@ -20,25 +20,22 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _record as record
-from benchmarks import features, quality_report
-from benchmarks.picture_metrics import ms_ssim, object_box, psnr, ssim
+from benchmarks import quality_report
 from benchmarks.quality_drawing import Drawing
 from benchmarks.quality_plans import DEFAULT_PLANS
 from benchmarks.teacher_forcing import LogitComparison
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.plans.plan import Plan
+from sparvar_jax.study import features
+from sparvar_jax.study.compare_pictures import Measured, picture_measures
+from sparvar_jax.study.picture_metrics import object_box
 
 DEMO_PROMPTS = pathlib.Path(__file__).resolve().parents[1] / "examples/train_demo/prompts.json"
 SUBSETS = ("single", "scenes")
 COMPILING_PLANS = 6
-SMALLEST_SIDE = 176  # five scales of MS-SSIM need so many pixels
-
-Measured = dict[str, np.ndarray]
 
 
 def read_prompts(file: pathlib.Path, limit: int | None) -> list[tuple[str, str]]:
@@ -63,30 +60,6 @@ def box_weights(pictures: np.ndarray, kinds: list[str]) -> np.ndarray:
         if kind == "single":
             weight[object_box(picture / 255.0)] = 1
     return weights
-
-
-def picture_measures(
-    weights: features.Parameters | None,
-) -> Callable[[np.ndarray, np.ndarray, np.ndarray], Measured]:
-    """A function of (dense, sparse, where) that returns one value a picture and measure."""
-
-    @jax.jit
-    def measure(a, b, where):
-        a, b = a.astype(jnp.float32) / 255, b.astype(jnp.float32) / 255
-        found = {"psnr": psnr(a, b, where), "ssim": ssim(a, b, where)}
-        if min(a.shape[1:3]) >= SMALLEST_SIDE:
-            found["ms_ssim"] = ms_ssim(a, b, where)
-        if weights is not None:
-            found["distance"] = features.distance(weights, a, b, where)
-        return found
-
-    def in_pieces(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> Measured:
-        pieces = [
-            measure(a[i : i + 8], b[i : i + 8], where[i : i + 8]) for i in range(0, len(a), 8)
-        ]
-        return {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
-
-    return in_pieces
 
 
 def rows_of(

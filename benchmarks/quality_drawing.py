@@ -56,12 +56,14 @@ class Drawing:
         """Pictures of all prompts, tokens of every scale by batch, and the work they took."""
         pictures, tokens, pairs = [], [], []
         for request in self.requests:
-            kept = Kept(plan)
+            kept, took = Kept(plan), [plan]
             outputs, code_sum = [], None
             steps = self.pipe.generator.steps(
-                plan, request.condition, request.controls, request.keys
+                plan, request.condition, request.controls, request.keys, chosen=took.append
             )
             for index, (state, output) in enumerate(steps):
+                if kept.plan != took[-1]:
+                    kept = Kept(took[-1])
                 kept.after(index, state.strategies)
                 outputs.append(np.asarray(output.tokens))
                 code_sum = state.code_sum
@@ -91,7 +93,8 @@ class Kept:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.pairs = {
-            (index, layer): step.segment(layer).attention.pairs(plan.place(index))
+            (index, layer): step.segment(layer).attention.pairs(plan.place(index, layer))
+            * step.cached_rows(step.segment(layer))
             for index, step in enumerate(plan.steps)
             for layer in range(plan.depth)
         }
@@ -104,22 +107,22 @@ class Kept:
         for layer, state in enumerate(states):
             attention: Any = step.segment(layer).attention
             if hasattr(attention, "kept"):
-                pairs = _kept(state, attention=attention, place=self.plan.place(index + 1))
-                self.pairs[index + 1, layer] = float(pairs)
+                place = self.plan.place(index + 1, layer)
+                pairs = float(_kept(state, attention=attention, place=place))
+                self.pairs[index + 1, layer] = pairs * step.cached_rows(step.segment(layer))
 
     def density(self) -> tuple[float, float]:
         """Kept over dense pairs, in the last three scales and in all; see `Plan.density`."""
         plan, scales = self.plan, self.plan.schedule.scales
-        rows = {"both": 2, "cond": 1}
         found = []
         for first in (len(scales) - LAST_SCALES, 0):
             dense = sum(scale.tokens * scale.end for scale in scales[first:]) * plan.depth
             kept = sum(
-                pairs * rows[plan.steps[index].rows]
+                pairs
                 for (index, _), pairs in self.pairs.items()
                 if plan.steps[index].scale.index >= first
             )
-            found.append(kept / (dense * rows[plan.steps[0].rows]))
+            found.append(kept / (dense * plan.row_factor))
         return found[0], found[1]
 
 

@@ -17,6 +17,20 @@ def _paper(**changes: object) -> str:
     return f"sparvar({', '.join([str(SHARE), *rest])})"
 
 
+OTHERS = {
+    "drop_uncond(1, ((-3, 0.75), (-2, 0.5)))": "drop 1, ramp before it",
+    "guidance_range(2, 11)": "guidance in scales 2..10",
+    "share_rows(1)": "rows share attention, last scale",
+    "share_rows(3)": "rows share attention, 3 scales",
+    "prune(0.4)": "prune, 0.4 by 4x4",
+    "prune(0.4, (8, 16))": "prune, 0.4 by 8x16",
+    "prune(0.4) + drop_uncond(1)": "prune and drop 1",
+    "fastvar()": "FastVAR as published",
+    "fastvar(((-2, 0.6), (-1, 0.7)), -3, 0)": "FastVAR, no scale skipped",
+    "scalekv(keep=0.1)": "ScaleKV, a tenth of the rows",
+    "router()": "router (SkipVAR)",
+}
+"""The other ways to draw less."""
 LABELS = {
     "dense/xla": "dense, other kernels (noise floor)",
     f"cs4a(cache=False, {_FIRST})": "CS4A alone, no cache",
@@ -48,6 +62,7 @@ LABELS = {
     "drop_uncond(1)": "drop 1",
     "drop_uncond(2)": "drop 2",
     "drop_uncond(3)": "drop 3",
+    **OTHERS,
 }
 DEFAULT_PLANS = tuple(LABELS)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparvar_jax.models import sampling
 from sparvar_jax.pipelines.pipeline import Request
 from sparvar_jax.plans.plan import Plan
 
@@ -72,6 +73,7 @@ def _logits_and_bits(
     for index, (_, output) in enumerate(steps):
         logits = output.captured["guided_logits"]
         keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys, index)
-        bits = type(model).sample(model.config, logits, request.controls, keys)
+        pairs = logits.reshape(*logits.shape[:2], model.config.bits, 2)
+        bits = sampling.sample_bits(pairs, request.controls.top_p, keys)
         found.append((np.asarray(logits, np.float32), np.asarray(bits)))
     return found

@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from sparvar_jax.cli import console
+from sparvar_jax.cli.chart import chart
 from sparvar_jax.cli.compare import compare
 from sparvar_jax.cli.convert import convert
 from sparvar_jax.cli.edit import edit
 from sparvar_jax.cli.generate import generate
+from sparvar_jax.cli.head_order import head_order
 from sparvar_jax.cli.info import info
 from sparvar_jax.cli.inspect import inspect
 from sparvar_jax.cli.plans import plans
@@ -25,7 +27,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, edit, sample, convert, compare, info, inspect, plans, warmup):
+for command in (
+    generate, edit, sample, convert, compare, info, inspect, plans, head_order, chart, warmup,
+):  # fmt: skip
     app.command()(command)
 
 

@@ -75,11 +75,24 @@ class Draw:
 
 
 class Drawn(NamedTuple):
-    """What one scale drew. codes: what a family adds to the tokens' own codes. captured: logits."""
+    """What one scale drew. codes: what a family adds to the tokens' own codes. captured: logits.
+
+    counted: tokens whose codes enter the sum, None for all of them.
+    """
 
     tokens: Shaped[Array, "B T ..."]
     codes: Float[Array, "B T N"] | None = None
     captured: dict[str, jax.Array] = {}  # noqa: RUF012
+    counted: Bool[Array, "B T"] | None = None
+
+    def silenced(self, codes: Float[Array, "B height width Cd"], scale: Scale) -> jax.Array:
+        """Codes of a scale on its token grid or a finer one, zero at tokens that do not count."""
+        if self.counted is None:
+            return codes
+        fine = codes.shape[1] // scale.height, codes.shape[2] // scale.width
+        where = self.counted.reshape(-1, scale.height, scale.width)
+        where = where.repeat(fine[0], axis=1).repeat(fine[1], axis=2)
+        return jnp.where(where[..., None], codes, 0)
 
 
 @runtime_checkable
@@ -105,7 +118,11 @@ class ScaleBlock(Protocol):
     def __call__(
         self, stream: Stream, inputs: Any, positions: Any, attend: Attend, config: Any
     ) -> Stream:
-        """The residual stream after this block; its last update may be left undone."""
+        """The residual stream after this block; its last update may be left undone.
+
+        Branches are run through `attend.branch`; where they are not, plans that change tokens or
+        rows of a branch are refused.
+        """
         ...
 
 

@@ -172,7 +172,7 @@ class Infinity(nnx.Module):
         del codebook
         config = self.config
         grid = drawn.tokens.reshape(-1, scale.height, scale.width, config.bits)
-        codes = quantizer.labels_to_codes(grid, config.patchify)
+        codes = drawn.silenced(quantizer.labels_to_codes(grid, config.patchify), scale)
         _, final_height, final_width, _ = code_sum.shape
         code_sum = quantizer.accumulate(code_sum, codes, (final_height, final_width))
         if following is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from sparvar_jax.models.cross_attention import CrossAttention, Text
 from sparvar_jax.models.layers import DtypeName, Precision, Stream
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.rows import Slot
+from sparvar_jax.plans.stores import Writes
 
 Rotary = tuple[jax.Array, jax.Array]
 """(cos, sin) of `schedule.rotary_channels`, each [T, D], or [R, T, D] of every row's own tokens."""
@@ -199,7 +199,9 @@ class SelfAttention(nnx.Module):
                 implementation=fused,
             )
 
-        return layers.product(self.proj, layers.merge_heads(attend(write).astype(qkv.dtype)))
+        heads = mine(self.log_temperature[...]).shape[0]
+        writes = Writes(write, lambda: layers.split_heads(jnp.split(qkv, 3, axis=-1)[0], heads))
+        return layers.product(self.proj, layers.merge_heads(attend(writes).astype(qkv.dtype)))
 
 
 class FeedForward(nnx.Module):
@@ -240,28 +242,34 @@ class Block(nnx.Module):
         inputs: gains 1 and 2, scales 1 and 2, shifts 1 and 2 of the adaptive norms; the text.
         """
         fused, (values, text) = config.fused, inputs
-        norm: Any = functools.partial(pallas_kernels.residual_norm, implementation=fused)
-        tokens, compute = stream.x.shape[1], config.precision.compute
-        assert self.cross_norm.bias is not None
-        x, y = stream.normed(values, 2, 4, layers.input_dtype(self.attn.qkv, tokens), fused)
-        x, y = norm(
-            x,
-            self.attn(y, rotary, attend, fused),
-            (values, 0),
-            self.cross_norm.scale[...],
-            self.cross_norm.bias[...],
-            bias=layers.bias_of(self.attn.proj),
-            one_plus=False,
-            dtype=compute,
-        )
-        branch = self.cross(y, text, fused)
-        x, y = norm(
-            x,
-            branch,
-            None,
-            (values, 3),
-            (values, 5),
-            bias=layers.bias_of(self.cross.proj),
-            dtype=layers.input_dtype(self.ffn.fc1, tokens),
-        )
-        return Stream(x, self.ffn(y), values, layers.bias_of(self.ffn.fc2), index=1)
+
+        def self_attention(stream: Stream, rotary: Rotary) -> Stream:
+            dtype = layers.input_dtype(self.attn.qkv, stream.x.shape[1])
+            x, y = stream.normed(values, 2, 4, dtype, fused)
+            out = self.attn(y, rotary, attend, fused)
+            return Stream(x, out, values, layers.bias_of(self.attn.proj), index=0)
+
+        def cross_attention(stream: Stream, rotary: Rotary) -> Stream:
+            assert self.cross_norm.bias is not None
+            x, y = pallas_kernels.residual_norm(
+                stream.x,
+                stream.branch,
+                None if stream.table is None else (stream.table, stream.index),
+                self.cross_norm.scale[...],
+                self.cross_norm.bias[...],
+                bias=stream.bias,
+                dtype=config.precision.compute,
+                one_plus=False,
+                implementation=fused,
+            )
+            plain: Any = y
+            return Stream(x, self.cross(plain, text, fused), None, layers.bias_of(self.cross.proj))
+
+        def feed_forward(stream: Stream, rotary: Rotary) -> Stream:
+            dtype = layers.input_dtype(self.ffn.fc1, stream.x.shape[1])
+            x, y = stream.normed(values, 3, 5, dtype, fused)
+            return Stream(x, self.ffn(y), values, layers.bias_of(self.ffn.fc2), index=1)
+
+        for run in (self_attention, cross_attention, feed_forward):
+            stream = attend.branch(run.__name__, run, stream, rotary)
+        return stream

@@ -218,7 +218,7 @@ class Stream:
 
     A block leaves its last update undone, so that the norm that opens the next block makes both in
     one pass over memory. The gain is row `index` of `table`, of which the first R rows are meant;
-    without a branch the stream is x.
+    without a table it is one, without a branch the stream is x.
     """
 
     x: Float[Array, "R T C"]
@@ -229,12 +229,16 @@ class Stream:
 
     def settled(self) -> Float[Array, "R T C"]:
         """The stream as one array."""
-        if self.branch is None:
-            return self.x
-        assert self.table is not None
+        return self.x if self.branch is None else self.x + self.update()
+
+    def update(self) -> Float[Array, "R T C"]:
+        """What is still to be added to x."""
+        assert self.branch is not None
         assert self.bias is not None
         branch = self.branch + self.bias.astype(self.branch.dtype)
-        return self.x + self.table[: len(self.x), self.index, None] * branch
+        return (
+            branch if self.table is None else self.table[: len(self.x), self.index, None] * branch
+        )
 
     def normed(
         self,

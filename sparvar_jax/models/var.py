@@ -138,7 +138,9 @@ class Var(nnx.Module):
         config = self.config
         codes = codebook.lookup(drawn.tokens)
         grid = codes.reshape(-1, scale.height, scale.width, config.code_width)
-        code_sum = codebook.add(code_sum, grid, scale.index, len(config.sides))
+        code_sum = codebook.add(
+            code_sum, drawn.silenced(grid, scale), scale.index, len(config.sides)
+        )
         if following is None:
             return code_sum, None
         size = (following.height, following.width)

@@ -17,7 +17,7 @@ from sparvar_jax.models.layers import DtypeName, Precision, Stream
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.rows import Slot
 from sparvar_jax.plans.schedule import ScaleSchedule
-from sparvar_jax.plans.stores import write_rows
+from sparvar_jax.plans.stores import Writes, write_rows
 
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -137,6 +137,7 @@ class SelfAttention(nnx.Module):
         mine, heads = attend.heads.columns, self.heads // attend.heads.parts
         qkv = layers.product(self.qkv, x)
         q, k, v = jnp.split(mine(qkv, 3), 3, axis=-1)
+        raw = layers.split_heads(q, heads)
         q = layers.split_heads(q + mine(self.q_bias[...]), heads)
         k = layers.split_heads(k, heads)
         v = layers.split_heads(v + mine(self.v_bias[...]), heads)
@@ -150,7 +151,8 @@ class SelfAttention(nnx.Module):
         def write(keys: Array, values: Array, slot: Slot) -> tuple[Array, Array, Array]:
             return q.astype(qkv.dtype), write_rows(keys, k, slot), write_rows(values, v, slot)
 
-        return layers.product(self.proj, layers.merge_heads(attend(write).astype(qkv.dtype)))
+        writes = Writes(write, lambda: raw)
+        return layers.product(self.proj, layers.merge_heads(attend(writes).astype(qkv.dtype)))
 
 
 class Block(nnx.Module):
@@ -176,13 +178,22 @@ class Block(nnx.Module):
         config: VarConfig,
     ) -> Stream:
         """The residual stream after this block; `inputs` modulate it (their own part is added)."""
-        del positions
         values = inputs
         if self.shared_ada:
             values = values + self.ada_gss[...].astype(jnp.float32)
-        tokens, fused = stream.x.shape[1], config.fused
-        x, y = stream.normed(values, 2, 4, layers.input_dtype(self.attn.qkv, tokens), fused)
-        bias = layers.bias_of(self.attn.proj)
-        attended = Stream(x, self.attn(y, attend), values, bias, index=0)
-        x, y = attended.normed(values, 3, 5, layers.input_dtype(self.ffn.fc1, tokens), fused)
-        return Stream(x, self.ffn(y), values, layers.bias_of(self.ffn.fc2), index=1)
+        fused = config.fused
+
+        def self_attention(stream: Stream, positions: tuple[()]) -> Stream:
+            dtype = layers.input_dtype(self.attn.qkv, stream.x.shape[1])
+            x, y = stream.normed(values, 2, 4, dtype, fused)
+            bias = layers.bias_of(self.attn.proj)
+            return Stream(x, self.attn(y, attend), values, bias, index=0)
+
+        def feed_forward(stream: Stream, positions: tuple[()]) -> Stream:
+            dtype = layers.input_dtype(self.ffn.fc1, stream.x.shape[1])
+            x, y = stream.normed(values, 3, 5, dtype, fused)
+            return Stream(x, self.ffn(y), values, layers.bias_of(self.ffn.fc2), index=1)
+
+        for run in (self_attention, feed_forward):
+            stream = attend.branch(run.__name__, run, stream, positions)
+        return stream

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparvar_jax.pipelines.loading import Model
 from sparvar_jax.plans.plan import Plan
-from sparvar_jax.plans.stores import CacheShape
-from sparvar_jax.runtime.step import empty_buffers
+from sparvar_jax.plans.rows import Slot
+from sparvar_jax.plans.stores import CacheShape, Store, Writes
+from sparvar_jax.plans.strategy import Place
+from sparvar_jax.runtime.step import empty_buffers, pools
 from sparvar_jax.weights import checkpoint
 
 _DECODER_MAPS = 4  # a residual block holds its input, its branch and two temporaries
@@ -65,12 +70,42 @@ def estimate(model: Model, plan: Plan, batch: int) -> Estimate:
 
 
 def cache_bytes(plan: Plan, shape: CacheShape) -> int:
-    """Bytes of the key/value caches before the first scale, shared buffers once.
+    """Most bytes of the key/value caches before the first scale or after any, shared buffers once.
 
     The buffers that one generation leaves for the next are the same or are freed first.
     """
-    buffers = jax.eval_shape(lambda: empty_buffers(plan, shape))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffers))
+    kept, shared = jax.eval_shape(lambda: empty_buffers(plan, shape))
+    left = {(plan.store(layer), plan.whole_rows(layer)): kept[layer] for layer in range(plan.depth)}
+    sizes = [_bytes(kept)]
+    for index in range(len(plan.steps)):
+        after: dict[Any, Any] = {}
+        total = 0
+        for layer in range(plan.depth):
+            name = plan.store(layer), plan.whole_rows(layer)
+            if name not in after:
+                pool = shared[pools(plan).index(plan.store(layer))]
+                work = functools.partial(_scale, place=plan.place(index, layer), store=name[0])
+                after[name] = jax.eval_shape(work, left[name], pool)
+            total += _bytes(after[name])
+        sizes.append(total)
+        left = after
+    return max(sizes) + _bytes(shared)
+
+
+def _scale(kept: Any, shared: Any, *, place: Place, store: Store) -> Any:
+    """What a store keeps after a scale of nothing but zeros."""
+    found: list[jax.Array] = []
+
+    def write(k: jax.Array, v: jax.Array, slot: Slot) -> tuple[jax.Array, jax.Array, jax.Array]:
+        found[:] = [jnp.zeros((*k.shape[:2], place.queries, k.shape[3]), k.dtype)]
+        return found[0], k, v
+
+    q, held = store.write(kept, shared, Writes(write, lambda: found[0]), place)
+    return store.keep(held, q, place)[0]
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def parameter_bytes(shapes: dict[str, jax.ShapeDtypeStruct]) -> int:

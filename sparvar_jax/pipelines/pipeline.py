@@ -45,7 +45,8 @@ class Pipeline:
 
     def __init__(self, model: Model, *, text_encoder: bool = True):
         self._model = model
-        self.generator = Generator(model.transformer, model.codebook)
+        look = Bound(lambda: self.model.tokenizer, lambda tokenizer, x: tokenizer.decode(x))
+        self.generator = Generator(model.transformer, model.codebook, decode=look)
         self.subject = model.family.subject(lambda: self.model, text_encoder=text_encoder)
         self._decode = Bound(lambda: self.model.tokenizer, _decode)
 

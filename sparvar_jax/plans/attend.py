@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Shaped
@@ -39,15 +40,29 @@ class HeadSplit:
         return jax.lax.all_gather(out, self.axis, axis=1, tiled=True)
 
 
+Run = Callable[[Any, Any], Any]
+"""(residual stream, positions) -> the residual stream with one branch's update left undone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Attend:
-    """Self-attention of one layer.
+    """Self-attention of one layer, and how its branches are run.
 
     run: from what writes this scale's keys and values to the output of this device's heads.
+    around: (branch name, how to run it, stream, positions) -> the stream; None just runs it.
     """
 
     run: Callable[[Write], jax.Array]
     heads: HeadSplit = HeadSplit()
+    around: Callable[[str, Run, Any, Any], Any] | None = None
+
+    def branch(self, name: str, run: Run, stream: Any, positions: Any) -> Any:
+        """The stream after one branch of a block: "self_attention", "cross_attention" or
+        "feed_forward". Rules about tokens and rows of a branch do their work here.
+        """
+        if self.around is None:
+            return run(stream, positions)
+        return self.around(name, run, stream, positions)
 
     def __call__(self, write: Write) -> Float[Array, "R H T D"]:
         """The attention output of all heads."""

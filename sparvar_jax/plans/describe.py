@@ -32,4 +32,5 @@ def _named(segment: Segment) -> str:
     others = [part.name for part in (segment.tokens, segment.store)]
     usual = ("all", "full")
     more = [name for name, plain in zip(others, usual, strict=True) if name != plain]
+    more += [f"{segment.rows} rows"] if segment.rows != "all" else []
     return ", ".join([segment.attention.name, *more])

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from sparvar_jax.plans.describe import describe
+from sparvar_jax.plans.route import Route
 from sparvar_jax.plans.rows import LayoutName, RowMap
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.segments import Rows, Segment, Step, split_at_merge, state_use
 from sparvar_jax.plans.stores import Store
-from sparvar_jax.plans.strategy import AllTokens, Attention, Place
+from sparvar_jax.plans.strategy import Attention, Place
 from sparvar_jax.plans.validate import validate
 from sparvar_jax.weights.told import shown
 
@@ -29,16 +30,20 @@ class Plan:
     """What one generation runs.
 
     schedule: always the full one, because rotary positions and code resizing depend on it.
-    layout: the cache layout. steps: what actually runs, a prefix of the schedule.
+    layout: the cache layout. steps: what actually runs, a prefix of the schedule. route: with one,
+    these steps are those of its most careful plan; another may go on after some scale.
     """
 
     schedule: ScaleSchedule
     layout: LayoutName
     steps: tuple[Step, ...]
     name: str = dataclasses.field(default="dense", compare=False)
+    route: Route | None = None
 
     def __post_init__(self):
         validate(self.schedule, self.steps, self.place)
+        if self.route is not None:
+            self.route.check(self)
 
     @property
     def depth(self) -> int:
@@ -61,6 +66,8 @@ class Plan:
         """Where a layer stands at a step."""
         index = self.steps[step].scale.index
         rows = self._stores[layer].rows(self._rows[layer], index)
+        if all(span.visible == "all" for span in rows.spans[: index + 1]):
+            rows = dataclasses.replace(rows, name=self.layout)  # what is chosen later is not there
         return Place(self.schedule, self.layout, index, rows=rows, kept=self._kept(step, layer))
 
     def read_later(self, step: int, layer: int) -> frozenset[int]:
@@ -107,9 +114,14 @@ class Plan:
 
     def _kept(self, step: int, layer: int) -> int | None:
         rule = self.steps[step].segment(layer).tokens
-        if isinstance(rule, AllTokens):
-            return None
         return rule.tokens(Place(self.schedule, self.layout, self.steps[step].scale.index))
+
+    def through(self, policy: Callable[[Plan], Plan]) -> Plan:
+        """What a policy makes of this plan, and of every plan that its route may take."""
+        if self.route is None:
+            return policy(self)
+        plans = tuple(policy(plan) for plan in self.route.plans)
+        return dataclasses.replace(plans[0], route=dataclasses.replace(self.route, plans=plans))
 
     def density(self, last: int | None = LAST_SCALES) -> float:
         """Kept over dense (query, key) pairs in the schedule's last scales (None: all scales).
@@ -127,15 +139,38 @@ class Plan:
         for segment in step.segments:
             places = [self.place(index, layer) for layer in range(*segment.layers)]
             pairs = {place: segment.attention.pairs(place) for place in set(places)}
-            total += sum(pairs[place] for place in places)
-        return total * step.row_factor
+            total += sum(pairs[place] for place in places) * step.cached_rows(segment)
+        return total
+
+    def work(self) -> float:
+        """Tokens x rows that are multiplied with weights, over those of the dense plan.
+
+        What time follows; density counts attention alone.
+        """
+        dense = self.schedule.tokens * self.depth * self.row_factor
+        return sum(self._multiplied(index) for index in range(len(self.steps))) / dense
+
+    def _multiplied(self, index: int) -> float:
+        step = self.steps[index]
+        return sum(
+            self.place(index, layer).queries * step.multiplied_rows(segment)
+            for segment in step.segments
+            for layer in range(*segment.layers)
+        )
 
     def describe(self) -> str:
         """A table of scale, rows, layers, strategy, tokens, keys a query and density."""
         footer = (
             f"density {self.density():.3f} over the last three scales, "
-            f"{self.density(None):.3f} over all; layout {self.layout}"
+            f"{self.density(None):.3f} over all; tokens x rows multiplied {self.work():.3f}; "
+            f"layout {self.layout}"
         )
+        if self.route is not None:
+            footer += (
+                f"\nafter scale {self.steps[self.route.after].scale.index} "
+                f"{self.route.chooser.name} takes one of {len(self.route.plans)} plans; above is "
+                "the most careful"
+            )
         return describe(self.steps, self.place, footer)
 
 

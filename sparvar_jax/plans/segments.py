@@ -8,22 +8,28 @@ from typing import Literal
 
 from sparvar_jax.plans.schedule import Scale
 from sparvar_jax.plans.stores import Full, Store
-from sparvar_jax.plans.strategy import AllTokens, Attention, Dense, TokenRule
+from sparvar_jax.plans.strategy import AllTokens, Attention, BranchRule, Dense, TokenRule
 
 Rows = Literal["both", "cond"]
+SegmentRows = Literal["all", "shared", "cond"]
+"""Which of a step's rows run in a segment. shared: the self-attention of the conditional rows, and
+its keys and values, serve the unconditional ones too. cond: the conditional rows run alone, and the
+unconditional ones are given the same update, so that what tells them apart stays as it was."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """The longest run of layers that are alike: layers [start, stop).
 
-    tokens: which tokens run through these layers together. store: how they keep keys and values.
+    tokens: which tokens run through these layers together, or in every branch. store: how they keep
+    keys and values. rows: which of the step's rows run.
     """
 
     layers: tuple[int, int]
     attention: Attention = Dense()
-    tokens: TokenRule = AllTokens()
+    tokens: TokenRule | BranchRule = AllTokens()
     store: Store = Full()
+    rows: SegmentRows = "all"
 
     def __contains__(self, layer: int) -> bool:
         return self.layers[0] <= layer < self.layers[1]
@@ -56,6 +62,19 @@ class Step:
         """Rows that run for every picture."""
         return 2 if self.rows == "both" else 1
 
+    def cached_rows(self, segment: Segment) -> int:
+        """Rows for every picture that attend, and write keys and values, in a segment."""
+        return self.row_factor if segment.rows == "all" else 1
+
+    def multiplied_rows(self, segment: Segment) -> float:
+        """Rows for every picture that are multiplied with a segment's weights.
+
+        Shared rows leave out the four of a block's 14 widths squared a token that are attention's.
+        """
+        if self.rows == "cond" or segment.rows == "cond":
+            return 1
+        return 2 - 4 / 14 if segment.rows == "shared" else 2
+
     def segment(self, layer: int) -> Segment:
         """The segment that holds a layer."""
         return next(segment for segment in self.segments if layer in segment)
@@ -79,9 +98,12 @@ def split_at_merge(
 
 
 def state_use(step: Step, layer: int) -> tuple[frozenset[str], frozenset[str]]:
-    """(reads, writes) of a layer's state: the attention's, and the token rule's where it begins."""
+    """(reads, writes) of a layer's state: the attention's, and the token rule's.
+
+    A rule of a segment keeps its state in the first layer, a rule of branches in every layer.
+    """
     segment = step.segment(layer)
     reads, writes = segment.attention.reads, segment.attention.writes
-    if layer == segment.layers[0]:
+    if layer == segment.layers[0] or isinstance(segment.tokens, BranchRule):
         reads, writes = reads | segment.tokens.reads, writes | segment.tokens.writes
     return reads, writes

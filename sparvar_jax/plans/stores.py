@@ -20,6 +20,24 @@ from sparvar_jax.plans.strategy import Place, View
 Write = Callable[[jax.Array, jax.Array, Slot], tuple[jax.Array, jax.Array, jax.Array]]
 """(key buffer, value buffer, slot) -> this scale's queries [R, H, T, D] and the updated buffers."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Writes:
+    """What writes a scale's keys and values, with what a store may want to know besides.
+
+    queries: the scale's products with the query matrix alone, [R, H, T, D]: without bias, norm,
+    temperature and position.
+    """
+
+    run: Write
+    queries: Callable[[], jax.Array]
+
+    def __call__(
+        self, k: jax.Array, v: jax.Array, slot: Slot
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.run(k, v, slot)
+
+
 ReadLater = Callable[[int], frozenset[int]]
 """step -> the scales whose rows a layer reads after it."""
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from pallas_kernels.api import Implementation
@@ -21,6 +21,8 @@ from sparvar_jax.plans.schedule import Scale, ScaleSchedule
 
 LayerState = Mapping[str, jax.Array]
 """Named arrays one layer carries from scale to scale: rows lead every array, heads follow."""
+KEPT = "kept tokens"
+"""The state entry in which an attention finds the tokens that its segment's rule chose, [R, T2]."""
 
 
 @typing.no_type_check  # rows are None until they are filled in
@@ -186,8 +188,8 @@ class TokenRule(Protocol):
     @property
     def writes(self) -> frozenset[str]: ...
 
-    def tokens(self, place: Place) -> int:
-        """How many tokens run: static, the cache is allocated for them."""
+    def tokens(self, place: Place) -> int | None:
+        """How many tokens run: static, the cache is allocated for them. None for all of them."""
         ...
 
     def select(
@@ -215,6 +217,70 @@ class TokenRule(Protocol):
         ...
 
 
+@runtime_checkable
+class Watches(Protocol):
+    """A token rule that leaves something of a scale that it runs whole."""
+
+    def watch(
+        self, x: Float[Array, "R T C"], codes: Float[Array, "B T N"] | None, place: Place
+    ) -> Mapping[str, jax.Array]:
+        """State entries from what enters the segment; see `TokenRule.select`."""
+        ...
+
+
+@runtime_checkable
+class DrawsSome(Protocol):
+    """A token rule after which only some tokens add codes to the picture."""
+
+    def drawn(
+        self, kept: Int[Array, "R T2"], place: Place, batch: int
+    ) -> Bool[Array, "B T"] | None:
+        """The tokens whose codes count, None for all; others add nothing to the code sum."""
+        ...
+
+
+class BranchOutput(NamedTuple):
+    """What a branch rule gives: the stream, the layer state entries it leaves, and a report."""
+
+    stream: Any
+    state: Mapping[str, jax.Array] = {}
+    report: Mapping[str, jax.Array] = {}
+
+
+@runtime_checkable
+class BranchRule(Protocol):
+    """A token rule that decides in every branch of every layer anew.
+
+    It stands in a segment in place of a `TokenRule`; every one of its layers has a state.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def reads(self) -> frozenset[str]: ...
+    @property
+    def writes(self) -> frozenset[str]: ...
+
+    def tokens(self, place: Place) -> int | None:
+        """How many tokens the self-attention runs and caches; None for all of them."""
+        ...
+
+    def branch(
+        self,
+        name: str,
+        run: Callable[[Any, Any], Any],
+        stream: Any,
+        positions: Any,
+        place: Place,
+        state: LayerState,
+    ) -> BranchOutput:
+        """One branch of one block. stream: a `models.layers.Stream`; positions: of its tokens.
+
+        `run(stream, positions)` is the branch on whatever tokens it is given.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class AllTokens:
     """Every token runs in every layer."""
@@ -223,8 +289,8 @@ class AllTokens:
     reads = frozenset[str]()
     writes = frozenset[str]()
 
-    def tokens(self, place: Place) -> int:
-        return place.scale.tokens
+    def tokens(self, place: Place) -> None:
+        return None
 
     def select(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.segments import Step, state_use
-from sparvar_jax.plans.strategy import AllTokens, Place
+from sparvar_jax.plans.strategy import BranchRule, Place
 
 
 def validate(
@@ -37,6 +37,7 @@ def validate(
         _validate_rows(steps, index, place)
     for layer in range(depth):
         _validate_state(steps, layer)
+        _validate_shared_rows(steps, layer)
 
 
 def _validate_segments(step: Step, depth: int) -> None:
@@ -76,9 +77,7 @@ def _validate_rows(
                     f"{steps[0].segment(layer).store.name}: a layer keeps one store"
                 )
             place = place_of(index, layer)
-            if not isinstance(segment.tokens, AllTokens) and not (
-                0 < place.queries <= step.scale.tokens
-            ):
+            if not 0 < place.queries <= step.scale.tokens:
                 raise ValueError(
                     f"{where}: the token rule {segment.tokens.name} runs {place.queries} of "
                     f"{step.scale.tokens} tokens"
@@ -88,6 +87,30 @@ def _validate_rows(
                     f"{where}: {segment.attention.name} cannot read the {place.rows.name} cache "
                     f"layout, only {' or '.join(segment.attention.layouts)}"
                 )
+
+
+def _validate_shared_rows(steps: tuple[Step, ...], layer: int) -> None:
+    """A layer whose unconditional rows stopped writing keys and values has none for them later."""
+    before = steps[0]
+    for step in steps:
+        segment = step.segment(layer)
+        if step.rows == "cond" and segment.rows != "all":
+            raise ValueError(
+                f"scale {step.scale.index}, layer {layer}: {segment.rows} rows need both rows, "
+                "but the unconditional ones do not run"
+            )
+        if segment.rows == "shared" and isinstance(segment.tokens, BranchRule):
+            raise ValueError(
+                f"scale {step.scale.index}, layer {layer}: under {segment.tokens.name} rows choose "
+                "their tokens apart, so they cannot share their attention"
+            )
+        if step.cached_rows(segment) > before.cached_rows(before.segment(layer)):
+            raise ValueError(
+                f"scale {step.scale.index}, layer {layer}: unconditional rows attend again after "
+                f"scale {before.scale.index}, which left no keys of theirs: share or drop rows "
+                "from one scale to the end"
+            )
+        before = step
 
 
 def _validate_state(steps: tuple[Step, ...], layer: int) -> None:

@@ -19,8 +19,18 @@ from sparvar_jax.policies.adaptive import adaptive
 from sparvar_jax.policies.arguments import checked
 from sparvar_jax.policies.cs4a import cs4a
 from sparvar_jax.policies.csla import csla
+from sparvar_jax.policies.fastvar import fastvar
+from sparvar_jax.policies.per_head import per_head
+from sparvar_jax.policies.prune import prune
+from sparvar_jax.policies.router import router
 from sparvar_jax.policies.routing import Policy
-from sparvar_jax.policies.scales import drop_uncond, skip_last_scales
+from sparvar_jax.policies.scalekv import scalekv
+from sparvar_jax.policies.scales import (
+    drop_uncond,
+    guidance_range,
+    share_rows,
+    skip_last_scales,
+)
 from sparvar_jax.policies.sparvar import released_boundary, sparvar
 from sparvar_jax.weights.json_file import LONGEST_TEXT
 from sparvar_jax.weights.told import shown, told
@@ -49,7 +59,29 @@ def sparvar_fast() -> Policy:
     )(plan)
 
 
+def almost_lossless() -> Policy:
+    """Hardly to be told from dense: the last three scales run without their unconditional rows."""
+    return drop_uncond(3)
+
+
+def balanced() -> Policy:
+    """About half of the work: no last scale, and no unconditional rows in the one before."""
+
+    def apply(plan: Plan) -> Plan:
+        return drop_uncond(2)(skip_last_scales(1)(plan))
+
+    return apply
+
+
+def fastest() -> Policy:
+    """About a third of the work: the last two scales are not drawn; fine outlines get soft."""
+    return skip_last_scales(2)
+
+
 PRESETS: dict[str, Callable[[], Policy]] = {
+    "almost-lossless": checked(almost_lossless),
+    "balanced": checked(balanced),
+    "fastest": checked(fastest),
     "dense": checked(dense),
     "sparvar-paper": checked(sparvar_paper),
     "sparvar-fast": checked(sparvar_fast),
@@ -61,6 +93,13 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "adaptive": adaptive,
     "skip_last_scales": skip_last_scales,
     "drop_uncond": drop_uncond,
+    "guidance_range": guidance_range,
+    "share_rows": share_rows,
+    "prune": prune,
+    "fastvar": fastvar,
+    "per_head": per_head,
+    "scalekv": scalekv,
+    "router": router,
 }
 _OWN = frozenset({**PRESETS, **POLICIES})
 
@@ -131,7 +170,7 @@ def parse_policies(text: str) -> Policy:
 
     def apply(plan: Plan) -> Plan:
         for policy in policies:
-            plan = policy(plan)
+            plan = plan.through(policy)
         return dataclasses.replace(plan, name=text.strip())
 
     return apply
@@ -152,7 +191,9 @@ def parse_plan(
     implementation: kernel choice for every attention, None for the best that can serve.
     """
     plan = parse_policies(text)(dense_plan(schedule, depth, guidance=guidance, merge_at=merge_at))
-    return with_implementation(plan, implementation) if implementation else plan
+    if not implementation:
+        return plan
+    return plan.through(lambda bare: with_implementation(bare, implementation))
 
 
 def _split(text: str) -> list[str]:

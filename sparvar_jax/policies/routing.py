@@ -24,11 +24,7 @@ def assign(
 
     Raises ValueError when another policy already changed a layer that this one wants.
     """
-    start, stop = (layer_at(bound, plan.depth) for bound in layers or (0, plan.depth))
-    if not 0 <= start < stop <= plan.depth:
-        raise ValueError(
-            f"layers must be a non-empty range within 0..{plan.depth}, got {start}..{stop}"
-        )
+    start, stop = layer_range(layers, plan.depth)
 
     def pick(step: Step, layer: int) -> Attention | None:
         new = choose(step.scale.index) if start <= layer < stop else None
@@ -41,6 +37,14 @@ def assign(
         return new
 
     return map_attention(plan, pick, layout=layout)
+
+
+def layer_range(layers: Layers, depth: int) -> tuple[int, int]:
+    """Layers [start, stop) as numbers. Raises ValueError unless some of the model's are meant."""
+    start, stop = (layer_at(bound, depth) for bound in layers or (0, depth))
+    if not 0 <= start < stop <= depth:
+        raise ValueError(f"layers must be a non-empty range within 0..{depth}, got {start}..{stop}")
+    return start, stop
 
 
 def layer_at(bound: int | float, depth: int) -> int:

