@@ -182,7 +182,8 @@ def draw_scale(
     if spec.how != "greedy":
         drawn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, place.index)
     guided = step.merge_at == step.depth
-    draw = Draw(controls, place.index, batch, drawn_keys, spec.how, guided, spec.capture, forced)
+    asked = (drawn_keys, spec.how, guided, spec.capture, forced, codebook)
+    draw = Draw(controls, place.index, batch, *asked)
     drawn = model.finish(x, condition, place, draw)
     scales = place.schedule.scales
     following = None if spec.following is None else scales[spec.following]
@@ -224,7 +225,8 @@ class _Body:
             kept = rule.select(before, self.codes, place, entry)
         if kept is not None:
             stream = Stream(_take(before, kept))
-            positions = jax.tree.map(lambda table: _take(_by_row(table), kept), positions)
+            rows = len(before)
+            positions = jax.tree.map(lambda table: _take(_by_row(table)[:rows], kept), positions)
         for layer in range(first, last + 1):
             stream = self.layer(layer, segment, stream, positions, left)
             if self.spec.capture and layer != last:
