@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from sparvar_jax.models import hart_parts, layers, quantizer, residual_head, vocabulary
 from sparvar_jax.models.family import Draw, Drawn

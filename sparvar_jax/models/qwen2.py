@@ -116,7 +116,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs) -> None:
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        width, dtype, narrow = config.width, jnp.dtype(config.dtype), config.kv_heads * self.head_dim
+        width, dtype, narrow = (
+            config.width,
+            jnp.dtype(config.dtype),
+            config.kv_heads * self.head_dim,
+        )
         self.q = Projection(width, width, bias=True, dtype=dtype, rngs=rngs)
         self.k = Projection(width, narrow, bias=True, dtype=dtype, rngs=rngs)
         self.v = Projection(width, narrow, bias=True, dtype=dtype, rngs=rngs)

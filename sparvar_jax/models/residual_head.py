@@ -1,8 +1,8 @@
 """The residual head of HART: an MLP that denoises, for every token, what its code leaves out.
 
-It is the diffusion loss head of MAR (arXiv 2406.11838): a network of the noisy residual, of the time
-and of the token's hidden state, sampled in a few guided ancestral steps. Everything of a schedule
-is computed once, in float64, when a step is traced; guidance and noise are traced.
+It is the diffusion loss head of MAR (arXiv 2406.11838): a network of the noisy residual, of the
+time and of the token's hidden state, sampled in a few guided ancestral steps. Everything of a
+schedule is computed once, in float64, when a step is traced; guidance and noise are traced.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from sparvar_jax.models import layers
 from sparvar_jax.models.layers import Precision
@@ -88,7 +88,7 @@ def schedule(steps: int) -> Schedule:
     )
 
 
-def sinusoids(x: Float[Array, "K"]) -> Float[Array, "K channels"]:
+def sinusoids(x: Shaped[Array, "K"]) -> Float[Array, "K channels"]:
     """Cosines, then sines, of numbers at 128 frequencies from 1 down to nearly 1/10000."""
     half = SINUSOIDS // 2
     frequencies = np.exp(-np.log(10000.0) * np.arange(half, dtype=np.float32) / half)
@@ -104,7 +104,7 @@ class NumberEmbed(nnx.Module):
         self.fc1 = layers.linear(SINUSOIDS, width, precision, rngs, **single)
         self.fc2 = layers.linear(width, width, precision, rngs, **single)
 
-    def __call__(self, x: Float[Array, "K"]) -> Float[Array, "K C"]:
+    def __call__(self, x: Shaped[Array, "K"]) -> Float[Array, "K C"]:
         return self.fc2(jax.nn.silu(self.fc1(sinusoids(x))))
 
 

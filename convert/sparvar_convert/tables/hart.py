@@ -64,9 +64,7 @@ _RULES = (
     Rule(_BLOCK + "attn.qkv_proj.weight", _BLOCK + "attn.qkv.kernel", TRANSPOSE),
     Rule(_BLOCK + "attn.{name:q_bias|v_bias}", _BLOCK + "attn.{name}"),
     *_linear(_BLOCK + "attn.proj", _BLOCK + "attn.proj"),
-    Rule(
-        _BLOCK + "ffn.{name:gate|up|down}_proj.weight", _BLOCK + "ffn.{name}.kernel", TRANSPOSE
-    ),
+    Rule(_BLOCK + "ffn.{name:gate|up|down}_proj.weight", _BLOCK + "ffn.{name}.kernel", TRANSPOSE),
     Rule("head_nm.ln_wo_grad.weight", "head_norm.scale"),
     *_linear("head_nm.ada_lin.1", "head_ada"),
     *_linear("head", "head"),

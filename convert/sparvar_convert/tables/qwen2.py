@@ -10,9 +10,7 @@ _RULES = (
     Rule("model.embed_tokens.weight", "embed"),
     Rule(_LAYER + "input_layernorm.weight", _BLOCK + "attn_norm.scale"),
     Rule(_LAYER + "post_attention_layernorm.weight", _BLOCK + "mlp_norm.scale"),
-    Rule(
-        _LAYER + "self_attn.{name:[qkvo]}_proj.weight", _BLOCK + "attn.{name}.kernel", TRANSPOSE
-    ),
+    Rule(_LAYER + "self_attn.{name:[qkvo]}_proj.weight", _BLOCK + "attn.{name}.kernel", TRANSPOSE),
     Rule(_LAYER + "self_attn.{name:[qkv]}_proj.bias", _BLOCK + "attn.{name}.bias"),
     Rule(_LAYER + "mlp.{name:gate|up|down}_proj.weight", _BLOCK + "{name}.kernel", TRANSPOSE),
     Rule("model.norm.weight", "final_norm.scale"),
