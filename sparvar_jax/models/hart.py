@@ -72,15 +72,17 @@ class Hart(nnx.Module):
         self,
         text: Float[Array, "B P Ct"],
         positions: Int[Array, "B P"],
-        other: tuple[jax.Array, jax.Array] | bool = False,
+        guidance: tuple[jax.Array, jax.Array] | str | None = None,
     ) -> Condition:
-        """Everything the steps need of the prompts.
+        """Everything the steps need of the prompts, for conditional then unconditional rows.
 
-        text: features of every token, padding included. other: what guidance leads away from, as
-        such a pair, or True for "no text": zero features at position zero. Its rows follow.
+        text: features of every token, padding included. guidance: None for conditional rows only,
+        else (features, positions) of negative prompts, or "learned" for "no text" as the model
+        learned it: zero features, all at position zero.
         """
-        if other is not False:
-            if other is True:
+        if guidance is not None:
+            other = guidance
+            if isinstance(other, str):
                 other = (jnp.zeros_like(text), jnp.zeros_like(positions))
             text = jnp.concatenate([text, other[0]])
             positions = jnp.concatenate([positions, other[1]])

@@ -104,7 +104,7 @@ def condition(stem: str, run: str):
     tensors, rows = golden(stem).tensors, prompts(stem, run)
     text = jnp.asarray(tensors["text.features"][rows])
     positions = jnp.asarray(tensors["text.position_ids"][rows].astype(np.int32))
-    embed = jax.jit(lambda model: model.embed_condition(text, positions, True))
+    embed = jax.jit(lambda model: model.embed_condition(text, positions, "learned"))
     return embed(transformer(stem))
 
 
