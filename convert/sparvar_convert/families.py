@@ -87,6 +87,22 @@ class _HfT5:
     model_type: str = "t5"
 
 
+@dataclass(frozen=True)
+class _HfRope:
+    """Types of what a Hugging Face `config.json` says of rotary positions in an object."""
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    type: str = "default"
+
+
+_NESTED = ("rope_parameters", "rope_scaling")
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: values[f.name] for f in fields(_HfRope) if f.name in values}
+
+
 def _hf_config(kind: Any, described: type, source: Source) -> Any:
     """The configuration `kind.from_hf` makes of the `config.json` beside the weights.
 
@@ -100,9 +116,11 @@ def _hf_config(kind: Any, described: type, source: Source) -> Any:
     place = place_of(source.settings)
     known = {field.name for field in fields(described)}
     given = {key: value for key, value in source.settings.items() if key in known}
+    nested = {key: given.pop(key) for key in _NESTED if isinstance(given.get(key), Mapping)}
     try:
         typed = asdict(build(described, given, place))
-        config = kind.from_hf({key: typed[key] for key in given})
+        parts = {key: asdict(build(_HfRope, _known(nested[key]), place)) for key in nested}
+        config = kind.from_hf({key: typed[key] for key in given} | parts)
         return build(kind, asdict(config), place)
     except ValueError as error:
         raise ConversionError(f"{source.name}: {error}") from error
@@ -120,6 +138,8 @@ class _HfQwen2:
     num_hidden_layers: int = 1
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_parameters: None = None
+    rope_scaling: None = None
     use_sliding_window: bool = False
     hidden_act: str = "silu"
     model_type: str = "qwen2"

@@ -20,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparvar_jax.models.t5 import RmsNorm
 
+ROPE_TYPES = ("default", "mrope")
+"""The second is that of Qwen2-VL, which for text alone is the first."""
 _HIDDEN = float(np.finfo(np.float32).min)
 
 
@@ -80,6 +82,13 @@ class Qwen2Config:
                 f"the Qwen2 config.json lacks {', '.join(missing)}: "
                 "take the file that belongs to the weights"
             )
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        form = rope.get("rope_type", rope.get("type", "default"))
+        if form not in ROPE_TYPES:
+            raise ValueError(
+                f"Qwen2 with rotary positions of type {form!r} is not supported, only plain ones: "
+                "take the text encoder HART was released with"
+            )
         if config.get("use_sliding_window") or config.get("hidden_act", "silu") != "silu":
             raise ValueError(
                 "Qwen2 with a sliding window or another activation than silu is not supported: "
@@ -90,7 +99,7 @@ class Qwen2Config:
             **{ours: int(config[theirs]) for ours, theirs in names.items()},
             kv_heads=int(config.get("num_key_value_heads") or heads),
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(config.get("rope_theta", 10000.0)),
+            rope_theta=float(config.get("rope_theta", rope.get("rope_theta", 10000.0))),
             dtype=dtype,
         )
 
