@@ -19,10 +19,9 @@ from sparvar_jax.policies.cs4a import cs4a
 from sparvar_jax.policies.csla import csla
 from sparvar_jax.policies.routing import Policy
 from sparvar_jax.policies.scales import drop_uncond, skip_last_scales
-from sparvar_jax.policies.sparvar import released_boundary, sparvar
+from sparvar_jax.policies.sparvar import published, sparvar
 
 _NAME = r"[a-z_][\w-]*"
-FAST_COLUMNS = (("granularity", 8), ("multiple", 64))
 
 
 def dense() -> Policy:
@@ -33,16 +32,15 @@ def dense() -> Policy:
 def sparvar_paper() -> Policy:
     """The shipped configuration: CS4A in layers 0..10, CSLA in 128-blocks above, scales -3 on.
 
-    Depths other than 32 and 40 take the same share of their layers.
+    Depths other than 32 and 40 take the same share of their layers. With text before the grids
+    (HART) CSLA in every layer, as its authors ship it.
     """
-    return lambda plan: sparvar(released_boundary(plan.depth))(plan)
+    return published()
 
 
 def sparvar_fast() -> Policy:
     """The same windows and budgets in the shapes our kernels like: runs of 8 keys, and boxes."""
-    return lambda plan: sparvar(
-        released_boundary(plan.depth), columns_options=FAST_COLUMNS, form="boxes"
-    )(plan)
+    return published(fast=True)
 
 
 PRESETS: dict[str, Callable[[], Policy]] = {
