@@ -18,7 +18,14 @@ from sparvar_jax.models.vqvae import VqvaeConfig
 from sparvar_jax.pipelines.pipeline import Pipeline
 
 CONFIG = HartConfig.preset(
-    "hart_tiny", depth=2, width=64, heads=2, residual_depth=1, residual_steps=4, dtype="float32"
+    "hart_tiny",
+    depth=2,
+    width=64,
+    heads=2,
+    sides=(1, 2, 3),
+    residual_depth=1,
+    residual_steps=4,
+    dtype="float32",
 )
 TOKENIZER = VqvaeConfig(
     CONFIG.vocab, CONFIG.code_width, base_width=32, multipliers=(1, 2), blocks=1

@@ -99,8 +99,11 @@ class _HfRope:
 _NESTED = ("rope_parameters", "rope_scaling")
 
 
-def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f.name: values[f.name] for f in fields(_HfRope) if f.name in values}
+def _known(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What an object says of rotary positions, checked."""
+    given = {f.name: values[f.name] for f in fields(_HfRope) if f.name in values}
+    typed = asdict(build(_HfRope, given, place))
+    return {name: typed[name] for name in given}
 
 
 def _hf_config(kind: Any, described: type, source: Source) -> Any:
@@ -119,7 +122,7 @@ def _hf_config(kind: Any, described: type, source: Source) -> Any:
     nested = {key: given.pop(key) for key in _NESTED if isinstance(given.get(key), Mapping)}
     try:
         typed = asdict(build(described, given, place))
-        parts = {key: asdict(build(_HfRope, _known(nested[key]), place)) for key in nested}
+        parts = {key: _known(values, place) for key, values in nested.items()}
         config = kind.from_hf({key: typed[key] for key in given} | parts)
         return build(kind, asdict(config), place)
     except ValueError as error:

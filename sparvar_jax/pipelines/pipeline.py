@@ -156,7 +156,7 @@ class Pipeline:
         """Pictures from sums of codes."""
         return to_host(self._decode(code_sum))
 
-    def encode_text(self, prompts: Any) -> TextFeatures:
+    def encode_text(self, prompts: Any) -> Any:
         """Text features of prompts, for models that draw such; features are left as they are."""
         return self._ability("encode")(prompts)
 
