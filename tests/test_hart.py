@@ -183,8 +183,10 @@ def test_parts_that_do_not_fit_are_refused():
 def test_commands(tmp_path, capsys):
     """Released folders to a picture: convert, info, generate, and again with the encoder freed."""
     folder, model = released()[0], tmp_path / "model"
-    for part in ("text", "llm", "tokenizer"):
-        assert main(["convert", str(folder / part), "--into", str(model)]) == 0
+    parts = [str(folder / part) for part in ("text", "llm", "tokenizer")]
+    assert main(["convert", *parts, "--into", str(model)]) == 0
+    assert main(["convert", *parts, "--export", str(tmp_path / "back.pth")]) == 2
+    assert "a part of one model, got 3 sources" in capsys.readouterr().err
     assert main(["info", "--model", str(model), "--plan", "sparvar-paper"]) == 0
     said = capsys.readouterr().out
     assert "pictures of 6x6" in said
