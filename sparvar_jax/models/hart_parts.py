@@ -209,10 +209,10 @@ class FeedForward(nnx.Module):
     """The gated feed-forward layer of Llama; no biases."""
 
     def __init__(self, config: HartConfig, rngs: nnx.Rngs):
-        sizes = (config.width, config.mlp_width)
-        self.gate = layers.linear(*sizes, config.precision, rngs, bias=False)
-        self.up = layers.linear(*sizes, config.precision, rngs, bias=False)
-        self.down = layers.linear(*sizes[::-1], config.precision, rngs, bias=False)
+        width, hidden, precision = config.width, config.mlp_width, config.precision
+        self.gate = layers.linear(width, hidden, precision, rngs, bias=False)
+        self.up = layers.linear(width, hidden, precision, rngs, bias=False)
+        self.down = layers.linear(hidden, width, precision, rngs, bias=False)
 
     def __call__(self, x: Float[Array, "R T C"]) -> Float[Array, "R T C"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

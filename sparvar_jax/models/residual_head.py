@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from sparvar_jax.models import layers
-from sparvar_jax.models.layers import Precision
+from sparvar_jax.models.layers import Linear, Precision
 
 BASE_STEPS = 1000
 SIZE = 0.6
@@ -54,14 +53,14 @@ class Schedule(NamedTuple):
     start and of the current state in the next mean. log_least: logarithm of the least variance.
     """
 
-    times: Int[np.ndarray, "K"]
-    betas: Float[np.ndarray, "K"]
-    alphas: Float[np.ndarray, "K"]
-    recip: Float[np.ndarray, "K"]
-    recipm1: Float[np.ndarray, "K"]
-    mean_start: Float[np.ndarray, "K"]
-    mean_now: Float[np.ndarray, "K"]
-    log_least: Float[np.ndarray, "K"]
+    times: Shaped[np.ndarray | Array, "K"]
+    betas: Float[np.ndarray | Array, "K"]
+    alphas: Float[np.ndarray | Array, "K"]
+    recip: Float[np.ndarray | Array, "K"]
+    recipm1: Float[np.ndarray | Array, "K"]
+    mean_start: Float[np.ndarray | Array, "K"]
+    mean_now: Float[np.ndarray | Array, "K"]
+    log_least: Float[np.ndarray | Array, "K"]
 
 
 @functools.lru_cache
@@ -96,13 +95,18 @@ def sinusoids(x: Shaped[Array, "K"]) -> Float[Array, "K channels"]:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def _exact(inputs: int, outputs: int, precision: Precision, rngs: nnx.Rngs) -> Linear:
+    """A linear map of float32 weights and products."""
+    single = jnp.float32
+    return layers.linear(inputs, outputs, precision, rngs, weights=single, compute=single)
+
+
 class NumberEmbed(nnx.Module):
     """Numbers (a diffusion time, a scale) to vectors: sinusoids and a small MLP, in float32."""
 
     def __init__(self, width: int, precision: Precision, rngs: nnx.Rngs):
-        single: dict[str, DTypeLike] = {"weights": jnp.float32, "compute": jnp.float32}
-        self.fc1 = layers.linear(SINUSOIDS, width, precision, rngs, **single)
-        self.fc2 = layers.linear(width, width, precision, rngs, **single)
+        self.fc1 = _exact(SINUSOIDS, width, precision, rngs)
+        self.fc2 = _exact(width, width, precision, rngs)
 
     def __call__(self, x: Shaped[Array, "K"]) -> Float[Array, "K C"]:
         return self.fc2(jax.nn.silu(self.fc1(sinusoids(x))))
@@ -131,15 +135,14 @@ class ResidualHead(nnx.Module):
     """Parameters of the head, and its network; `sample` is what callers want."""
 
     def __init__(self, shape: ResidualShape, precision: Precision, rngs: nnx.Rngs):
-        width, single = shape.width, {"weights": jnp.float32, "compute": jnp.float32}
-        self.shape = shape
+        self.shape, width = shape, shape.width
         self.time_embed = NumberEmbed(width, precision, rngs)
         self.cond_embed = layers.linear(shape.condition_width, width, precision, rngs)
-        self.input_proj = layers.linear(shape.code_width, width, precision, rngs, **single)
+        self.input_proj = _exact(shape.code_width, width, precision, rngs)
         self.blocks = nnx.List([ResidualBlock(width, precision, rngs) for _ in range(shape.depth)])
         self.final_ada = layers.linear(width, 2 * width, precision, rngs)
         # At the noisiest step its result is multiplied by twenty thousand.
-        self.final = layers.linear(width, 2 * shape.code_width, precision, rngs, **single)
+        self.final = _exact(width, 2 * shape.code_width, precision, rngs)
 
     def network(
         self,
@@ -185,7 +188,7 @@ def sample(
     logs = jnp.asarray(np.log(schedule(steps).betas)[::-1].copy(), jnp.float32)
     strength = jnp.where(guidance == NEUTRAL, 0.0, guidance)
     embedded = head.cond_embed(condition).astype(jnp.float32)
-    times = head.time_embed(table.times)
+    times = head.time_embed(jnp.asarray(table.times))
 
     def step(x: Array, of: tuple[Any, ...]) -> tuple[Array, tuple[Array, ...]]:
         entry, log_most, time, draw, last = of
