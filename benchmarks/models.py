@@ -48,6 +48,9 @@ TEXT_TOKENS = 24  # a prompt of usual length, with its end token
 LOG_TEMPERATURE = float(np.log(100))
 """The clamp: only attention as peaked as the models allow shows when a wrong key is read."""
 
+PEAKED = 4.0
+"""What HART's queries and keys are multiplied by, which have no learned temperature: the same."""
+
 Weights = Literal["random", "checkpoint"]
 Distribution = tuple[tuple[int, ...], Any, float, float]
 """Shape, dtype, spread and centre of a parameter's random values."""
@@ -117,6 +120,8 @@ def _from_preset(name: str, dtype: str) -> Parts:
         randomise(abstract(kind, dataclasses.replace(config, dtype=dtype)), seed)
         for seed, (kind, config) in enumerate(kinds)
     ]
+    for block in modules[0].blocks if isinstance(modules[0], Hart) else ():
+        block.attn.qkv.kernel[...] = PEAKED * block.attn.qkv.kernel[...]
     return Parts(name, *modules, weights="random")
 
 

@@ -10,13 +10,14 @@ from flax import nnx
 from PIL import Image
 
 from sparvar_jax.cli import main
-from sparvar_jax.models import hart_parts, prefix_tokens
+from sparvar_jax.models import hart_parts, prefix_tokens, quantizer
 from sparvar_jax.models.prefix_tokens import SYSTEM_PROMPT, load_prefix_tokenizer
 from sparvar_jax.models.qwen2 import Qwen2
 from sparvar_jax.pipelines import metadata
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.plans.plan import map_segments
 from sparvar_jax.policies import parse_plan
+from sparvar_jax.study.teacher import teacher_forced_logits
 from tests.tiny_hart import CONFIG, WORDS, released, tiny_model, tiny_pipe
 
 PROMPTS = ["a red apple", "the blue owl on a green circle"]
@@ -111,6 +112,19 @@ def test_the_residual_is_guided_and_given_the_drawn_ids(captured):
     np.testing.assert_allclose(arrays["residual"].reshape(again.shape), again, atol=1e-3)
     weaker = model.denoise(jnp.asarray(arrays["residual_condition"]), jnp.float32(0), noise)
     assert np.abs(weaker.residual - again).max() > 0.01
+
+
+def test_one_pass_without_a_cache_gives_the_same_logits(captured):
+    """Two blocks and a head of some ten sums of at most 512 products of order one, float32."""
+    request, found = captured
+    model, schedule = tiny_pipe().model.transformer, CONFIG.schedule
+    codes = [quantizer.next_input(jnp.asarray(total), (side, side), mode="area")
+             for (_, _, total), side in zip(found, CONFIG.sides[1:], strict=False)]  # fmt: skip
+    codes = tuple(part.reshape(2, -1, CONFIG.code_width) for part in codes)
+    once = jax.jit(lambda m: teacher_forced_logits(m, request.condition, codes, schedule))(model)
+    for (arrays, _, _), logits in zip(found, once, strict=True):
+        raw = arrays["raw_logits"]
+        np.testing.assert_allclose(raw, logits[:, -raw.shape[1] :], atol=1e-4, rtol=0)
 
 
 def test_every_image_draws_noise_of_its_own(captured):

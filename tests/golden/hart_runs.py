@@ -159,3 +159,15 @@ def noise(stem: str, name: str, rows: int) -> jax.Array:
     draws = [data.tensors[f"{name}.step_noise.{step:02d}"] for step in range(int(steps))]
     stored = [data.tensors[f"{name}.initial_noise"], *draws]
     return jnp.asarray(np.stack([part[:rows] for part in stored]), jnp.float32)
+
+
+def close(got, expected, tolerance: float) -> None:
+    np.testing.assert_allclose(np.asarray(got), expected, atol=tolerance, rtol=0)
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, 1, -1)
+
+
+def decoded(vqvae, code_sum) -> np.ndarray:
+    return np.asarray(jax.jit(lambda model, x: model.decode(x))(vqvae, jnp.asarray(code_sum)))
