@@ -56,6 +56,10 @@ TRAINED = Tolerance(1.25e-2, 3e-2)
 # percent of the last scale's tokens, one of 4096 each, are drawn differently. Keys read 8 rows off
 # make a difference of 0.5 and more.
 CLASSES = Tolerance(0.18, 0.28)
+# HART with random weights and peaked attention: after 24 layers of width 512 keys in bfloat16 are
+# 0.022 from those in float32 (XLA on a CPU, same tokens), and 2.8 percent of the last scale's
+# mixtures have another heaviest code. Keys read 8 rows off make a difference of 0.7.
+HART = Tolerance(6.5e-2, 8e-2)
 
 LayerRows = tuple[jax.Array, jax.Array]
 """Keys and values [R, H, rows, D] that one layer writes at one scale."""
@@ -91,6 +95,8 @@ def tolerance(parts: Parts) -> Tolerance:
     """What rounding may do to the tokens and the cache of this model."""
     if parts.draws_classes:
         return CLASSES
+    if parts.begins_with_text:
+        return HART
     return INFINITY if parts.weights == "random" else TRAINED
 
 
