@@ -49,7 +49,7 @@ LOG_TEMPERATURE = float(np.log(100))
 """The clamp: only attention as peaked as the models allow shows when a wrong key is read."""
 
 PEAKED = 4.0
-"""What HART's queries and keys are multiplied by, which have no learned temperature: the same."""
+"""How much larger HART's queries and keys are made, which have no learned temperature."""
 
 Weights = Literal["random", "checkpoint"]
 Distribution = tuple[tuple[int, ...], Any, float, float]
