@@ -17,10 +17,13 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from benchmarks import models
 from benchmarks.models import Parts
-from sparvar_jax.models import bsq_vae, sampling
+from sparvar_jax.models import bsq_vae, hart_parts, sampling
+from sparvar_jax.models.family import How
 from sparvar_jax.models.var_parts import guidance_ramp
 from sparvar_jax.pipelines.class_requests import ClassDefaults
 from sparvar_jax.pipelines.pipeline import code_sum_shape
+from sparvar_jax.pipelines.prefix_requests import PrefixDefaults
+from sparvar_jax.pipelines.prefix_text import PrefixEncoder, PrefixFeatures
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
@@ -46,6 +49,7 @@ class Setting:
     schedule: ScaleSchedule
     guidance: tuple[float, ...]
     controls: sampling.Controls
+    how: How = "sample"
 
 
 def schedule_of(ratio: float, size: str) -> ScaleSchedule:
@@ -61,8 +65,15 @@ def schedule_of(ratio: float, size: str) -> ScaleSchedule:
 
 
 def setting_of(parts: Parts, size: str | None) -> Setting:
-    """The schedule, guidance and sampling of a model; a class-conditional one has one size."""
-    if parts.draws_classes:
+    """The schedule, guidance and sampling of a model; some have one size."""
+    how: How = "sample"
+    if parts.begins_with_text:
+        schedule, chosen = parts.transformer.config.schedule, PrefixDefaults()
+        assert isinstance(chosen.guidance, float)
+        guidance = hart_parts.guidance_ramp(chosen.guidance, len(schedule))
+        options: dict[str, Any] = {"temperature": chosen.temperature, "top_p": chosen.top_p}
+        how = "smooth" if chosen.smooth else "sample"
+    elif parts.draws_classes:
         schedule, defaults = parts.transformer.config.schedule, ClassDefaults()
         guidance = guidance_ramp(1.5, len(schedule))
         kept = {"top_k": defaults.top_k, "top_p": defaults.top_p}
@@ -71,7 +82,7 @@ def setting_of(parts: Parts, size: str | None) -> Setting:
         schedule = schedule_of(parts.ratio, size or parts.size)
         guidance, options = (GUIDANCE,) * len(schedule), {}
     controls = generate.controls(len(schedule), guidance=guidance, **options)
-    return Setting(schedule, guidance, controls)
+    return Setting(schedule, guidance, controls, how)
 
 
 class Bench:
@@ -86,7 +97,7 @@ class Bench:
         parts: Parts,
         batch: int,
         size: str | None = None,
-        text: TextFeatures | TextEncoder | None = None,
+        text: TextFeatures | PrefixFeatures | TextEncoder | PrefixEncoder | None = None,
     ):
         self.parts, self.batch, self.setting = parts, batch, setting_of(parts, size)
         self.keys = sampling.image_keys(0, batch)
@@ -106,7 +117,19 @@ class Bench:
 
     def new_programs(self, plans: Sequence[Plan]) -> int:
         """How many steps of these plans are not compiled yet."""
-        return len(_specs(plans) - self._specs)
+        return len(self._specs_of(plans) - self._specs)
+
+    def _specs_of(self, plans: Sequence[Plan]) -> set[StepSpec]:
+        return {
+            step_spec(plan, index, how=self.how)
+            for plan in plans
+            for index in range(len(plan.steps))
+        }
+
+    @property
+    def how(self) -> How:
+        """How tokens are drawn."""
+        return self.setting.how
 
     @property
     def is_fresh(self) -> bool:
@@ -120,16 +143,17 @@ class Bench:
         jobs += [lambda: self._decode.compile(self.code_shape(plans[0]))]
         condition = self.condition_shape()
         jobs += [
-            functools.partial(self.generator.compile, plan, condition, self.batch) for plan in plans
+            functools.partial(self.generator.compile, plan, condition, self.batch, how=self.how)
+            for plan in plans
         ]
         with ThreadPoolExecutor(len(jobs)) as pool:
             for running in [pool.submit(job) for job in jobs]:
                 running.result()
-        self._specs |= _specs(plans)
+        self._specs |= self._specs_of(plans)
 
     def programs(self, plan: Plan) -> tuple[Any, ...]:
         """The executables of a compiled plan's steps, and of the decoder."""
-        steps = self.generator.compile(plan, self.condition_shape(), self.batch)
+        steps = self.generator.compile(plan, self.condition_shape(), self.batch, how=self.how)
         return (*steps, self._decode.compile(self.code_shape(plan)))
 
     def draw(self, plan: Plan, clock: Clock | None = None) -> UInt8[np.ndarray, "B h w 3"]:
@@ -153,7 +177,8 @@ class Bench:
 
     def steps(self, plan: Plan, condition: Any) -> Iterator[tuple[State, ScaleOutput]]:
         """State and output after every scale, from the programs that `draw` runs."""
-        return self.generator.steps(plan, condition, self.setting.controls, self.keys)
+        controls = self.setting.controls
+        return self.generator.steps(plan, condition, controls, self.keys, how=self.how)
 
     def release(self, plan: Plan) -> None:
         """Free the cache buffers kept from the last generation with this plan."""
@@ -170,7 +195,7 @@ class Bench:
         return Bound(lambda: plain, self._embedding)(*self._features())
 
     def _features(self) -> tuple[Any, ...]:
-        if isinstance(self._text, TextEncoder):
+        if isinstance(self._text, TextEncoder | PrefixEncoder):
             return tuple(self._text([PROMPT] * self.batch))
         return self._inputs
 
@@ -186,24 +211,22 @@ class Bench:
         config = self.parts.transformer.config
         if self.parts.draws_classes:
             return (jnp.arange(self.batch) % config.classes,)
-        if isinstance(self._text, TextFeatures):
+        if isinstance(self._text, TextFeatures | PrefixFeatures):
             return tuple(self._text)
+        if self.parts.begins_with_text:
+            return tuple(models.prefix_features(self.batch, config))
         return tuple(models.text_features(self.batch, config.text_width, config.text_max_length))
 
     def _input_shapes(self) -> tuple[tuple[Any, ...], list[Any]]:
         """Shapes of what `condition` embeds, and what compiles the text encoder."""
-        if isinstance(self._text, TextEncoder):
+        if isinstance(self._text, TextEncoder | PrefixEncoder):
             features, job = self._text.shape([PROMPT] * self.batch)
             return tuple(features), [job]
         return self._inputs, []
 
 
-def _specs(plans: Sequence[Plan]) -> set[StepSpec]:
-    return {step_spec(plan, index) for plan in plans for index in range(len(plan.steps))}
-
-
-def _embed_text(model: Any, text: Float[Array, "B M Ct"], lengths: Int[Array, "B"]) -> Any:
-    return model.embed_condition(text, lengths, "learned")
+def _embed_text(model: Any, text: Float[Array, "B M Ct"], ends: Int[Array, "B ..."]) -> Any:
+    return model.embed_condition(text, ends, "learned")
 
 
 def _embed_classes(model: Any, labels: Int[Array, "B"]) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped
 
 from benchmarks.generate_bench import Bench
 from benchmarks.models import Parts, without_kernels
@@ -58,6 +58,10 @@ TRAINED = Tolerance(1.25e-2, 3e-2)
 # percent of the last scale's tokens, one of 4096 each, are drawn differently. Keys read 8 rows off
 # make a difference of 0.5 and more.
 CLASSES = Tolerance(0.18, 0.28)
+# HART with random weights and peaked attention: after 24 layers of width 512 keys in bfloat16 are
+# 0.022 from those in float32 (XLA on a CPU, same tokens), and 2.8 percent of the last scale's
+# mixtures have another heaviest code. Keys read 8 rows off make a difference of 0.7.
+HART = Tolerance(6.5e-2, 8e-2)
 
 LayerRows = tuple[jax.Array, jax.Array]
 """Keys and values [R, H, rows, D] that one layer writes at one scale."""
@@ -93,6 +97,8 @@ def tolerance(parts: Parts) -> Tolerance:
     """What rounding may do to the tokens and the cache of this model."""
     if parts.draws_classes:
         return CLASSES
+    if parts.begins_with_text:
+        return HART
     return INFINITY if parts.weights == "random" else TRAINED
 
 
@@ -117,7 +123,7 @@ def check(bench: Bench, plan: Plan) -> Check:
             return Check(
                 _difference(reference.written(state.cache), expected),
                 _difference(control, expected),
-                float(jnp.mean(output.tokens[image] == tokens[0])),
+                _agreement(output.tokens[image], tokens[0]),
                 tolerance(bench.parts),
             )
     raise AssertionError("the last step was not drawn")
@@ -162,6 +168,7 @@ class Reference:
         self._place = dataclasses.replace(plan.place(index), logit_bound=bound)
         self._rows = self._step.row_factor
         self._controls, self._keys = bench.setting.controls, bench.keys[image : image + 1]
+        self._codebook, self._how = bench.parts.codebook, bench.how
         self._layers: dict[Any, Any] = {}
 
     def both(self, condition: Any, state: Any) -> tuple[tuple[Any, jax.Array], list[LayerRows]]:
@@ -173,8 +180,8 @@ class Reference:
         control, _ = self._run(x, condition, state, MISREAD_ROWS)
         guided = self._step.merge_at == self._step.depth
         tokens = _leave(
-            self._model, x_out, condition, self._controls, self._keys, place=self._place,
-            guided=guided,
+            self._model, x_out, condition, self._controls, self._keys, self._codebook,
+            place=self._place, guided=guided, how=self._how,
         )  # fmt: skip
         return (written, tokens), control
 
@@ -235,11 +242,20 @@ def _layer(block, x, inputs, positions, cache, state, *, config, place, attentio
     return x, tuple(_rows(array, place, x.shape[0]) for array in written)
 
 
-@functools.partial(jax.jit, static_argnames=("place", "guided"))
-def _leave(model, x, condition, controls, keys, *, place, guided) -> Int[Array, "B T ..."]:
+@functools.partial(jax.jit, static_argnames=("place", "guided", "how"))
+def _leave(
+    model, x, condition, controls, keys, codebook, *, place, guided, how
+) -> Shaped[Array, "B T ..."]:
     drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, place.index)
-    draw = Draw(controls, place.index, 1, drawn, "sample", guided)
+    draw = Draw(controls, place.index, 1, drawn, how, guided, codebook=codebook)
     return model.finish(x, condition, place, draw).tokens
+
+
+def _agreement(ours: Shaped[Array, "T ..."], reference: Shaped[Array, "T ..."]) -> float:
+    """Share of equal labels or ids; of mixtures the share whose heaviest code is the same."""
+    if jnp.issubdtype(ours.dtype, jnp.floating):
+        ours, reference = ours.argmax(-1), reference.argmax(-1)
+    return float(jnp.mean(ours == reference))
 
 
 def _rows(array: Float[Array, "Rk H S D"], place: Any, rows: int) -> Float[Array, "R H T D"]:

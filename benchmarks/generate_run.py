@@ -162,7 +162,7 @@ def _base_row(group: Group, bench: Bench, options: Options, weights_seconds: flo
     return {
         "model": bench.parts.name,
         "batch": group.batch,
-        "size": None if bench.parts.draws_classes else group.size or bench.parts.size,
+        "size": None if bench.parts.one_size else group.size or bench.parts.size,
         "text": group.text,
         "dtype": compute_dtype(options.dtype),
         "fused": options.fused or "default",

@@ -120,8 +120,10 @@ def transformer_tflop(bench: Bench, plan: Plan) -> float:
 
 def _products_per_token(bench: Bench) -> int:
     """Multiplications a token in the matrix products of all blocks."""
-    text = getattr(bench.condition_shape(), "text", ())
-    folded = [layer for layer in text if isinstance(layer, FoldedText)]
+    parts = jax.tree.leaves(
+        bench.condition_shape(), is_leaf=lambda part: isinstance(part, FoldedText)
+    )
+    folded = [part for part in parts if isinstance(part, FoldedText)]
     products = sum((layer.keys.size + layer.values.size) // len(layer.keys) for layer in folded)
     for path, leaf in checkpoint.abstract_parameters(bench.parts.transformer).items():
         every_token = not NOT_PER_TOKEN.search(path) and not (folded and FOLDED.search(path))

@@ -20,7 +20,10 @@ from jaxtyping import PRNGKeyArray
 
 from sparvar_jax.models import layers
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
+from sparvar_jax.models.hart import Hart, HartConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
+from sparvar_jax.models.prefix_tokens import PrefixTokenizer
+from sparvar_jax.models.qwen2 import Qwen2, Qwen2Config
 from sparvar_jax.models.t5 import T5Config, T5Encoder
 from sparvar_jax.models.text_tokens import Tokenizer, padded_length
 from sparvar_jax.models.var import Var
@@ -28,6 +31,7 @@ from sparvar_jax.models.var_parts import VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
 from sparvar_jax.pipelines import loading
 from sparvar_jax.pipelines.memory import parameter_bytes
+from sparvar_jax.pipelines.prefix_text import PrefixEncoder, PrefixFeatures
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.weights import checkpoint
 
@@ -36,9 +40,17 @@ T5_XL = T5Config(
     vocab=32128, width=2048, head_dim=64, mlp_width=5120, depth=24, heads=32, dtype="bfloat16"
 )
 """The encoder of Flan-T5-XL, whose features the released text-to-image models take."""
+QWEN2 = Qwen2Config(
+    vocab=151936, width=1536, heads=12, kv_heads=2, mlp_width=8960, depth=28, rope_theta=1e6,
+    dtype="bfloat16",
+)  # fmt: skip
+"""The text encoder of HART."""
 TEXT_TOKENS = 24  # a prompt of usual length, with its end token
 LOG_TEMPERATURE = float(np.log(100))
 """The clamp: only attention as peaked as the models allow shows when a wrong key is read."""
+
+PEAKED = 4.0
+"""How much larger HART's queries and keys are made, which have no learned temperature."""
 
 Weights = Literal["random", "checkpoint"]
 Distribution = tuple[tuple[int, ...], Any, float, float]
@@ -61,6 +73,15 @@ class Parts:
         return isinstance(self.transformer, Var)
 
     @property
+    def begins_with_text(self) -> bool:
+        return isinstance(self.transformer, Hart)
+
+    @property
+    def one_size(self) -> bool:
+        """Whether it draws pictures of a single size."""
+        return self.draws_classes or self.begins_with_text
+
+    @property
     def codebook(self) -> Any:
         """What turns tokens into codes where that needs weights, else None."""
         return getattr(self.tokenizer, "codebook", None)
@@ -80,15 +101,24 @@ def build(
     if matrices == "int8":
         layers.narrow(parts.transformer)
     if fused is not None:
-        model = parts.transformer
-        model.config = dataclasses.replace(model.config, fused=fused)
+        parts.transformer.config = _fused(parts.transformer.config, fused)
     jax.block_until_ready((nnx.state(parts.transformer), nnx.state(parts.tokenizer)))
     return parts
+
+
+def _fused(config: Any, implementation: str) -> Any:
+    """The configuration with an implementation of the fused operations; some models use none."""
+    if not hasattr(config, "fused"):
+        return config
+    return dataclasses.replace(config, fused=implementation)
 
 
 def _from_preset(name: str, dtype: str) -> Parts:
     if name.startswith("var_"):
         kinds: Any = ((Var, VarConfig.preset(name)), (Vqvae, VqvaeConfig()))
+    elif name.startswith("hart_"):
+        config = HartConfig.preset(name)
+        kinds = ((Hart, config), (Vqvae, VqvaeConfig(config.vocab, config.code_width)))
     else:
         codes = BsqVaeConfig.preset(TOKENIZERS.get(name, "f16_d32"))
         kinds = ((Infinity, InfinityConfig.preset(name)), (BsqVae, codes))
@@ -96,31 +126,48 @@ def _from_preset(name: str, dtype: str) -> Parts:
         randomise(abstract(kind, dataclasses.replace(config, dtype=dtype)), seed)
         for seed, (kind, config) in enumerate(kinds)
     ]
+    for block in modules[0].blocks if isinstance(modules[0], Hart) else ():
+        block.attn.qkv.kernel[...] = PEAKED * block.attn.qkv.kernel[...]
     return Parts(name, *modules, weights="random")
 
 
 def _from_directory(folder: Path, dtype: str) -> Parts:
     model = loading.load_model(folder, dtype=dtype, text_encoder=False)
     parts = Parts(folder.name, model.transformer, model.tokenizer, "checkpoint")
-    if parts.draws_classes:
+    if parts.one_size:
         return parts
     defaults = model.defaults
     return dataclasses.replace(parts, size=defaults.size, ratio=1 / defaults.aspect_ratio)
 
 
-def text_encoder(name: str, *, dtype: str | None = None) -> TextEncoder:
-    """The text encoder of a model directory; for a released shape T5-XL with random weights.
+def text_encoder(name: str, *, dtype: str | None = None) -> TextEncoder | PrefixEncoder:
+    """The text encoder of a model directory; for a released shape its own with random weights.
 
     The random one takes every prompt for `TEXT_TOKENS` tokens. dtype: as in `build`.
     """
     if Path(name).is_dir():
-        return TextEncoder.from_checkpoint(name, dtype=dtype)
-    config = dataclasses.replace(T5_XL, dtype=loading.compute_dtype(dtype))
+        family = loading.family_in(Path(name))
+        return family.encoder.from_checkpoint(name, dtype=dtype)
     pieces = list(range(2, TEXT_TOKENS + 1))
+    computing = loading.compute_dtype(dtype)
+    if name.startswith("hart_"):
+        config: Any = dataclasses.replace(QWEN2, dtype=computing)
+        tokenizer: Any = PrefixTokenizer("made up", config.vocab, 0, lambda prompt: pieces)
+        encoder = randomise(abstract(Qwen2, config), 2)
+        return PrefixEncoder(lambda: encoder, tokenizer, HartConfig.preset(name).text_tokens)
+    config = dataclasses.replace(T5_XL, dtype=computing)
     tokenizer = Tokenizer("made up", config.vocab, lambda prompt: pieces)
     encoder = randomise(abstract(T5Encoder, config), 2)
     longest = InfinityConfig.preset(name).text_max_length
     return TextEncoder(lambda: encoder, tokenizer, longest)  # type: ignore[arg-type,return-value]
+
+
+def prefix_features(batch: int, config: HartConfig) -> PrefixFeatures:
+    """Random text-encoder states of every token, padded as those of a prompt of usual length."""
+    shape = (batch, config.text_tokens, config.text_width)
+    text = jax.random.normal(jax.random.key(3), shape, jnp.float32)
+    places = np.minimum(np.arange(config.text_tokens), TEXT_TOKENS - 1)
+    return PrefixFeatures(text, np.tile(places.astype(np.int32), (batch, 1)))
 
 
 def text_features(batch: int, width: int, longest: int) -> TextFeatures:
@@ -149,7 +196,7 @@ def without_kernels(model: Any) -> Any:
     for _, part in nnx.iter_modules(plain):
         if isinstance(part, layers.Linear):
             part.implementation = "xla"
-    plain.config = dataclasses.replace(model.config, fused="xla")
+    plain.config = _fused(model.config, "xla")
     return plain
 
 

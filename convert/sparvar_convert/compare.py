@@ -17,7 +17,13 @@ from typing import Any
 import jax
 import torch
 
-from sparvar_convert import compare_bsq_vae, compare_infinity, compare_var, compare_vqvae
+from sparvar_convert import (
+    compare_bsq_vae,
+    compare_hart,
+    compare_infinity,
+    compare_var,
+    compare_vqvae,
+)
 from sparvar_convert.error_plot import draw_errors
 from sparvar_convert.families import Family, detect
 from sparvar_convert.rules import ConversionError
@@ -33,6 +39,8 @@ COMPARERS: Mapping[str, Callable[[Sides, Options], tuple[Row, ...]]] = {
     "bsq_vae": compare_bsq_vae.compare,
     "var": compare_var.compare,
     "vqvae": compare_vqvae.compare,
+    "hart": compare_hart.compare,
+    "hart_vqvae": compare_vqvae.compare,
 }
 """Kind of checkpoint -> the function that runs both sides."""
 

@@ -46,17 +46,23 @@ def _run_twin(
         twin = VarTwin(sides.config)
     filled = fill_twin(twin, sides)
     assert isinstance(filled, VarTwin)
-    quantize = Quantize(codebook.config, len(sides.config.sides))
+    quantize = random_quantize(codebook, len(sides.config.sides))
+    with torch.no_grad():
+        tokens = [torch.tensor(part) for part in ids]
+        trace, total = filled.replay(torch.tensor(labels), tokens, quantize, options.guidance)
+    return trace, total.permute(0, 2, 3, 1).numpy()
+
+
+def random_quantize(codebook: Codebook, scales: int) -> Quantize:
+    """The twin's quantiser with the weights of a codebook that stands in for a file's."""
+    quantize = Quantize(codebook.config, scales)
     state = {"embedding.weight": codebook.codes[...]}
     for index, phi in enumerate(codebook.phi):
         state[f"quant_resi.qresi_ls.{index}.weight"] = phi.kernel[...].transpose(3, 2, 0, 1)
         state[f"quant_resi.qresi_ls.{index}.bias"] = phi.bias[...]
     tensors = {name: torch.tensor(np.asarray(value)) for name, value in state.items()}
     quantize.load_state_dict(tensors, strict=False)  # its statistics have no effect
-    with torch.no_grad():
-        tokens = [torch.tensor(part) for part in ids]
-        trace, total = filled.replay(torch.tensor(labels), tokens, quantize, options.guidance)
-    return trace, total.permute(0, 2, 3, 1).numpy()
+    return quantize
 
 
 def _replay(

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,10 +18,14 @@ from flax import nnx
 
 from sparvar_convert.rules import ConversionError, Table
 from sparvar_convert.sources import Source
-from sparvar_convert.tables import bsq_vae, infinity, t5, var, vqvae
+from sparvar_convert.tables import bsq_vae, hart, hart_vqvae, infinity, qwen2, t5, var, vqvae
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
+from sparvar_jax.models.hart import Hart, HartConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
+from sparvar_jax.models.prefix_tokens import open_prefix_tokenizer
+from sparvar_jax.models.qwen2 import Qwen2, Qwen2Config
 from sparvar_jax.models.t5 import T5Config, T5Encoder
+from sparvar_jax.models.text_tokens import open_tokenizer
 from sparvar_jax.models.var import Var, VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
 from sparvar_jax.weights import checkpoint
@@ -37,8 +42,8 @@ class Family:
 
     signature: regexes; a checkpoint is of this kind when each matches one of its keys.
     table: rules from the configuration and the source's keys. defaults: entries for `config.json`.
-    beside: files of the source's folder that are copied into the part. note: what is written back
-    otherwise than some sources have it.
+    beside: files of the source's folder that are copied into the part, which `open_beside` reads.
+    note: what is written back otherwise than some sources have it.
     """
 
     kind: str
@@ -52,6 +57,7 @@ class Family:
     table: Callable[[Any, Iterable[str]], Table]
     defaults: Callable[[Any, Source], Mapping[str, Any]] = field(default=lambda config, source: {})
     beside: tuple[str, ...] = ()
+    open_beside: Callable[[Path], Any] = open_tokenizer
     note: str = ""
 
     def expected(self, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -81,20 +87,65 @@ class _HfT5:
     model_type: str = "t5"
 
 
-def _t5_config(source: Source) -> T5Config:
+@dataclass(frozen=True)
+class _HfRope:
+    """Types of what a Hugging Face `config.json` says of rotary positions in an object."""
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    type: str = "default"
+
+
+_NESTED = ("rope_parameters", "rope_scaling")
+
+
+def _known(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What an object says of rotary positions, checked."""
+    given = {f.name: values[f.name] for f in fields(_HfRope) if f.name in values}
+    typed = asdict(build(_HfRope, given, place))
+    return {name: typed[name] for name in given}
+
+
+def _hf_config(kind: Any, described: type, source: Source) -> Any:
+    """The configuration `kind.from_hf` makes of the `config.json` beside the weights.
+
+    described: the types of its fields.
+    """
     if source.settings is None:
         raise ConversionError(
-            f"{source.name} has T5 weights but no config.json beside them: give the whole folder"
+            f"{source.name} has a text encoder's weights but no config.json beside them: give the "
+            "whole folder"
         )
     place = place_of(source.settings)
-    known = {field.name for field in fields(_HfT5)}
+    known = {field.name for field in fields(described)}
     given = {key: value for key, value in source.settings.items() if key in known}
+    nested = {key: given.pop(key) for key in _NESTED if isinstance(given.get(key), Mapping)}
     try:
-        typed = asdict(build(_HfT5, given, place))
-        config = T5Config.from_hf({key: typed[key] for key in given})
-        return build(T5Config, asdict(config), place)
+        typed = asdict(build(described, given, place))
+        parts = {key: _known(values, place) for key, values in nested.items()}
+        config = kind.from_hf({key: typed[key] for key in given} | parts)
+        return build(kind, asdict(config), place)
     except ValueError as error:
         raise ConversionError(f"{source.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _HfQwen2:
+    """Types of the fields of a Hugging Face `config.json` that `Qwen2Config.from_hf` reads."""
+
+    vocab_size: int = 1
+    hidden_size: int = 1
+    num_attention_heads: int = 1
+    num_key_value_heads: int = 0
+    intermediate_size: int = 1
+    num_hidden_layers: int = 1
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_parameters: None = None
+    rope_scaling: None = None
+    use_sliding_window: bool = False
+    hidden_act: str = "silu"
+    model_type: str = "qwen2"
 
 
 def _infinity_defaults(config: Any, source: Source) -> dict[str, Any]:
@@ -136,7 +187,7 @@ FAMILIES = (  # the first that fits counts: a VQVAE has the marks of a BSQ token
         (r"encoder\.block\.\d+\.layer\.0\.SelfAttention\..+",),
         T5Encoder,
         T5Config,
-        _t5_config,
+        partial(_hf_config, T5Config, _HfT5),
         lambda config, names: t5.table_for(names or (t5.SHARED,)),
         beside=("tokenizer.json", "spiece.model"),
     ),
@@ -162,6 +213,41 @@ FAMILIES = (  # the first that fits counts: a VQVAE has the marks of a BSQ token
         VqvaeConfig,
         partial(_from_reader, vqvae.infer_config),
         lambda config, names: vqvae.TABLE,
+    ),
+    Family(
+        "hart",
+        "HART transformer",
+        "transformer",
+        "hart",
+        (r"context_embed\.weight", r"diffloss\.net\..+"),
+        Hart,
+        HartConfig,
+        hart.infer_config,
+        lambda config, names: hart.table(config),
+    ),
+    Family(
+        "hart_vqvae",
+        "HART hybrid tokenizer",
+        "tokenizer",
+        "hart",
+        (r"vae\.quantize\.embedding\.weight",),
+        Vqvae,
+        VqvaeConfig,
+        partial(_from_reader, hart_vqvae.infer_config),
+        lambda config, names: hart_vqvae.TABLE,
+    ),
+    Family(
+        "qwen2",
+        "Qwen2 text encoder",
+        "text",
+        "hart",
+        (r"model\.layers\.\d+\.self_attn\.q_proj\.bias",),
+        Qwen2,
+        Qwen2Config,
+        partial(_hf_config, Qwen2Config, _HfQwen2),
+        lambda config, names: qwen2.TABLE,
+        beside=("tokenizer.json",),
+        open_beside=open_prefix_tokenizer,
     ),
     Family(
         "bsq_vae",

@@ -12,7 +12,10 @@ from sparvar_convert.rules import ConversionError
 from sparvar_jax.weights.told import told
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
+AVERAGED = "ema_model.bin"
+"""Averaged weights beside others of the same names, as HART is published."""
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
+_TEXT_KINDS = ("t5", "qwen2")
 _SHARD = re.compile(r".*-\d+-of-\d+\.\w+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -70,7 +73,8 @@ def _complete(folder: Path, wanted: Sequence[str]) -> bool:
     if not indices and any(map(_SHARD.fullmatch, names)):
         return False
     settings = folder / "config.json"
-    is_text = settings.is_file() and '"t5"' in settings.read_text(errors="replace")
+    said = settings.read_text(errors="replace") if settings.is_file() else ""
+    is_text = any(f'"{kind}"' in said for kind in _TEXT_KINDS)
     return not is_text or any(name in names for name in _TOKENIZERS)
 
 
@@ -97,14 +101,16 @@ def _fetched(address: str, repository: str, revision: str, inner: str) -> Path:
 def choose_files(listing: Sequence[str], inner: str = "") -> list[str]:
     """Files to fetch of a repository, or of the file or folder `inner` in it.
 
-    One format of weights (safetensors before PyTorch's), settings and tokenizer files beside it.
+    One format of weights (averaged ones before safetensors, these before PyTorch's), settings and
+    tokenizer files beside it.
     """
     if inner in listing:
         return [inner]
     here = [file for file in listing if str(PurePosixPath(file).parent) == (inner or ".")]
     here = [file for file in here if not PurePosixPath(file).name.startswith(".")]
-    for suffixes in ((".safetensors",), WEIGHTS[1:]):
-        if any(file.endswith(suffixes) for file in here):
+    averaged = f"/{AVERAGED}"
+    for suffixes in ((averaged,), (".safetensors",), WEIGHTS[1:]):
+        if any(f"/{file}".endswith(suffixes) for file in here):
             beside = (*suffixes, ".json", "spiece.model")
-            return [file for file in here if file.endswith(beside)]
+            return [file for file in here if f"/{file}".endswith(beside)]
     return []

@@ -17,7 +17,6 @@ from sparvar_convert.families import Family, detect, family_of
 from sparvar_convert.rules import ConversionError, require_numbers
 from sparvar_convert.sources import Source, open_source
 from sparvar_convert.stream import Converted, Progress, convert_tensors
-from sparvar_jax.models.text_tokens import open_tokenizer
 from sparvar_jax.weights import checkpoint, orbax_calls
 from sparvar_jax.weights.storage import OrbaxWriter
 
@@ -56,7 +55,7 @@ def convert_source(
         source: checkpoint file or folder, or `hf://owner/name[/path][@revision]`.
         progress: called as (parameter path, done, total).
         ema: take the averaged weights of a training checkpoint.
-        kind: refuse any other kind than this one (infinity, bsq_vae, t5, var, vqvae).
+        kind: refuse any other kind than this one, such as infinity or vqvae.
 
     Raises:
         ValueError: one line that says what is wrong with the source or the place (mostly as
@@ -145,14 +144,14 @@ def _agree(into: Path, family: Family, config: Any) -> tuple[Any, dict[str, Mapp
                 )
             values[part] = checkpoint.config_from_json(other.config, present[part])
     values[family.part] = config
-    if family.model_family != "infinity":
-        return config, {}
     transformer, tokenizer, text = (values.get(part) for part in checkpoint.PARTS)
     if transformer and text and transformer.text_width != text.width:
         raise ConversionError(
             f"the transformer expects text features of width {transformer.text_width}, the "
             f"text encoder gives {text.width}: convert the encoder it was trained with"
         )
+    if family.model_family != "infinity":
+        return config, {}
     if not (transformer and tokenizer):
         return config, {}
     patchify = _patchify(transformer.bits, tokenizer.code_width)
@@ -183,7 +182,7 @@ def _copy_beside(family: Family, source: Source, config: Any, folder: Path) -> N
         )
     for file in found:
         try:
-            vocab = open_tokenizer(file).vocab
+            vocab = family.open_beside(file).vocab
             if vocab > config.vocab:
                 raise ConversionError(
                     f"{file} has {vocab} pieces, the text encoder {config.vocab}: take the "

@@ -14,7 +14,7 @@ from typing import Any
 
 from sparvar_convert import hub
 from sparvar_convert.archives import load_torch
-from sparvar_convert.hub import WEIGHTS, choose_files
+from sparvar_convert.hub import AVERAGED, WEIGHTS, choose_files
 from sparvar_convert.readers import ShardedReader, TorchReader, open_file
 from sparvar_convert.rules import ConversionError
 from sparvar_convert.state_dicts import require_state_dict
@@ -115,6 +115,10 @@ def find_state_dict(content: Any, file: Path, ema: bool) -> tuple[str, Mapping[s
 
 def _open_folder(name: str, folder: Path) -> Source:
     settings = _settings(folder)
+    averaged = folder / AVERAGED
+    if averaged.is_file():  # what published pictures are drawn with; others are opened by name
+        reader = _open_file(averaged, ema=False)[1]
+        return Source(name, f"folder ({AVERAGED}, averaged)", (averaged,), reader, settings)
     indices = sorted(_visible(folder, "*.index.json"), key=lambda f: "safetensors" not in f.name)
     if indices:
         reader = ShardedReader(indices[0])

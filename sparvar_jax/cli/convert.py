@@ -11,9 +11,12 @@ from sparvar_jax.cli import console
 
 
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(help="Checkpoint file or folder, hf://owner/name, or a model directory."),
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Checkpoint file or folder, hf://owner/name, or a model directory.",
+        ),
     ],
     into: Annotated[
         Path | None, typer.Option("--into", help="Model directory that gets one more part.")
@@ -31,12 +34,14 @@ def convert(
         str, typer.Option("--part", help="Part to export: transformer, tokenizer or text.")
     ] = "transformer",
 ) -> None:
-    """Add a released checkpoint to a model directory (--into), or write a part back (--export)."""
+    """Add released checkpoints to a model directory (--into), or write a part back (--export)."""
     if (into is None) == (export is None):
         raise ValueError("give either --into DIR to convert, or --export FILE to write back")
+    if export is not None and len(sources) > 1:
+        raise ValueError(f"--export writes a part of one model, got {len(sources)} sources")
     if export is not None:
-        _export(source, part, export)
-    else:
+        _export(sources[0], part, export)
+    for source in sources if into is not None else ():
         assert into is not None
         _convert(source, into, ema, kind)
 

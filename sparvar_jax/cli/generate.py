@@ -56,9 +56,10 @@ class Order:
         options.refuse(self.model, **texts, free_text_encoder=self.text_first)
 
     def _text_features(self, prompts: list[str]) -> tuple[Any, dict[str, Any]]:
-        from sparvar_jax.pipelines.pipeline import TextEncoder
+        from sparvar_jax.pipelines import loading
 
-        encoder = TextEncoder.from_checkpoint(self.model, dtype=self.dtype)
+        family = loading.family_in(loading.model_folder(self.model))
+        encoder = family.encoder.from_checkpoint(self.model, dtype=self.dtype)
         texts = {name: self.drawing[name] for name in ("negative",) if name in self.drawing}
         others = {name: encoder([text] * self.num) for name, text in texts.items()}
         return encoder(prompts), others

@@ -30,11 +30,10 @@ def info(
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
     described = loading.describe_model(folder, precision)
-    asked = {"plan": plan, "aspect_ratio": aspect, "size": size}
     if described.family.draws == "classes":
         options.refuse(folder, aspect=aspect, size=size)
-        asked = {"plan": plan}
-    chosen, _ = described.family.options(**asked).resolve(described)
+    asked = options.given(plan=plan, aspect_ratio=aspect, size=size)
+    chosen, _ = described.family.asked(described.name, asked).resolve(described)
     needed = estimate(described, chosen, num)
 
     height, width = (side * described.stride for side in chosen.schedule.final)

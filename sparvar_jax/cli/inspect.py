@@ -31,7 +31,6 @@ def inspect(
     console.use_compilation_cache()
     with console.progress() as report:
         pipe = Pipeline.from_checkpoint(model, dtype=options.name_of(dtype), progress=report)
-    rows = inspect_prompt(
-        pipe, prompt, out, plan=plan or "dense", seed=seed, aspect_ratio=aspect, size=size
-    )
+    shape = options.given(aspect_ratio=aspect, size=size)
+    rows = inspect_prompt(pipe, prompt, out, plan=plan or "dense", seed=seed, **shape)
     console.say(f"{len(rows)} rows (scale, layer) in {out}/inspect.json")

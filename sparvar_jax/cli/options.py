@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +44,11 @@ ClassModel = Annotated[Path, typer.Option("--model", help="Class-conditional mod
 def name_of(dtype: Dtype | None) -> str | None:
     """The dtype as the library names it."""
     return dtype.value if dtype else None
+
+
+def given(**asked: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def check_draws(model: Path | None, wanted: str) -> None:

@@ -32,12 +32,11 @@ def warmup(
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
     pipe = Pipeline(loading.describe_model(folder, precision))
-    drawing, subject = {"plan": plan, "guidance": guidance}, [prompt] * num
+    shown = {"negative": negative, "aspect_ratio": aspect, "size": size}
+    drawing, subject = options.given(plan=plan, guidance=guidance, **shown), [prompt] * num
     if pipe.model.family.draws == "classes":
         options.refuse(folder, negative=negative, aspect=aspect, size=size)
         subject = [None] * num
-    else:
-        drawing |= {"negative": negative, "aspect_ratio": aspect, "size": size}
     with console.progress() as report:
         pipe.warm_up(subject, progress=report, **drawing)
     watch.lap("compiled")

@@ -38,6 +38,7 @@ class Draw:
 
     keys: one an image, already of this scale; None takes the likeliest tokens. guided: whether
     logits of both halves of the rows are mixed. complete: whether logits of all rows are asked for.
+    codebook: what turns tokens into codes where that needs weights.
     """
 
     controls: Controls
@@ -48,6 +49,7 @@ class Draw:
     guided: bool
     complete: bool = False
     forced: Forced | None = None
+    codebook: Any = None
 
     def rows(self, x: Float[Array, "R ..."]) -> Float[Array, "R2 ..."]:
         """The rows that the head must see."""

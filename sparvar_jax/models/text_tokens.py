@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -96,25 +97,41 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
     Raises ValueError where it is too large, damaged, a git-lfs pointer or not T5's.
     """
-    refuse_pointer(path)
-    size = path.stat().st_size
-    if size > _MOST_BYTES:
-        raise ValueError(
-            f"{path} has {size >> 20} MiB, a tokenizer at most {_MOST_BYTES >> 20}: "
-            "take T5's own tokenizer"
-        )
-    return _from_json(path) if path.suffix == ".json" else _from_sentencepiece(path)
+    if path.suffix == ".json":
+        return _from_json(path)
+    _bounded(path)
+    return _from_sentencepiece(path)
 
 
-def _from_json(path: Path) -> Tokenizer:
+def open_json(path: Path) -> Any:
+    """The `tokenizers` library's own object of a `tokenizer.json`, which pads and cuts nothing.
+
+    Raises ValueError where the file is too large, damaged or a git-lfs pointer.
+    """
     from tokenizers import Tokenizer as Library
 
+    _bounded(path)
     try:
         library = Library.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise _unreadable(path, "a tokenizer", error) from None
     library.no_padding()
     library.no_truncation()
+    return library
+
+
+def _bounded(path: Path) -> None:
+    refuse_pointer(path)
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+        raise ValueError(
+            f"{path} has {size >> 20} MiB, a tokenizer at most {_MOST_BYTES >> 20}: "
+            "take the text encoder's own tokenizer"
+        )
+
+
+def _from_json(path: Path) -> Tokenizer:
+    library = open_json(path)
     _check_specials(path, library.token_to_id("<pad>"), library.token_to_id("</s>"))
 
     def split(prompt: str) -> list[int]:

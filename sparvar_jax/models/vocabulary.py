@@ -70,8 +70,15 @@ def mixture(
     progress: 0 at the first scale to 1 at the last; the mixture sharpens on the way.
     """
     kept = jnp.where(removed(logits, top_k, top_p), -jnp.inf, logits.astype(jnp.float32))
-    temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+    return mixed(kept, noise, progress)
+
+
+def mixed(
+    kept: Float[Array, "B T V"], noise: Float[Array, "B T V"], progress: float
+) -> Float[Array, "B T V"]:
+    """The weights of `mixture` from filtered logits (-inf where removed) and Gumbel noise."""
+    temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
     return jax.nn.softmax((kept * (1 + progress) + noise) / temperature, axis=-1)
 
 

@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
+from sparvar_jax.models.hart import Hart, HartConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
+from sparvar_jax.models.qwen2 import Qwen2, Qwen2Config
 from sparvar_jax.models.t5 import T5Config, T5Encoder
 from sparvar_jax.models.var import Var, VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
 from sparvar_jax.pipelines.class_requests import ClassDefaults, ClassOptions
+from sparvar_jax.pipelines.prefix_requests import PrefixDefaults, PrefixOptions
 from sparvar_jax.pipelines.requests import Defaults, Options
-from sparvar_jax.pipelines.subjects import Classes, Prompted
+from sparvar_jax.pipelines.subjects import Classes, PrefixPrompted, Prompted
 
 Kind = tuple[type, type]
 """Module and configuration class."""
@@ -43,6 +46,22 @@ class Family:
     def draws(self) -> str:
         """What its pictures are drawn from: "prompts" or "classes"."""
         return self.subject.draws
+
+    @property
+    def encoder(self) -> Any:
+        """Class of what makes text features of prompts, None where there are none."""
+        return self.subject.encoder
+
+    def asked(self, name: str, options: Mapping[str, Any]) -> Any:
+        """The options of a call to the model `name`; ValueError for any that are unknown."""
+        known = [field.name for field in dataclasses.fields(self.options)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(
+                f"{name} draws {self.draws} and has no option {', '.join(unknown)}: "
+                f"use {', '.join(known)}"
+            )
+        return self.options(**options)
 
 
 def _infinity_agrees(model: Any) -> None:
@@ -71,6 +90,17 @@ def _var_agrees(model: Any) -> None:
         )
 
 
+def _hart_agrees(model: Any) -> None:
+    config = model.transformer.config
+    _var_agrees(model)
+    if model.text_encoder.config.width != config.text_width:
+        raise ValueError(
+            f"{model.name}: the transformer expects text features of width {config.text_width}, "
+            f"the text encoder gives {model.text_encoder.config.width}: convert the text "
+            "encoder this transformer was trained with"
+        )
+
+
 INFINITY = Family(
     kind="infinity",
     parts={
@@ -96,6 +126,19 @@ VAR = Family(
     defaults=ClassDefaults,
     options=ClassOptions,
     agree=_var_agrees,
+    stride=lambda model: model.tokenizer.config.stride,
+)
+HART = Family(
+    kind="hart",
+    parts={
+        "transformer": {"hart": (Hart, HartConfig)},
+        "tokenizer": {"hart_vqvae": (Vqvae, VqvaeConfig)},
+        "text": {"qwen2": (Qwen2, Qwen2Config)},
+    },
+    subject=PrefixPrompted,
+    defaults=PrefixDefaults,
+    options=PrefixOptions,
+    agree=_hart_agrees,
     stride=lambda model: model.tokenizer.config.stride,
 )
 _FAMILIES: dict[str, Family] = {}
@@ -129,5 +172,5 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return _FAMILIES[kind]
 
 
-for _family in (INFINITY, VAR):
+for _family in (INFINITY, VAR, HART):
     register_family(_family)

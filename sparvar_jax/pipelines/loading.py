@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparvar_jax.models.text_tokens import Tokenizer, load_tokenizer
 from sparvar_jax.pipelines import parts
 from sparvar_jax.pipelines.family import Family, families, family_of
 from sparvar_jax.pipelines.parts import DEMO, compute_dtype, model_folder
@@ -28,7 +27,7 @@ class Model:
     transformer: Any
     tokenizer: Any
     text_encoder: Any = None
-    text_tokenizer: Tokenizer | None = None
+    text_tokenizer: Any = None
     defaults: Any = None
     name: str = "model"
 
@@ -131,7 +130,7 @@ def describe_model(folder: Path, dtype: str | None = None) -> Model:
         modules["transformer"],
         modules["tokenizer"],
         modules.get("text"),
-        load_tokenizer(folder / "text") if "text" in modules else None,
+        family.encoder.load_tokenizer(folder / "text") if "text" in modules else None,
         checkpoint.config_from_json(family.defaults, config.get("defaults", {})),
         folder.name,
     )

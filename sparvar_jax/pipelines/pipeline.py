@@ -160,7 +160,7 @@ class Pipeline:
         """Pictures from sums of codes."""
         return to_host(self._decode(code_sum))
 
-    def encode_text(self, prompts: Any) -> TextFeatures:
+    def encode_text(self, prompts: Any) -> Any:
         """Text features of prompts, for models that draw such; features are left as they are."""
         return self._ability("encode")(prompts)
 
@@ -199,19 +199,12 @@ class Pipeline:
         pixels = [options.pop(name, None) for name in ("height", "width")]
         if any(side is not None for side in pixels):
             options |= self._shape(pixels[0], pixels[1], options)
-        known = [field.name for field in dataclasses.fields(self.model.family.options)]
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise ValueError(
-                f"{self.model.name} draws {self.model.family.draws} and has no option "
-                f"{', '.join(unknown)}: use {', '.join(known)}"
-            )
-        return subject, self.model.family.options(**options)
+        return subject, self.model.family.asked(self.model.name, options)
 
     def _shape(self, height: Any, width: Any, options: dict[str, Any]) -> dict[str, Any]:
         """The options that ask for pictures of so many pixels; one side alone asks for a square."""
         height, width = (x if x is not None else y for x, y in ((height, width), (width, height)))
-        if self.model.family.draws == "classes":
+        if not any(field.name == "size" for field in dataclasses.fields(self.model.family.options)):
             if (height, width) != (self.picture_side,) * 2:
                 side = self.picture_side
                 raise ValueError(f"this model draws {side}x{side} alone, got {height}x{width}")

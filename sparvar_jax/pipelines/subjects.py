@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from sparvar_jax.models.vqvae import Tokenised, Vqvae
 from sparvar_jax.pipelines.numbers import whole_numbers
+from sparvar_jax.pipelines.prefix_text import PrefixEncoder, PrefixFeatures
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime.bound import Bound
@@ -20,20 +21,18 @@ Jobs = list[Callable[[], Any]]
 
 
 class Prompted:
-    """Pictures of prompts, or of the features a `TextEncoder` makes of them.
+    """Pictures of prompts, or of the features that its kind of text encoder makes of them.
 
     model: a function that gives the model as it is now. text_encoder: False where calls bring
     features.
     """
 
     draws, names = "prompts", ("prompt", "prompts")
+    encoder: Any = TextEncoder
+    features: Any = TextFeatures
 
     def __init__(self, model: Callable[[], Any], *, text_encoder: bool = True):
-        self._text = None
-        if text_encoder:
-            longest = model().transformer.config.text_max_length
-            tokenizer = model().text_tokenizer
-            self._text = TextEncoder(lambda: model().text_encoder, tokenizer, longest)
+        self._text = self.encoder.of(model) if text_encoder else None
         self._conditions = {
             learned: Bound(lambda: model().transformer, function)
             for learned, function in ((True, _with_learned_guidance), (False, _with_guidance))
@@ -43,7 +42,7 @@ class Prompted:
         """The prompts of a call as a list; features as they are."""
         if isinstance(subject, str):
             return [subject]
-        if isinstance(subject, TextFeatures):
+        if isinstance(subject, self.features):
             return subject
         if not isinstance(subject, Sequence):
             raise ValueError(f"expected a prompt or a list of prompts, got {shown(subject)}")
@@ -56,14 +55,14 @@ class Prompted:
 
     def repeated(self, subject: Any, count: int) -> Any:
         """Every prompt so many times."""
-        if isinstance(subject, TextFeatures):
-            features, lengths = (np.repeat(np.asarray(part), count, 0) for part in subject)
-            return TextFeatures(jnp.asarray(features), lengths)
+        if isinstance(subject, self.features):
+            features, ends = (np.repeat(np.asarray(part), count, 0) for part in subject)
+            return self.features(jnp.asarray(features), ends)
         return [prompt for prompt in subject for _ in range(count)]
 
     def count(self, subject: Any) -> int:
         """How many pictures it asks for."""
-        return len(subject.lengths) if isinstance(subject, TextFeatures) else len(subject)
+        return len(subject[0]) if isinstance(subject, self.features) else len(subject)
 
     def condition(self, subject: Any, asked: Any, plan: Plan) -> Any:
         """What the steps take."""
@@ -75,7 +74,7 @@ class Prompted:
         jobs: Jobs = []
 
         def encode(texts: Any) -> Any:
-            if isinstance(texts, TextFeatures):
+            if isinstance(texts, self.features):
                 return texts
             features, job = self._encoder().shape(texts)
             jobs.append(job)
@@ -86,13 +85,13 @@ class Prompted:
         jobs.append(lambda: condition.compile(*arguments))
         return condition.shape(*arguments), jobs
 
-    def encode(self, subject: Any) -> TextFeatures:
+    def encode(self, subject: Any) -> Any:
         """Text features of prompts; features are returned as they are."""
-        if isinstance(subject, TextFeatures):
+        if isinstance(subject, self.features):
             return subject
         return self._encoder()(self.listed(subject))
 
-    def _encoder(self) -> TextEncoder:
+    def _encoder(self) -> Any:
         if self._text is None:
             raise ValueError(
                 "this pipeline has no text encoder: give it the features of a TextEncoder, or load "
@@ -101,7 +100,7 @@ class Prompted:
         return self._text
 
     def _arguments(
-        self, subject: Any, asked: Any, plan: Plan, encode: Callable[[Any], TextFeatures]
+        self, subject: Any, asked: Any, plan: Plan, encode: Callable[[Any], Any]
     ) -> tuple[bool, tuple[Any, ...]]:
         """Whether guidance is learned, and the arguments: text, lengths, negative prompts."""
         text, guided = encode(subject), plan.steps[0].rows == "both"
@@ -117,6 +116,12 @@ class Prompted:
         return False, (*text, encode(others))
 
 
+class PrefixPrompted(Prompted):
+    """Prompts as a prefix of fixed length; calls may bring features of a `PrefixEncoder`."""
+
+    encoder, features = PrefixEncoder, PrefixFeatures
+
+
 class Classes:
     """Pictures of classes; None draws without one, and guidance then does nothing.
 
@@ -124,6 +129,7 @@ class Classes:
     """
 
     draws, names = "classes", ("label", "labels")
+    encoder = None
 
     def __init__(self, model: Callable[[], Any], *, text_encoder: bool = True):
         del text_encoder

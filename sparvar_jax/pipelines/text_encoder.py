@@ -33,9 +33,18 @@ class TextEncoder:
         pictures = Pipeline.from_checkpoint(folder, text_encoder=False)(text)
     """
 
+    load_tokenizer = staticmethod(load_tokenizer)
+
     def __init__(self, encoder: Callable[[], t5.T5Encoder], tokenizer: Tokenizer, max_length: int):
         self._encode = Bound(encoder, t5.encode)
         self._tokenizer, self._max_length = tokenizer, max_length
+
+    @classmethod
+    def of(cls, model: Callable[[], Any]) -> TextEncoder:
+        """That of a loaded model; a function gives the model as it is now."""
+        now = model()
+        longest = now.transformer.config.text_max_length
+        return cls(lambda: model().text_encoder, now.text_tokenizer, longest)
 
     @classmethod
     def from_checkpoint(

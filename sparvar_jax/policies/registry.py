@@ -31,12 +31,11 @@ from sparvar_jax.policies.scales import (
     share_rows,
     skip_last_scales,
 )
-from sparvar_jax.policies.sparvar import released_boundary, sparvar
+from sparvar_jax.policies.sparvar import published, sparvar
 from sparvar_jax.weights.json_file import LONGEST_TEXT
 from sparvar_jax.weights.told import shown, told
 
 _NAME = r"[a-z_][\w-]*"
-FAST_COLUMNS = (("granularity", 8), ("multiple", 64))
 
 
 def dense() -> Policy:
@@ -47,16 +46,15 @@ def dense() -> Policy:
 def sparvar_paper() -> Policy:
     """The shipped configuration: CS4A in layers 0..10, CSLA in 128-blocks above, scales -3 on.
 
-    Depths other than 32 and 40 take the same share of their layers.
+    Depths other than 32 and 40 take the same share of their layers. With text before the grids
+    (HART) CSLA in every layer, as its authors ship it.
     """
-    return lambda plan: sparvar(released_boundary(plan.depth))(plan)
+    return published()
 
 
 def sparvar_fast() -> Policy:
     """The same windows and budgets in the shapes our kernels like: runs of 8 keys, and boxes."""
-    return lambda plan: sparvar(
-        released_boundary(plan.depth), columns_options=FAST_COLUMNS, form="boxes"
-    )(plan)
+    return published(fast=True)
 
 
 def almost_lossless() -> Policy:

@@ -10,7 +10,13 @@ from sparvar_jax.policies.cs4a import cs4a
 from sparvar_jax.policies.csla import CslaOptions, csla
 from sparvar_jax.policies.routing import Policy, layer_at
 
+TEXT_WINDOWS = (-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 3, 5, 7)
+"""The authors' windows where text stands before the grids (HART): one a key scale, text included.
+
+Their five sinks are the text and four grids. There is no CS4A of theirs for such a schedule.
+"""
 BOUNDARY = 10
+FAST_COLUMNS = (("granularity", 8), ("multiple", 64))
 BOUNDARY_SHARE = 11 / 32
 """Share of the layers that decide columns: layers 0..10 of the 32 of the 2B model."""
 
@@ -42,6 +48,23 @@ def sparvar(
         cut = boundary_layer(boundary, plan.depth) + 1
         columns, rest = parts(cut, plan.depth)
         return columns(plan) if cut == plan.depth else rest(columns(plan))
+
+    return apply
+
+
+def published(*, fast: bool = False) -> Policy:
+    """The authors' configuration for the plan's schedule, and the layers by its depth.
+
+    Where text stands before the grids it is CSLA alone, in every layer of the last three scales.
+    fast: the same windows and budgets in the shapes our kernels like.
+    """
+    form: Any = {"form": "boxes"} if fast else {}
+    columns = FAST_COLUMNS if fast else ()
+
+    def apply(plan: Plan) -> Plan:
+        if plan.schedule.prefix:
+            return csla(TEXT_WINDOWS, **form)(plan)
+        return sparvar(released_boundary(plan.depth), columns_options=columns, **form)(plan)
 
     return apply
 

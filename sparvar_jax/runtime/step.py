@@ -199,7 +199,8 @@ def draw_scale(
     if spec.how != "greedy":
         drawn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, place.index)
     guided = step.merge_at == step.depth
-    draw = Draw(controls, place.index, batch, drawn_keys, spec.how, guided, spec.capture, forced)
+    asked = (drawn_keys, spec.how, guided, spec.capture, forced, codebook)
+    draw = Draw(controls, place.index, batch, *asked)
     drawn = model.finish(x, condition, place, draw)
     if left.counted is not None:
         drawn = drawn._replace(counted=left.counted)
@@ -257,7 +258,7 @@ class _Body:
         """The stream after a segment's layers, of the tokens that its rule runs and the others."""
         first, last = segment.layers[0], segment.layers[1] - 1
         place, entry = self.spec.places[first], left.states[first]
-        rule: Any = segment.tokens
+        rule = segment.tokens
         positions = self.model.positions(self.condition, place)
         kept, before = None, stream.x
         if not isinstance(rule, AllTokens | BranchRule):
@@ -268,14 +269,15 @@ class _Body:
                 left.states[first] |= {n: seen[n] for n in seen if n in self.spec.keep[first]}
         if kept is not None:
             stream = Stream(_take(before, kept))
-            positions = jax.tree.map(lambda table: _take(by_row(table), kept), positions)
+            rows = len(before)
+            positions = jax.tree.map(lambda table: _take(by_row(table)[:rows], kept), positions)
         for layer in range(first, last + 1):
             stream = self.layer(layer, segment, stream, positions, left, kept)
             if self.spec.capture and layer != last:
                 captured[f"hidden.{layer}"] = stream.settled()
         if kept is None:
             return stream
-        x, more = rule.restore(before, stream.settled(), kept, place, entry)
+        x, more = segment.tokens.restore(before, stream.settled(), kept, place, entry)
         left.states[first] |= {n: more[n] for n in more if n in self.spec.keep[first]}
         if isinstance(rule, DrawsSome):
             halves = 1 if "cond" in (segment.rows, self.spec.step.rows) else 2

@@ -100,8 +100,9 @@ def teacher_forced_logits(
     x = jnp.concatenate(entering, axis=1)
     rotary = [model.positions(condition, place) for place in places]
     positions = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), *rotary)
-    # Kernels have no derivative.
-    config = dataclasses.replace(model.config, fused="xla")
+    config = model.config
+    if hasattr(config, "fused"):  # kernels have no derivative
+        config = dataclasses.replace(config, fused="xla")
     buffer = jnp.zeros((x.shape[0], config.heads, x.shape[1], config.head_dim), config.dtype)
 
     def attend(write: Write) -> Array:

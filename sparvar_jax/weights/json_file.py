@@ -41,6 +41,12 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "mlp_width": (0, 1 << 19),  # 0: the class computes it
     "bits": (1, 1024),
     "text_max_length": _WIDTH,
+    "text_tokens": (1, 1 << 13),
+    "kv_heads": (1, 1024),
+    "rope_theta": (1, 1e12),
+    "residual_width": _WIDTH,
+    "residual_depth": _COUNT,
+    "residual_steps": (2, 1000),
     "buckets": _WIDTH,
     "max_distance": (1, 1 << 20),
     "vocab": _VOCABULARY,
@@ -75,6 +81,12 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "relative_attention_num_buckets": _WIDTH,
     "relative_attention_max_distance": (1, 1 << 20),
     "layer_norm_epsilon": (0, 1),
+    "hidden_size": _WIDTH,
+    "num_attention_heads": (1, 1024),
+    "num_key_value_heads": (0, 1024),  # 0: as many as heads
+    "intermediate_size": (1, 1 << 19),
+    "num_hidden_layers": _COUNT,
+    "rms_norm_eps": (0, 1),
 }
 """Smallest and largest value of every number in a configuration, by field name.
 
