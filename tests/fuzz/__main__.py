@@ -27,9 +27,11 @@ def main() -> int:
     if asked.child:
         campaign.child(sys.argv[1:])
         return 0
-    start = time.monotonic()
+    from benchmarks import _record as record
+
+    start, described = time.monotonic(), record.describe()  # of the code that runs, not of later
     totals = run(asked)
-    summary = summarise(totals, asked, time.monotonic() - start)
+    summary = described | summarise(totals, asked, time.monotonic() - start)
     print(json.dumps(summary, indent=1))
     if asked.out:
         asked.out.write_text(json.dumps(summary, indent=1) + "\n")
@@ -67,11 +69,9 @@ def summarise(
     totals: dict[str, campaign.Counts], asked: argparse.Namespace, seconds: float
 ) -> dict:
     """What was tried and found, as a result file has it."""
-    from benchmarks import _record as record
     from tests.fuzz import limits
 
     return {
-        **record.describe(),
         "command": "python -m tests.fuzz " + " ".join(sys.argv[1:]),
         "seed": asked.seed,
         "seconds": round(seconds, 1),
