@@ -20,6 +20,7 @@ from pallas_kernels.fused import (
     text_offsets,
 )
 from pallas_kernels.hopper import backend as _hopper
+from pallas_kernels.portable import backend as _portable
 from pallas_kernels.sparsity import (
     BlockTable,
     Geometry,
@@ -34,7 +35,7 @@ from pallas_kernels.xla import backend as _xla
 
 # The best one first. Filled here, so that no module of the package sees the table without them.
 for _op in _calls.OPS:
-    _rooms = (_hopper.SERVED, _cudnn.SERVED, _xla.SERVED)
+    _rooms = (_hopper.SERVED, _portable.SERVED, _cudnn.SERVED, _xla.SERVED)
     _backends.declare(_op, *(_room[_op] for _room in _rooms if _op in _room))
 
 __all__ = [

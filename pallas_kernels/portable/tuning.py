@@ -5,6 +5,7 @@ A family is a compute capability, "8.0" say; one that nobody has measured gets t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from dataclasses import dataclass
@@ -74,3 +75,13 @@ def column_sums(head_dim: int, capability: Capability = None) -> TileConfig:
     """Tiles of the column-sum pass: `block_q` queries a step, `block_k` keys a program."""
     tuned = _tuned(family(capability)).get(f"column_sums/{head_dim}", {})
     return TileConfig(**(dict(block_q=64, block_k=128, warps=4, stages=3) | tuned))
+
+
+def dividing(config: TileConfig, block_q: int, block_k: int) -> TileConfig:
+    """Tiles that divide blocks of a table."""
+    largest = [size & -size for size in (block_q, block_k)]
+    return dataclasses.replace(
+        config,
+        block_q=min(config.block_q, largest[0]),
+        block_k=min(config.block_k, largest[1]),
+    )
