@@ -37,9 +37,7 @@ def _attention(call: calls.Attention) -> Any:
 def _block_sparse_attention(call: calls.BlockSparseAttention) -> Any:
     from pallas_kernels.portable import ops
 
-    config = tuning.dividing(
-        _tiles("blocks", call, 128), call.blocks.block_q, call.blocks.block_k
-    )
+    config = tuning.dividing(_tiles("blocks", call, 128), call.blocks.block_q, call.blocks.block_k)
     return ops.attend_blocks(call, call.blocks, config)
 
 

@@ -58,7 +58,9 @@ def dense_attention(
 
         def full(step):
             start = step * config.block_k
-            return *(tri.load_block(x, place.lead, start, config.block_k) for x in (k_ref, v_ref)), None
+            return *(
+                tri.load_block(x, place.lead, start, config.block_k) for x in (k_ref, v_ref)
+            ), None
 
         running = tri.walk(softmax, queries, running, (0, whole), full)
         if kv_length % config.block_k:

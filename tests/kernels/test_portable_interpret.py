@@ -78,9 +78,7 @@ def test_block_tables(traced):
             jnp.broadcast_to(blocks.counts, (*lead, *blocks.counts.shape)),
             keys, 64, 64, gaps,
         )  # fmt: skip
-    call = calls.BlockSparseAttention(
-        device=DEVICE, q=q, k=k, v=v, blocks=blocks, return_lse=True
-    )
+    call = calls.BlockSparseAttention(device=DEVICE, q=q, k=k, v=v, blocks=blocks, return_lse=True)
     out, lse = ops.attend_blocks(call, blocks, SMALL, interpret=True)
     mask = np.repeat(np.repeat(table, 64, 0), 64, 1)[:queries, : len(valid)] & valid
     want, want_lse = cases.truth(q, k, v, mask)
