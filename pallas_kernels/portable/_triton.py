@@ -1,7 +1,7 @@
 """Pieces that the Triton kernels share: the call, tiles of a cache, the softmax, the walk.
 
-Triton lays out registers and shared memory, chooses the instructions of the tensor cores, and brings
-the tiles of a loop in `num_stages` steps ahead. Kernels say which tiles they walk.
+Triton lays out registers and shared memory, chooses the instructions of the tensor cores, and
+brings the tiles of a loop in `num_stages` steps ahead. Kernels say which tiles they walk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl

@@ -26,8 +26,8 @@ class BlockLists:
     """Lists of key blocks of `config.block_k` keys, one a query block.
 
     indices [tables, cap]: blocks of every list, those with hidden rows first; counts, specials
-    [tables]: how many there are, and how many have hidden rows. One table a query block (shared), or
-    one a (row, head, query block). keep [blocks * block_k]: whether a row holds a key.
+    [tables]: how many there are, and how many have hidden rows. One table a query block (shared),
+    or one a (row, head, query block). keep [blocks * block_k]: whether a row holds a key.
     order [query blocks]: the longest lists first.
     """
 

@@ -65,7 +65,7 @@ def test_half_precision_and_a_fixed_reference(dtype):
 
 @pytest.mark.parametrize("traced", [False, True])
 def test_block_tables(traced):
-    """Blocks of 64x64 walked in tiles of 16x32, a list without blocks, hidden rows in the middle."""
+    """Blocks of 64x64 walked in tiles of 16x32, one list without blocks, hidden rows inside."""
     queries, keys, gaps = 200, 250, ((60, 70), (129, 131))
     (q, k, v), valid = draw(queries, keys, gaps=gaps)
     table = np.random.default_rng(1).random((4, 4)) < 0.5
@@ -90,7 +90,7 @@ def test_block_tables(traced):
 @pytest.mark.parametrize("layout", ["packed", "aligned"])
 def test_windows(layout, exact):
     geometry = getattr(pk.Geometry, layout)(cases.GRIDS)
-    (q, k, v), valid = draw(231, geometry.kv_length, gaps=geometry.gaps, heads=1)
+    (q, k, v), _ = draw(231, geometry.kv_length, gaps=geometry.gaps, heads=1)
     call = calls.WindowAttention(
         device=DEVICE, q=q, k=k, v=v, geometry=geometry, windows=cases.WINDOWS, sinks=cases.SINKS,
         exact=exact,
