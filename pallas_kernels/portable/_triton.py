@@ -21,6 +21,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.portable.tuning import Launch
 
+# jax has announced that it will give up these kernels' language in favour of packages that are none
+# of ours yet. It says so when a program is lowered, long after our call, and to users who cannot
+# act on it; `reasons` keeps releases without it away from here.
+warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+
 LOG2E = math.log2(math.e)
 # Finite, so that a row whose keys are all masked so far keeps a defined rescaling factor.
 LOWEST = -1e30
@@ -37,12 +42,9 @@ def call(
 ) -> Any:
     """Run a kernel whose references are whole arrays, in the order of operands and results."""
     params = pltriton.CompilerParams(num_warps=launch.warps, num_stages=launch.stages)
-    with warnings.catch_warnings():
-        # jax announces that Triton kernels will move to a package of their own; see NOTES.md.
-        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-        return pl.pallas_call(
-            kernel, out_shape=out_shape, grid=grid, compiler_params=params, interpret=interpret
-        )(*operands)
+    return pl.pallas_call(
+        kernel, out_shape=out_shape, grid=grid, compiler_params=params, interpret=interpret
+    )(*operands)
 
 
 def load_rows(

@@ -58,16 +58,17 @@ def dense_attention(
 
         def full(step):
             start = step * config.block_k
-            return *(
+            keys, values = (
                 tri.load_block(x, place.lead, start, config.block_k) for x in (k_ref, v_ref)
-            ), None
+            )
+            return keys, values, None
 
         running = tri.walk(softmax, queries, running, (0, whole), full)
         if kv_length % config.block_k:
             rows = whole * config.block_k + jnp.arange(config.block_k, dtype=jnp.int32)
             seen = rows < kv_length
-            tail = (tri.load_rows(x, place.lead, rows, seen) for x in (k_ref, v_ref))
-            running = softmax.fold(running, queries, *tail, seen[None])
+            keys, values = (tri.load_rows(x, place.lead, rows, seen) for x in (k_ref, v_ref))
+            running = softmax.fold(running, queries, keys, values, seen[None])
         place.write(softmax.finish(running), out_ref, lse_ref)
 
     return _run(kernel, config, (q, k, v), interpret=interpret)
@@ -97,7 +98,8 @@ def block_list_attention(
         def masked(step):
             rows = indices[table, step] * block_k + jnp.arange(block_k, dtype=jnp.int32)
             seen = pltriton.load(keep.at[rows]) > 0
-            return *(tri.load_rows(x, place.lead, rows, seen) for x in (k_ref, v_ref)), seen[None]
+            keys, values = (tri.load_rows(x, place.lead, rows, seen) for x in (k_ref, v_ref))
+            return keys, values, seen[None]
 
         running = tri.walk(softmax, queries, running, (0, special), masked)
 

@@ -12,6 +12,7 @@ def nothing_leaks():
     yield
     assert {op: backends.names(op) for op in backends.OPS} == before
     assert backends.registered() == ()
+    assert backends.path() is None
 
 
 @pytest.fixture
