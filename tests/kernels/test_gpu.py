@@ -141,7 +141,8 @@ def test_windows(backend, layout, bound):
     mask[:, : geometry.kv_length] = pk.token_rule(geometry, cases.WINDOWS, cases.SINKS)
     where = geometry, cases.WINDOWS, cases.SINKS
     check(
-        backend, lambda *a, **n: pk.window_attention(*a, *where, exact=True, logit_bound=bound, **n),
+        backend,
+        lambda *a, **n: pk.window_attention(*a, *where, exact=True, logit_bound=bound, **n),
         q, k, v, mask,
     )  # fmt: skip
     boxes = [
