@@ -20,9 +20,10 @@ import sys
 from benchmarks import _record as record
 from benchmarks.generate_run import Options, Row, run
 from benchmarks.generate_suites import SUITES
+from pallas_kernels import backends
 from sparvar_jax.cli import console
 
-KEY = ("model", "plan", "batch", "size", "text", "dtype", "fused", "matrices")
+KEY = ("model", "plan", "batch", "size", "text", "dtype", "fused", "matrices", "path")
 TRACED_KERNELS = 30
 
 
@@ -63,6 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--fused", choices=("hopper", "xla"), help="the fused operations")
     parser.add_argument("--matrices", choices=("dense", "int8"), default="dense")
+    parser.add_argument("--kernels", choices=backends.PATHS, help="the path, default: the best")
     parser.add_argument("--trace", action="store_true", help="also sum GPU time by kernel")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, help="compare with XLA")
     parser.add_argument("--out", help="folder, default benchmarks/results/DEVICE")
@@ -72,6 +74,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Measure one suite; exit 1 where something failed its check or was left out."""
     asked = parse(arguments)
+    backends.use(asked.kernels or backends.path())
     console.use_compilation_cache()
     suite = SUITES[asked.suite].asked(asked.models, asked.plans, asked.batches, asked.sizes)
     check = suite.check if asked.check is None else asked.check

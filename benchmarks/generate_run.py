@@ -17,6 +17,7 @@ from benchmarks._trace import kernel_times
 from benchmarks.generate_bench import PROMPT, Bench, measure
 from benchmarks.generate_check import check, checkable
 from benchmarks.generate_suites import Group
+from pallas_kernels import backends
 from sparvar_jax.cli import console
 from sparvar_jax.pipelines.loading import compute_dtype
 from sparvar_jax.plans.plan import Plan
@@ -167,6 +168,7 @@ def _base_row(group: Group, bench: Bench, options: Options, weights_seconds: flo
         "dtype": compute_dtype(options.dtype),
         "fused": options.fused or "default",
         **({} if options.matrices == "dense" else {"matrices": options.matrices}),
+        **({} if backends.path() is None else {"path": backends.path()}),
         "weights": bench.parts.weights,
         "weights_seconds": weights_seconds,
     }

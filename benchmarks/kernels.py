@@ -26,6 +26,7 @@ import pallas_kernels as pk
 from benchmarks import _record as record
 from benchmarks import kernel_cases, kernel_rivals
 from benchmarks.kernel_cases import Case
+from pallas_kernels import backends
 
 REFERENCE_CASE, REFERENCE_ROWS, SLOWEST_FA3_MS = "8b/scale12/dense", 2, 2.1
 OPS = {
@@ -112,9 +113,7 @@ def run_ours(case: Case, rows: int, calls: int, batches: int) -> Row:
     used = pk.implementation_used(OPS[case.kind], q, k, v, blocks=table)
     out = (out[0] if isinstance(out, tuple) else out).swapaxes(1, 2)
     error = errors(case, rows, lambda place: np.asarray(out[place]))
-    return make_row(
-        case, "ours" if used == "hopper" else "xla", used, rows, (median, spread), error
-    )
+    return make_row(case, "ours" if used == "hopper" else used, used, rows, (median, spread), error)
 
 
 def run_rivals(case: Case, rows: int, calls: int, batches: int, names: list[str]) -> list[Row]:
@@ -147,11 +146,13 @@ def main() -> int:
     parser.add_argument(
         "--flex", default="8b/scale12/*", help="cases FlexAttention runs (it compiles slowly)"
     )
+    parser.add_argument("--kernels", choices=backends.PATHS, help="the path, default: the best")
     parser.add_argument("--calls", type=int, default=20, help="calls a batch")
     parser.add_argument("--batches", type=int, default=7)
     parser.add_argument("--name", default="kernels", help="name of the results file")
     parser.add_argument("--folder", help="where to write instead of benchmarks/results/<device>")
     arguments = parser.parse_args()
+    backends.use(arguments.kernels or backends.path())
     # torch needs memory as well: FlexAttention's table of SparVAR's mask takes 18 GiB to make.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     rows: list[Row] = []

@@ -20,6 +20,10 @@ caller who did not ask for it by name is then served by the next backend, with o
   the call. That takes as long as the lowering itself; the Hopper kernels do it only with releases
   of jax outside the range that they are tested with.
 What was found out about a kernel is kept for calls of the same shapes.
+
+**Paths.** `use("portable")` serves all calls that ask for nothing as if better kernels did not
+exist: so one GPU tests and times what others would get. The environment variable SPARVAR_KERNELS
+says the same to a process; it is read once, where the package fills this table.
 """
 
 from __future__ import annotations
@@ -81,6 +85,29 @@ class Registration:
         unregister(self.op, self.name)
 
 
+PATHS = ("hopper", "portable", "cudnn", "xla")
+"""What `use` takes: a path leaves out those in front of it, and its own backend comes first."""
+
+
+class PathChoice:
+    """A path that `use` has chosen; as a context manager the one before is back at the end."""
+
+    def __init__(self, before: str | None):
+        self.before = before
+
+    def __enter__(self) -> PathChoice:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        use(self.before)
+
+
+_chosen: dict[str, str | None] = {"path": None}
 _table: dict[str, tuple[Backend, ...]] = {op: () for op in OPS}
 _added: dict[tuple[str, str], Backend] = {}
 _found: dict[tuple[str, Backend, Hashable], str] = {}
@@ -125,6 +152,27 @@ def unregister(op: str, name: str) -> None:
         del _found[key]
     for key in [key for key in _warned if key[:2] == (op, backend)]:
         del _warned[key]
+
+
+def use(path: str | None) -> PathChoice:
+    """Serve calls that ask for no backend on one of `PATHS`; None: on the best for their device.
+
+    Operations that the path's own backend cannot serve go to those behind it. Choose before the
+    first call is traced, as with `register`. Raises ValueError for an unknown path.
+    """
+    if path is not None and path not in PATHS:
+        raise ValueError(
+            f"a path of kernels is one of {', '.join(PATHS)}; SPARVAR_KERNELS may also be empty. "
+            f"Got {path!r}."
+        )
+    choice = PathChoice(_chosen["path"])
+    _chosen["path"] = path
+    return choice
+
+
+def path() -> str | None:
+    """What `use` or SPARVAR_KERNELS has chosen."""
+    return _chosen["path"]
 
 
 def registered() -> tuple[tuple[str, str], ...]:
@@ -196,10 +244,20 @@ def _backends(op: str) -> tuple[Backend, ...]:
     return _table[op]
 
 
+def _on_path(op: str) -> list[Backend]:
+    """Backends in the order in which they are tried for who asks for none."""
+    chosen, backends = path(), list(_backends(op))
+    if chosen is None:
+        return backends
+    better = PATHS[: PATHS.index(chosen)]
+    backends = [backend for backend in backends if backend.name not in better]
+    return sorted(backends, key=lambda backend: backend.name != chosen)
+
+
 def _able(call: Call) -> Iterator[Backend]:
     """Backends that can serve a call nobody asked one for, the best one first; at least one."""
     reasons = {}
-    for backend in _backends(call.op):
+    for backend in _on_path(call.op):
         reasons[backend.name] = _refusal(backend, call)
         if not reasons[backend.name]:
             yield backend

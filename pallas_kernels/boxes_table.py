@@ -10,6 +10,7 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool
 
 from pallas_kernels.shapes import ceil_div
 from pallas_kernels.sparsity import Geometry, validate_windows, window_bounds
@@ -127,6 +128,21 @@ def _pack(lists, bounds, geometry, tile_height, tile_width) -> TileKeys:
     )  # fmt: skip
 
 
+def tile_mask(
+    geometry: Geometry, windows: tuple[int, ...], sinks: int
+) -> Bool[np.ndarray, "n tile K"]:
+    """The token rule for the keys of every tile, [n, tile, K]."""
+    table = tile_keys(geometry, windows, sinks)
+    axes = []
+    for axis, key in enumerate((table.y, table.x)):
+        low, high = (
+            np.take_along_axis(bound[..., axis], table.grid[:, None, :], 2)
+            for bound in (table.low, table.high)
+        )
+        axes.append((key[:, None] >= low) & (key[:, None] <= high))
+    return axes[0] & axes[1] & table.valid[:, None]
+
+
 @functools.lru_cache(maxsize=32)
 def mask_words(
     geometry: Geometry,
@@ -141,18 +157,11 @@ def mask_words(
     columns 8 j + 2 (t % 4) + e; bit 16 r + 2 j + e of its word tells whether that pair is visible.
     Stages beyond the keys (there are some where `least_stages` asks for more) hide all pairs.
     """
-    table = tile_keys(geometry, windows, sinks)
-    tiles, keys = table.rows.shape
+    shown = tile_mask(geometry, windows, sinks)
+    tiles, queries, keys = shown.shape
     stages = max(ceil_div(keys, block_k), least_stages)
-    axes = []
-    for axis, key in enumerate((table.y, table.x)):
-        low, high = (
-            np.take_along_axis(bound[..., axis], table.grid[:, None, :], 2)
-            for bound in (table.low, table.high)
-        )
-        axes.append((key[:, None] >= low) & (key[:, None] <= high))
-    mask = np.zeros((tiles, TILE_HEIGHT * TILE_WIDTH, stages * block_k), bool)
-    mask[..., :keys] = axes[0] & axes[1] & table.valid[:, None]
+    mask = np.zeros((tiles, queries, stages * block_k), bool)
+    mask[..., :keys] = shown
     # tile, warpgroup, warp, r, lane // 4, stage, j, lane % 4, e
     mask = mask.reshape(tiles, -1, 4, 2, 8, stages, 8, 4, 2)
     bits = mask.transpose(0, 5, 1, 2, 4, 7, 3, 6, 8).reshape(tiles, stages, -1, 128, 32)

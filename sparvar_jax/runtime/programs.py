@@ -73,6 +73,7 @@ def place(modules: str | None, spec: Any, traced: jax.stages.Traced) -> Path | N
         return None
     parts = (
         _environment(),
+        f"kernels {backends.path()}",
         *(f"{name} {value}" for name, value in sorted(config.items()) if "cache" not in name),
         static,
         modules,

@@ -8,10 +8,11 @@ from pallas_kernels import backends, support
 @pytest.fixture(autouse=True)
 def nothing_leaks():
     """Every test leaves the table as it found it."""
-    before = {op: backends.names(op) for op in backends.OPS}
+    before, path = {op: backends.names(op) for op in backends.OPS}, backends.path()
     yield
     assert {op: backends.names(op) for op in backends.OPS} == before
     assert backends.registered() == ()
+    assert backends.path() == path
 
 
 @pytest.fixture

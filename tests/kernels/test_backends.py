@@ -43,7 +43,7 @@ def test_kernels_for_another_gpu_are_one_file(on):
     }
     with toy_backend.install():
         on(NEWER)
-        assert backends.names("attention") == ("hopper", "toy", "cudnn", "xla")
+        assert backends.names("attention") == ("hopper", "toy", "cudnn", "portable", "xla")
         for op, call in calls.items():
             toy_backend.served.clear()
             assert pk.implementation_used(op, q, k, v) == "toy"
@@ -76,7 +76,7 @@ def test_why_an_added_backend_refuses_reaches_the_user(on):
 def test_what_was_added_is_gone_afterwards():
     with pytest.raises(RuntimeError, match="stop"), toy_backend.install():
         raise RuntimeError("stop")
-    with pytest.raises(ValueError, match=r"'hopper', 'cudnn', 'xla'\. Got 'toy'"):
+    with pytest.raises(ValueError, match=r"'hopper', 'cudnn', 'portable', 'xla'\. Got 'toy'"):
         pk.attention(*operands(), 72, implementation="toy")
 
 
@@ -104,7 +104,7 @@ def test_what_is_used_can_be_asked_for(on, op, device):
     assert used in backends.names(op)
     assert pk.implementation_used(op, *halves, implementation=used) == used
     kernels = device == HOPPER and not reasons.jax_reason()
-    other = "cudnn" if device.is_cuda and op == "attention" else "xla"
+    other = ("cudnn" if op == "attention" else "portable") if device.is_cuda else "xla"
     assert used == ("hopper" if kernels else other)
 
 
@@ -119,13 +119,57 @@ def test_an_unknown_name_lists_the_known_ones(name):
         lambda: norm_calls(norm_inputs(), implementation=name),
         lambda: fused.text_memory(jnp.ones((1, 4), bool), text, text, implementation=name),
     ):
-        with pytest.raises(ValueError, match=rf"'hopper', 'cudnn', 'xla'\. Got {name!r}"):
+        with pytest.raises(
+            ValueError, match=rf"'hopper', 'cudnn', 'portable', 'xla'\. Got {name!r}"
+        ):
             call()
 
 
 def test_an_unknown_operation_is_refused():
     with pytest.raises(ValueError, match="op must be"):
         pk.implementation_used("atention", *operands())
+
+
+@pytest.mark.parametrize("device", [AMPERE, NEWER], ids=lambda d: d.kind)
+def test_a_device_that_nobody_tried_gets_the_portable_kernels(on, device):
+    on(device)
+    halves = [jax.ShapeDtypeStruct((2, 2, 128, 128), jnp.bfloat16)] * 3
+    used = {op: pk.implementation_used(op, *halves) for op in ATTENTION}
+    assert used == {op: "portable" for op in ATTENTION} | {"attention": "cudnn"}
+    assert pk.implementation_used("attention", *halves, return_lse=True) == "portable"
+    assert pk.implementation_used("attention", *halves, gaps=((1, 2),)) == "portable"
+
+
+def test_a_path_leaves_better_kernels_out(on):
+    """What an H100 serves on a path is what a device without the better ones would get."""
+    on(HOPPER)
+    halves = [jax.ShapeDtypeStruct((2, 2, 128, 128), jnp.bfloat16)] * 3
+    served = {
+        "portable": {op: "portable" for op in ATTENTION},
+        "cudnn": {op: "xla" for op in ATTENTION} | {"attention": "cudnn"},
+        "xla": {op: "xla" for op in ATTENTION},
+    }
+    before = {op: pk.implementation_used(op, *halves) for op in ATTENTION}
+    for path, want in served.items():
+        with backends.use(path):
+            assert backends.path() == path
+            assert {op: pk.implementation_used(op, *halves) for op in ATTENTION} == want
+            # A call that names a backend still gets it.
+            named = pk.implementation_used("attention", *halves, implementation="cudnn")
+            assert named == "cudnn"
+    assert {op: pk.implementation_used(op, *halves) for op in ATTENTION} == before
+    with pytest.raises(ValueError, match=r"hopper, portable, cudnn, xla; .* Got 'triton'"):
+        backends.use("triton")
+
+
+@pytest.mark.parametrize(("value", "want"), [("", "None"), ("portable", "portable"), ("no", "")])
+def test_the_environment_names_a_path(value, want):
+    code = "from pallas_kernels import backends; print(backends.path())"
+    env = {"PYTHONPATH": ":".join(sys.path), "JAX_PLATFORMS": "cpu", "SPARVAR_KERNELS": value}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == want
+    assert (done.returncode == 0) is bool(want)
+    assert want or "SPARVAR_KERNELS may also be empty. Got 'no'" in done.stderr
 
 
 def test_cudnn_can_be_asked_for(on, monkeypatch):
