@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 from jaxtyping import UInt8
 from numpy import ndarray
@@ -27,13 +28,21 @@ def versions() -> dict[str, str]:
 
 
 def write_png(
-    path: str | Path, pixels: UInt8[ndarray, "height width 3"], metadata: Mapping[str, str]
+    path: str | Path | IO[bytes],
+    pixels: UInt8[ndarray, "height width 3"],
+    metadata: Mapping[str, str],
+    *,
+    effort: int | None = None,
 ) -> None:
-    """Write an RGB picture to an open path (see `files.whole_file`) with its metadata."""
+    """Write an RGB picture to an open path (see `files.whole_file`) or file with its metadata.
+
+    effort: of the compression, 0 to 9; None is the library's own.
+    """
     info = PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, value)
-    Image.fromarray(pixels).save(path, format="PNG", pnginfo=info)
+    options = {} if effort is None else {"compress_level": effort}
+    Image.fromarray(pixels).save(path, format="PNG", pnginfo=info, **options)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
