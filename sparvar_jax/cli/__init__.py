@@ -16,6 +16,7 @@ from sparvar_jax.cli.info import info
 from sparvar_jax.cli.inspect import inspect
 from sparvar_jax.cli.plans import plans
 from sparvar_jax.cli.sample import sample
+from sparvar_jax.cli.serve import serve, web
 from sparvar_jax.cli.warmup import warmup
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, edit, sample, convert, compare, info, inspect, plans, warmup):
+for command in (generate, edit, sample, convert, compare, info, inspect, plans, warmup, serve, web):
     app.command()(command)
 
 

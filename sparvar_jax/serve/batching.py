@@ -185,6 +185,7 @@ class Batcher:
             pictures = self._pictures(tickets, begun)
         except Exception as error:
             log.exception("a batch of %d failed", len(tickets))
+            self._end(tickets)
             self._telling.submit(self._failed, tickets, error)
             return
         if pictures is None:
@@ -234,8 +235,10 @@ class Batcher:
 
     def _finish(self, tickets: list[Ticket], pictures: jax.Array, begun: float) -> None:
         try:
-            pixels = np.asarray(pictures)
-            self._end(tickets)  # the device is free: the next batch need not wait for the rest
+            try:
+                pixels = np.asarray(pictures)
+            finally:
+                self._end(tickets)  # the device is free: the next batch need not wait for more
             held_back = self._held_back(pixels[: len(tickets)])
         except Exception as error:
             log.exception("a batch of %d failed", len(tickets))
@@ -248,7 +251,6 @@ class Batcher:
             self._tell(ticket, event)
 
     def _failed(self, tickets: list[Ticket], error: Exception) -> None:
-        self._end(tickets)
         for ticket in tickets:
             self._tell(ticket, Event(error=failed(error)))
 
