@@ -1,0 +1,65 @@
+"""One server process for the tests that need one, and the pipeline its pictures must equal."""
+
+import base64
+import io
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+from sparvar_jax.cli import console
+from tests.tiny_model import write_tiny_model
+
+pytest.importorskip("fastapi", reason="the server needs sparvar-jax[serve]")
+pytest.importorskip("openai", reason="its tests speak to it with the openai package")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("serve") / "model")
+
+
+@pytest.fixture(scope="session")
+def process(tiny, tmp_path_factory):
+    from tests.serve.process import Server
+
+    server = Server(tiny, tmp_path_factory.getbasetemp() / "serve-cache", "--queue", "10")
+    yield server
+    if server.alive:
+        server.stop()
+
+
+@pytest.fixture
+def server(process):
+    """The running server; one that a test has ended is started again."""
+    return process if process.alive else process.start()
+
+
+@pytest.fixture
+def client(server):
+    import openai
+
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def pipe(tiny, tmp_path_factory):
+    """The pipeline alone; it finds the programs of the server in the same compile cache."""
+    from sparvar_jax.pipelines.pipeline import Pipeline
+
+    before = jax.config.values["jax_compilation_cache_dir"]
+    cache = tmp_path_factory.getbasetemp() / "serve-cache" / "sparvar_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    console.use_compilation_cache()
+    yield Pipeline.from_checkpoint(tiny)
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+def pixels(encoded):
+    """The picture of a base64 file."""
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+        return np.asarray(picture.convert("RGB"))
