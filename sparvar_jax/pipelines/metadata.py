@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 from collections.abc import Mapping
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO
 
 from jaxtyping import UInt8
 from numpy import ndarray
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def write_png(
-    path: str | Path | IO[bytes],
+    path: str | Path | BufferedIOBase,
     pixels: UInt8[ndarray, "height width 3"],
     metadata: Mapping[str, str],
     *,

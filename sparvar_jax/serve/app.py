@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+import functools
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -41,6 +42,7 @@ def create_app(pipe: Pipeline, settings: Settings) -> FastAPI:
     app.state.desk = desk
     errors.install(app)
     app.include_router(router)
+    app.openapi = functools.partial(_description, app, app.openapi)  # type: ignore[method-assign]
     app.add_middleware(guards.BodyLimit, most=settings.most_body)  # type: ignore[arg-type]
     if settings.api_key is not None:
         app.add_middleware(guards.ApiKey, key=settings.api_key)  # type: ignore[arg-type]
@@ -111,6 +113,18 @@ async def metrics(request: Request) -> Response:
 
 async def _to_page() -> Response:
     return RedirectResponse(PAGE)
+
+
+def _description(app: FastAPI, describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The OpenAPI description without the 422 that FastAPI promises and this API never gives."""
+    if app.openapi_schema is None:
+        described = describe()
+        for path in described["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            described["components"]["schemas"].pop(name, None)
+    return describe()
 
 
 def _card(desk: Desk) -> ModelCard:

@@ -256,7 +256,9 @@ class Batcher:
 
     def _held_back(self, pixels: UInt8[np.ndarray, "B height width 3"]) -> Sequence[bool]:
         flagged = self._settings.flagged
-        return [False] * len(pixels) if flagged is None else list(flagged(pixels))
+        if flagged is None:
+            return [False] * len(pixels)
+        return [bool(flag) for flag in flagged(pixels)]
 
     def _tell(self, ticket: Ticket, event: Event) -> None:
         if not ticket.gone:
