@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sparvar_jax.cli import console, options
 
 if TYPE_CHECKING:
-    from sparvar_jax.serve.settings import Filter, Settings
+    from sparvar_jax.serve.settings import Settings
 
 Plans = Annotated[
     list[str] | None,
@@ -161,7 +161,7 @@ def _batches(text: str | None) -> tuple[int, ...]:
         raise ValueError(f"--batches takes numbers such as 1,2,4, got {text!r}") from None
 
 
-def _filter(name: str | None) -> Filter | None:
+def _filter(name: str | None) -> Any:
     if name is None:
         return None
     module, _, function = name.partition(":")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 from collections.abc import Mapping
-from io import BufferedIOBase
 from pathlib import Path
 
 from jaxtyping import UInt8
@@ -28,21 +28,28 @@ def versions() -> dict[str, str]:
 
 
 def write_png(
-    path: str | Path | BufferedIOBase,
+    path: str | Path, pixels: UInt8[ndarray, "height width 3"], metadata: Mapping[str, str]
+) -> None:
+    """Write an RGB picture to an open path (see `files.whole_file`) with its metadata."""
+    Path(path).write_bytes(png_bytes(pixels, metadata))
+
+
+def png_bytes(
     pixels: UInt8[ndarray, "height width 3"],
     metadata: Mapping[str, str],
     *,
     effort: int | None = None,
-) -> None:
-    """Write an RGB picture to an open path (see `files.whole_file`) or file with its metadata.
+) -> bytes:
+    """The file of an RGB picture with its metadata.
 
     effort: of the compression, 0 to 9; None is the library's own.
     """
-    info = PngInfo()
+    info, file = PngInfo(), io.BytesIO()
     for key, value in metadata.items():
         info.add_itxt(key, value)
     options = {} if effort is None else {"compress_level": effort}
-    Image.fromarray(pixels).save(path, format="PNG", pnginfo=info, **options)
+    Image.fromarray(pixels).save(file, format="PNG", pnginfo=info, **options)
+    return file.getvalue()
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

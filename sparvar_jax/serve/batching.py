@@ -218,9 +218,7 @@ class Batcher:
         assert code_sum is not None
         return pipe.pixels(code_sum)
 
-    def _preview(
-        self, tickets: list[Ticket], pictures: jax.Array, step: int, begun: float
-    ) -> None:
+    def _preview(self, tickets: list[Ticket], pictures: jax.Array, step: int, begun: float) -> None:
         try:
             pixels = np.asarray(pictures)
             held_back = self._held_back(pixels)

@@ -1,4 +1,4 @@
-"""Requests as tickets, and what is told of tickets as coroutines: queue, limits of time, leaving."""
+"""Requests as tickets, and what is told of them as coroutines: queue, limits of time, leaving."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -59,11 +58,13 @@ class ApiKey:
         guarded = scope["type"] == "http" and scope["path"].startswith(self._under)
         given = _header(scope, b"authorization") if guarded else b""
         if guarded and not hmac.compare_digest(given, self._expected):
-            said = "the API key is wrong" if given else "give the API key: Authorization: Bearer KEY"
+            said = (
+                "the API key is wrong" if given else "give the API key: Authorization: Bearer KEY"
+            )
             await Refused(401, said, code="invalid_api_key").answer()(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
 
-def _header(scope: dict[str, Any], name: bytes) -> bytes:
+def _header(scope: Scope, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key == name), b"")

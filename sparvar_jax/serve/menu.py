@@ -17,7 +17,6 @@ from sparvar_jax.serve.errors import wrong
 from sparvar_jax.serve.schema import SEEDS, ImageRequest
 from sparvar_jax.serve.settings import Settings
 
-
 GUIDED = 2.0
 """Any number that is not "off": programs are the same for all."""
 
@@ -54,7 +53,7 @@ class Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """A request that can be drawn. previews: steps after which one is shown, of `steps`.
+    """A request that can be drawn. previews: steps after which one is shown, of all `steps`.
 
     text_tokens, image_tokens: read, and drawn, for one picture.
     """
@@ -64,6 +63,7 @@ class Order:
     negative: str | None
     seed: int
     count: int
+    steps: int
     previews: tuple[int, ...]
     text_tokens: int
     image_tokens: int
@@ -111,6 +111,7 @@ class Menu:
             asked.negative_prompt,
             seed,
             count,
+            len(tokens),
             preview_steps(len(tokens), wanted),
             text_tokens,
             sum(tokens),

@@ -25,20 +25,15 @@ class Encoding:
     form: Format = "png"
     quality: int = USUAL_QUALITY
 
-    def write(
-        self, pixels: UInt8[np.ndarray, "height width 3"], told: Mapping[str, str]
-    ) -> bytes:
+    def write(self, pixels: UInt8[np.ndarray, "height width 3"], told: Mapping[str, str]) -> bytes:
         """One file. told: how the picture was made, which PNG files say."""
-        file = io.BytesIO()
         if self.form == "png":
-            metadata.write_png(file, pixels, told, effort=PNG_EFFORT)
-        else:
-            Image.fromarray(pixels).save(file, format=self.form.upper(), quality=self.quality)
+            return metadata.png_bytes(pixels, told, effort=PNG_EFFORT)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format=self.form.upper(), quality=self.quality)
         return file.getvalue()
 
-    def base64(
-        self, pixels: UInt8[np.ndarray, "height width 3"], told: Mapping[str, str]
-    ) -> str:
+    def base64(self, pixels: UInt8[np.ndarray, "height width 3"], told: Mapping[str, str]) -> str:
         """One file as text."""
         return base64.b64encode(self.write(pixels, told)).decode("ascii")
 

@@ -24,7 +24,9 @@ def bind(host: str, port: int) -> socket.socket:
         found.bind(address)
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"cannot serve at {host}:{port}: {reason}; choose --host, --port") from None
+        raise ValueError(
+            f"cannot serve at {host}:{port}: {reason}; choose --host, --port"
+        ) from None
     return found
 
 

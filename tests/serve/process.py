@@ -39,11 +39,12 @@ class Server:
 
     def start(self) -> "Server":
         """Start it, and wait until it serves."""
+        quickly = int(jax.config.values["jax_disable_most_optimizations"])
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XDG_CACHE_HOME": str(self._cache),
             # Programs must be those of this process, whose pictures are the truth.
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(jax.config.values["jax_disable_most_optimizations"])),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": str(quickly),
         }
         command = [sys.executable, "-m", "sparvar_jax", "serve", "--model", str(self.model)]
         with self._log.open("w") as log:

@@ -24,7 +24,9 @@ OURS = {"seed": 5, "negative_prompt": "an owl", "guidance_scale": 3.5, "plan": P
 def test_pictures_are_those_of_the_pipeline(client, pipe):
     """Bit for bit, with the seed that the answer names; as many pictures make a batch of two."""
     answer = client.images.generate(prompt=PROMPT, model="gpt-image-1", extra_body={"seed": 3})
-    np.testing.assert_array_equal(pixels(answer.data[0].b64_json), pipe(PROMPT, plan=PLAN, seed=3)[0])
+    np.testing.assert_array_equal(
+        pixels(answer.data[0].b64_json), pipe(PROMPT, plan=PLAN, seed=3)[0]
+    )
     assert answer.size == "32x32"
     assert answer.output_format == "png"
     drawn = sum(step.scale.tokens for step in pipe.request(PROMPT, plan=PLAN).plan.steps)
@@ -147,7 +149,10 @@ def test_a_full_queue_says_so_and_loses_nobody_it_took(client, server):
 def test_a_client_that_goes_away_frees_its_place(client, server):
     gone = 'sparvar_requests_total{status="client gone"}'
     for stream in (False, True):
-        before, drawn = server.metric(gone), server.metric(f'sparvar_pictures_total{{plan="{PLAN}"}}')
+        before, drawn = (
+            server.metric(gone),
+            server.metric(f'sparvar_pictures_total{{plan="{PLAN}"}}'),
+        )
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
             others = [pool.submit(ask, client, seed, n=2) for seed in range(3)]
             time.sleep(0.02)
@@ -195,8 +200,12 @@ def test_sigterm_finishes_what_was_taken(client, process, server):
         taken = [pool.submit(ask, client, seed, n=2) for seed in range(4)]
         # All eight are in the house: drawn, being drawn, or waiting.
         until(
-            lambda: server.metric("sparvar_batch_pictures_sum") - seen
-            + server.metric("sparvar_waiting") == 8
+            lambda: (
+                server.metric("sparvar_batch_pictures_sum")
+                - seen
+                + server.metric("sparvar_waiting")
+                == 8
+            )
         )
         ended = pool.submit(process.stop)
         answers = [one.result() for one in taken]

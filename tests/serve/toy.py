@@ -1,4 +1,4 @@
-"""A pipeline that draws nothing, and only when it may: what queues and answers do can be watched."""
+"""A pipeline that draws nothing, and only when it may: queues and answers can be watched."""
 
 import threading
 import types
