@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import functools
 import hmac
+import json
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,14 +16,18 @@ import gradio as gr
 import numpy as np
 from fastapi import FastAPI
 from jaxtyping import UInt8
+from PIL import Image
 from pydantic import ValidationError
 
 from sparvar_jax.serve.desk import Desk
 from sparvar_jax.serve.errors import Refused
 from sparvar_jax.serve.menu import Order, preview_steps
 from sparvar_jax.serve.schema import ImageRequest
+from sparvar_jax.study.report import QUANTITIES, inspect_prompt
 
 PREVIEWS = 6
+HEIGHT = 400
+KEPT_SECONDS = 3600  # of pictures that were shown, on disk
 STRONGER = 4  # differences are shown so many times as strong
 EXAMPLE = "a red apple on a green background"
 # Fonts of the reader's own system: nothing is fetched from elsewhere.
@@ -56,7 +61,9 @@ def mount(app: FastAPI, desk: Desk, path: str) -> FastAPI:
 def build(desk: Desk) -> gr.Blocks:
     """The page of a desk."""
     name = desk.pipe.model.name
-    with gr.Blocks(title=f"sparvar: {name}", analytics_enabled=False) as page:
+    kept = (KEPT_SECONDS, KEPT_SECONDS)
+    title = f"sparvar: {name}"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=kept) as page:
         gr.Markdown(f"# {name}\nPictures drawn scale by scale, from coarse to fine.")
         with gr.Tab("Draw"):
             _draw_tab(desk)
@@ -74,7 +81,7 @@ def _draw_tab(desk: Desk) -> None:
     negative = gr.Textbox(label="Not to be seen", lines=1, visible=desk.settings.negative)
     plan = gr.Dropdown(list(desk.menu.plans), label="Plan", value=desk.menu.plans[0])
     button = gr.Button("Draw", variant="primary")
-    picture = gr.Image(label="Picture", format="png", type="numpy", interactive=False)
+    picture = _picture("Picture")
     said = gr.Markdown()
     given = [prompt, *common, negative, plan]
     gr.on([button.click, prompt.submit], functools.partial(_draw, desk), given, [picture, said])
@@ -88,10 +95,7 @@ def _compare_tab(desk: Desk) -> None:
         second = gr.Dropdown(plans, label="Another plan", value=plans[1])
     button = gr.Button("Compare", variant="primary")
     with gr.Row():
-        shown = [
-            gr.Image(label=label, format="png", type="numpy", interactive=False, min_width=200)
-            for label in ("One plan", "Another plan", f"Difference, {STRONGER} times as strong")
-        ]
+        shown = [_picture(label) for label in ("One plan", "Another plan", f"Apart, x{STRONGER}")]
     said = gr.Markdown()
     given = [prompt, *common, first, second]
     gr.on([button.click, prompt.submit], functools.partial(_compare, desk), given, [*shown, said])
@@ -123,16 +127,27 @@ def _asked(desk: Desk) -> tuple[Any, Any, Any]:
     return prompt, size, seed
 
 
+def _picture(label: str) -> Any:
+    return gr.Image(
+        label=label,
+        format="png",
+        type="numpy",
+        interactive=False,
+        min_width=200,
+        height=HEIGHT,
+        buttons=["download", "fullscreen"],
+    )
+
+
 def _order(desk: Desk, **fields: Any) -> Order:
     """What the page asks for, checked as a request of the API is; what is wrong is shown."""
     try:
-        order = desk.menu.order(ImageRequest(**fields))
+        return desk.menu.order(ImageRequest(**fields))
     except ValidationError as error:
         found = error.errors()[0]
         raise gr.Error(f"{found['loc'][0]}: {found['msg']}", print_exception=False) from None
     except Refused as error:
         raise gr.Error(str(error), print_exception=False) from None
-    return dataclasses.replace(order, previews=preview_steps(order.steps, PREVIEWS))
 
 
 async def _events(desk: Desk, order: Order) -> AsyncIterator[tuple[Pixels, bool, float]]:
@@ -155,6 +170,7 @@ async def _draw(
     order = _order(
         desk, prompt=prompt, size=size, seed=seed, negative_prompt=negative or None, plan=plan
     )
+    order = dataclasses.replace(order, previews=preview_steps(order.steps, PREVIEWS))
     async for picture, done, seconds in _events(desk, order):
         yield picture, f"Drawn in {seconds:.2f} s." if done else "Drawing…"
 
@@ -168,13 +184,13 @@ async def _compare(
         order = _order(desk, prompt=prompt, size=size, seed=seed, plan=plan)
         async for picture, _, seconds in _events(desk, order):
             pictures[index], taken[index] = picture, seconds
-            yield pictures[0], pictures[1], None, f"Drawing {plan}…"
+            yield pictures[0], pictures[1], None, f"{plan}: {seconds:.3f} s"
     one, other = pictures
     assert one is not None
     assert other is not None
     apart = np.abs(one.astype(np.int16) - other)
     said = (
-        f"{first}: {taken[0]:.2f} s, {second}: {taken[1]:.2f} s with their previews. "
+        f"{first}: {taken[0]:.3f} s, {second}: {taken[1]:.3f} s. "
         f"The pictures differ by {apart.mean():.2f} of 255 on average."
     )
     yield one, other, np.minimum(apart * STRONGER, 255).astype(np.uint8), said
@@ -186,20 +202,14 @@ async def _attention(
     order = _order(desk, prompt=prompt, size=size, seed=seed, plan=plan)
     try:
         work = desk.batcher.alone(functools.partial(_measured, desk, order))
-        shown, rows = await asyncio.wrap_future(work)
     except Refused as error:
         raise gr.Error(str(error), print_exception=False) from None
-    return shown, f"Density of {plan}: {rows:.3f}."
+    shown, density = await asyncio.wrap_future(work)
+    return shown, f"Density of {plan}: {density:.3f}."
 
 
 def _measured(desk: Desk, order: Order) -> tuple[list[tuple[Any, str]], float]:
     """The pictures of `sparvar inspect`, and the density of the plan."""
-    import json
-
-    from PIL import Image
-
-    from sparvar_jax.study.report import QUANTITIES, inspect_prompt
-
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         inspect_prompt(desk.pipe, order.prompt, out, seed=order.seed, **order.bucket.options)

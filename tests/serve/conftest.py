@@ -23,9 +23,10 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def process(tiny, tmp_path_factory):
-    from tests.serve.process import Server
+    from tests.serve.process import OPTIONS, Server
 
-    server = Server(tiny, tmp_path_factory.getbasetemp() / "serve-cache", "--queue", "10")
+    cache = tmp_path_factory.getbasetemp() / "serve-cache"
+    server = Server(tiny, cache, *OPTIONS, "--queue", "10")
     yield server
     if server.alive:
         server.stop()

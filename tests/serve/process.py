@@ -19,11 +19,12 @@ OPTIONS = ("--plan", PLAN, "--prompt-tokens", "32", "--batches", "1,2")
 
 
 class Server:
-    """`sparvar serve` with a model; the port stays the same from start to start."""
+    """A command that serves a model; the port stays the same from start to start."""
 
-    def __init__(self, model: Path, cache: Path, *options: str):
-        self.model, self.options, self.port = model, options, free_port()
-        self._cache, self._process, self._log = cache, None, model.parent / "server.log"
+    def __init__(self, model: Path, cache: Path, *options: str, command: str = "serve"):
+        self.port = free_port()
+        self._command = [command, "--model", str(model), "--port", str(self.port), *options]
+        self._cache, self._process, self._log = cache, None, model.parent / f"{command}.log"
 
     @property
     def address(self) -> str:
@@ -46,10 +47,9 @@ class Server:
             # Programs must be those of this process, whose pictures are the truth.
             "JAX_DISABLE_MOST_OPTIMIZATIONS": str(quickly),
         }
-        command = [sys.executable, "-m", "sparvar_jax", "serve", "--model", str(self.model)]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [*command, "--port", str(self.port), *OPTIONS, *self.options],
+                [sys.executable, "-m", "sparvar_jax", *self._command],
                 env=environment,
                 stdout=log,
                 stderr=log,

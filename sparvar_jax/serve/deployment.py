@@ -1,0 +1,94 @@
+"""The same application on Ray Serve: replicas on as many machines as a Ray cluster has.
+
+serve run sparvar_jax.serve.deployment:build model=/models/infinity_2b replicas=4 gpus=1
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from sparvar_jax.pipelines.pipeline import Pipeline
+from sparvar_jax.serve.app import create_app
+from sparvar_jax.serve.settings import Settings
+from sparvar_jax.serve.warming import warm_up
+
+LISTS = ("plans", "sizes")
+NUMBERS = ("prompt_tokens", "waiting", "most_pictures")
+
+
+def deployment(
+    model: str | Path | None,
+    settings: Settings,
+    *,
+    replicas: int = 1,
+    gpus: float = 0,
+    dtype: str | None = None,
+) -> Application:
+    """The application, to be run by `ray.serve.run`.
+
+    Every replica loads the model from a path that its machine has, compiles, and only then takes
+    requests. gpus: of one replica. Raises ValueError for settings with a page, whose events would
+    meet another replica at every step.
+    """
+    if settings.page:
+        raise ValueError("the page keeps its state in one process: serve it by `sparvar web`")
+    ingress = serve.ingress(functools.partial(_replica, model, settings, dtype))
+    made = serve.deployment(
+        ingress(_Replica),
+        name="sparvar",
+        num_replicas=replicas,
+        ray_actor_options={"num_gpus": gpus},
+        # The queue is ours: a replica sees all requests it may batch, and refuses those beyond.
+        max_ongoing_requests=settings.waiting + 2 * settings.largest,
+        graceful_shutdown_timeout_s=settings.seconds,
+    )
+    return made.bind()
+
+
+def build(arguments: dict[str, str]) -> Application:
+    """The application from the arguments of `serve run`, or of a Serve configuration file.
+
+    model, replicas, gpus, dtype, and of `Settings`: plans and sizes (joined by semicolons), batches
+    (by commas), prompt_tokens, waiting, most_pictures, seconds, api_key. Raises ValueError for
+    others.
+    """
+    given = dict(arguments)
+    model, dtype = given.pop("model", None), given.pop("dtype", None)
+    replicas, gpus = int(given.pop("replicas", "1")), float(given.pop("gpus", "0"))
+    options: dict[str, object] = {}
+    for name, value in given.items():
+        if name in LISTS:
+            options[name] = tuple(part.strip() for part in value.split(";"))
+        elif name == "batches":
+            options[name] = tuple(int(part) for part in value.split(","))
+        elif name in NUMBERS:
+            options[name] = int(value)
+        elif name == "seconds":
+            options[name] = float(value)
+        elif name == "api_key":
+            options[name] = value
+        else:
+            known = ", ".join((*LISTS, "batches", *NUMBERS, "seconds", "api_key"))
+            raise ValueError(
+                f"unknown argument {name!r}: use model, replicas, gpus, dtype, {known}"
+            )
+    settings = Settings(**options)  # type: ignore[arg-type]
+    return deployment(model, settings, replicas=replicas, gpus=gpus, dtype=dtype)
+
+
+class _Replica:
+    """What Ray wraps around the application."""
+
+
+def _replica(model: str | Path | None, settings: Settings, dtype: str | None) -> FastAPI:
+    from sparvar_jax.cli import console
+
+    console.use_compilation_cache()
+    pipe = Pipeline.from_checkpoint(model, dtype=dtype)
+    warm_up(pipe, settings)
+    return create_app(pipe, settings)
