@@ -6,7 +6,9 @@ serve run sparvar_jax.serve.deployment:build model=/models/infinity_2b replicas=
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -16,9 +18,6 @@ from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.serve.app import create_app
 from sparvar_jax.serve.settings import Settings
 from sparvar_jax.serve.warming import warm_up
-
-LISTS = ("plans", "sizes")
-NUMBERS = ("prompt_tokens", "waiting", "most_pictures")
 
 
 def deployment(
@@ -53,32 +52,39 @@ def deployment(
 def build(arguments: dict[str, str]) -> Application:
     """The application from the arguments of `serve run`, or of a Serve configuration file.
 
-    model, replicas, gpus, dtype, and of `Settings`: plans and sizes (joined by semicolons), batches
-    (by commas), prompt_tokens, waiting, most_pictures, seconds, api_key. Raises ValueError for
-    others.
+    model, replicas, gpus, dtype, and settings: plans and sizes (joined by semicolons), batches (by
+    commas), prompt_tokens, waiting, most_pictures, seconds, api_key. Raises ValueError for others.
     """
-    given = dict(arguments)
-    model, dtype = given.pop("model", None), given.pop("dtype", None)
-    replicas, gpus = int(given.pop("replicas", "1")), float(given.pop("gpus", "0"))
-    options: dict[str, object] = {}
-    for name, value in given.items():
-        if name in LISTS:
-            options[name] = tuple(part.strip() for part in value.split(";"))
-        elif name == "batches":
-            options[name] = tuple(int(part) for part in value.split(","))
-        elif name in NUMBERS:
-            options[name] = int(value)
-        elif name == "seconds":
-            options[name] = float(value)
-        elif name == "api_key":
-            options[name] = value
-        else:
-            known = ", ".join((*LISTS, "batches", *NUMBERS, "seconds", "api_key"))
-            raise ValueError(
-                f"unknown argument {name!r}: use model, replicas, gpus, dtype, {known}"
-            )
-    settings = Settings(**options)  # type: ignore[arg-type]
-    return deployment(model, settings, replicas=replicas, gpus=gpus, dtype=dtype)
+    unknown = sorted(set(arguments) - set(_READ))
+    if unknown:
+        raise ValueError(f"unknown argument {', '.join(unknown)}: use {', '.join(_READ)}")
+    given = {name: _READ[name](value) for name, value in arguments.items()}
+    own = {name: given.pop(name) for name in ("replicas", "gpus", "dtype") if name in given}
+    return deployment(given.pop("model", None), Settings(**given), **own)
+
+
+def _texts(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(";"))
+
+
+def _numbers(value: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in value.split(","))
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "model": str,
+    "replicas": int,
+    "gpus": float,
+    "dtype": str,
+    "plans": _texts,
+    "sizes": _texts,
+    "batches": _numbers,
+    "prompt_tokens": int,
+    "waiting": int,
+    "most_pictures": int,
+    "seconds": float,
+    "api_key": str,
+}
 
 
 class _Replica:
