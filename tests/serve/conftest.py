@@ -1,6 +1,7 @@
 """One server process for the tests that need one, and the pipeline its pictures must equal."""
 
 import base64
+import importlib.util
 import io
 
 import jax
@@ -12,8 +13,16 @@ from PIL import Image
 from sparvar_jax.cli import console
 from tests.tiny_model import write_tiny_model
 
-pytest.importorskip("fastapi", reason="the server needs sparvar-jax[serve]")
-pytest.importorskip("openai", reason="its tests speak to it with the openai package")
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "openai", "httpx", "hypothesis", "jsonschema")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+collect_ignore_glob = ["test_*.py"] if MISSING else []
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say why nothing of the server was tested."""
+    if MISSING:
+        line = f"tests/serve left out: no {', '.join(MISSING)}; install sparvar-jax[test]"
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

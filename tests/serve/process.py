@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import jax
 
-START_SECONDS = 240
+START_SECONDS = 600
 PLAN = "skip_last_scales(4)"
 OPTIONS = ("--plan", PLAN, "--prompt-tokens", "32", "--batches", "1,2")
 
@@ -54,12 +54,19 @@ class Server:
                 stdout=log,
                 stderr=log,
             )
+        try:
+            self._wait()
+        except BaseException:
+            self._process.kill()
+            raise
+        return self
+
+    def _wait(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not self.healthy():
             assert self.alive, self.log()
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.1)
-        return self
 
     def healthy(self) -> bool:
         """Whether the port is open and pictures are drawn."""
