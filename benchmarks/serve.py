@@ -168,12 +168,15 @@ def main(arguments: list[str] | None = None) -> None:
     for name in asked.models:
         for row in measure(name, asked):
             record.add("serve", row, key=KEY, folder=asked.out)
-            added = "" if row["added_ms"] is None else f", {row['added_ms']:.1f} ms added"
-            print(
-                f"{row['model']} {row['clients']} clients: {row['images_per_second']:.2f} images/s "
-                f"({row['share']:.0%} of the pipeline), median {row['seconds_median']:.4f} s{added}",
-                flush=True,
-            )
+            print(line(row), flush=True)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row in one line of text."""
+    added = "" if row["added_ms"] is None else f", {row['added_ms']:.1f} ms added"
+    rate = f"{row['images_per_second']:.2f} images/s ({row['share']:.0%} of the pipeline)"
+    head = f"{row['model']} {row['clients']} clients: {rate}"
+    return f"{head}, median {row['seconds_median']:.4f} s{added}"
 
 
 if __name__ == "__main__":
