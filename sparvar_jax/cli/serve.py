@@ -120,12 +120,16 @@ def _run(
     port: int,
     show: bool = False,
 ) -> None:
+    from sparvar_jax.pipelines import loading
     from sparvar_jax.pipelines.pipeline import Pipeline
     from sparvar_jax.serve import running
     from sparvar_jax.serve.app import create_app
+    from sparvar_jax.serve.menu import Menu
     from sparvar_jax.serve.warming import warm_up
 
     bound = running.bind(host, port)  # a port that is taken is found before the work
+    described = loading.describe_model(loading.model_folder(model))
+    Menu(Pipeline(described), settings)  # complains before weights are read
     if settings.api_key is None and not running.is_loopback(host):
         console.errors.print(
             f"warning: {host} is open to other machines and no API key is asked for",
@@ -135,7 +139,7 @@ def _run(
     watch = console.Stopwatch()
     with console.progress() as report:
         pipe = Pipeline.from_checkpoint(model, dtype=dtype, progress=report)
-        app = create_app(pipe, settings)  # complains before the work
+        app = create_app(pipe, settings)
         watch.lap("loaded")
         warm_up(pipe, settings, report)
         watch.lap("compiled")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from ray import serve
-from ray.serve import Application
+from ray import serve  # pyright: ignore[reportMissingImports]
+from ray.serve import Application  # pyright: ignore[reportMissingImports]
 
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.serve.app import create_app

@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
+import gradio as gr  # pyright: ignore[reportMissingImports]
 import numpy as np
 from fastapi import FastAPI
+from gradio.themes import Default as Theme  # pyright: ignore[reportMissingImports]
 from jaxtyping import UInt8
 from PIL import Image
 from pydantic import ValidationError
@@ -31,7 +32,7 @@ KEPT_SECONDS = 3600  # of pictures that were shown, on disk
 STRONGER = 4  # differences are shown so many times as strong
 EXAMPLE = "a red apple on a green background"
 # Fonts of the reader's own system: nothing is fetched from elsewhere.
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME = Theme(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 

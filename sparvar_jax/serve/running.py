@@ -25,7 +25,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(
-            f"cannot serve at {host}:{port}: {reason}; choose --host, --port"
+            f"cannot serve at {host}:{port}: {reason}; choose another --host or --port"
         ) from None
     return found
 
