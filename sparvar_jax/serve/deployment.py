@@ -5,7 +5,6 @@ serve run sparvar_jax.serve.deployment:build model=/models/infinity_2b replicas=
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,12 @@ def deployment(
     """
     if settings.page:
         raise ValueError("the page keeps its state in one process: serve it by `sparvar web`")
-    ingress = serve.ingress(functools.partial(_replica, model, settings, dtype))
+
+    def application() -> FastAPI:  # Ray takes a function for a builder, and a partial for an app
+        return _replica(model, settings, dtype)
+
     made = serve.deployment(
-        ingress(_Replica),
+        serve.ingress(application)(_Replica),
         name="sparvar",
         num_replicas=replicas,
         ray_actor_options={"num_gpus": gpus},
