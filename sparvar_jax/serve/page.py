@@ -27,7 +27,6 @@ from sparvar_jax.serve.schema import ImageRequest
 from sparvar_jax.study.report import QUANTITIES, inspect_prompt
 
 PREVIEWS = 6
-HEIGHT = 400
 KEPT_SECONDS = 3600  # of pictures that were shown, on disk
 STRONGER = 4  # differences are shown so many times as strong
 EXAMPLE = "a red apple on a green background"
@@ -135,7 +134,6 @@ def _picture(label: str) -> Any:
         type="numpy",
         interactive=False,
         min_width=200,
-        height=HEIGHT,
         buttons=["download", "fullscreen"],
     )
 
