@@ -35,12 +35,10 @@ def deployment(
     """
     if settings.page:
         raise ValueError("the page keeps its state in one process: serve it by `sparvar web`")
-
-    def application() -> FastAPI:  # Ray takes a function for a builder, and a partial for an app
-        return _replica(model, settings, dtype)
-
+    # Ray takes a function for a builder, but a partial for an application.
+    ingress = serve.ingress(lambda: _replica(model, settings, dtype))
     made = serve.deployment(
-        serve.ingress(application)(_Replica),
+        ingress(_Replica),
         name="sparvar",
         num_replicas=replicas,
         ray_actor_options={"num_gpus": gpus},
