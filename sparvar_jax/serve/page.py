@@ -204,6 +204,8 @@ async def _attention(
     except Refused as error:
         raise gr.Error(str(error), print_exception=False) from None
     shown, density = await asyncio.wrap_future(work)
+    if not shown:
+        return shown, f"{plan} ends before the scales that are measured."
     return shown, f"Density of {plan}: {density:.3f}."
 
 

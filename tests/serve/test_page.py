@@ -18,6 +18,7 @@ from tests.serve.process import PLAN, Server
 
 pytestmark = pytest.mark.slow
 OTHER = "skip_last_scales(5)"
+MEASURED = "skip_last_scales(2)"  # the last plan is the usual one there; scale 4 is measured
 PROMPT = "a green owl"
 SECONDS = 120
 PHONE = (390, 844)
@@ -41,7 +42,8 @@ def browser():
 def web(tiny, tmp_path_factory):
     pytest.importorskip("gradio", reason="the page needs sparvar-jax[page]")
     cache = tmp_path_factory.getbasetemp() / "serve-cache"
-    options = ("--no-open", "--prompt-tokens", "32", "--plan", PLAN, "--plan", OTHER)
+    plans = [part for plan in (PLAN, OTHER, MEASURED) for part in ("--plan", plan)]
+    options = ("--no-open", "--prompt-tokens", "32", *plans)
     server = Server(tiny, cache, *options, command="web")
     yield server.start()
     if server.alive:
