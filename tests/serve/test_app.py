@@ -131,7 +131,7 @@ ANYTHING = st.recursive(
     max_leaves=6,
 )
 NAMED = st.dictionaries(SHORT, ANYTHING)
-QUIET = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+QUIET = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def bodies(description):
