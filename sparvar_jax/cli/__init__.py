@@ -18,6 +18,7 @@ from sparvar_jax.cli.info import info
 from sparvar_jax.cli.inspect import inspect
 from sparvar_jax.cli.plans import plans
 from sparvar_jax.cli.sample import sample
+from sparvar_jax.cli.serve import serve, web
 from sparvar_jax.cli.warmup import warmup
 
 app = typer.Typer(
@@ -28,7 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    generate, edit, sample, convert, compare, info, inspect, plans, head_order, chart, warmup,
+    generate, edit, sample, convert, compare, info, inspect, plans, head_order, chart, warmup, serve,
+    web,
 ):  # fmt: skip
     app.command()(command)
 

@@ -51,7 +51,11 @@ class Tokenizer:
             target[: len(row)] = row
         return ids, lengths
 
-    def _encode_one(self, prompt: str, max_length: int) -> list[int]:
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt with its end token, uncut; ValueError for an empty one."""
+        return len(self._pieces(prompt)) + 1
+
+    def _pieces(self, prompt: str) -> list[int]:
         try:
             prompt.encode()
         except UnicodeEncodeError:
@@ -63,6 +67,10 @@ class Tokenizer:
             raise ValueError(
                 f"the prompt is empty ({shown(prompt)}): describe the picture in at least one word"
             )
+        return pieces
+
+    def _encode_one(self, prompt: str, max_length: int) -> list[int]:
+        pieces = self._pieces(prompt)
         if len(pieces) + 1 > max_length:
             warnings.warn(
                 f"the prompt has {len(pieces) + 1} tokens and is cut to {max_length}; "

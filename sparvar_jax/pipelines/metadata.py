@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,10 +31,25 @@ def write_png(
     path: str | Path, pixels: UInt8[ndarray, "height width 3"], metadata: Mapping[str, str]
 ) -> None:
     """Write an RGB picture to an open path (see `files.whole_file`) with its metadata."""
-    info = PngInfo()
+    Path(path).write_bytes(png_bytes(pixels, metadata))
+
+
+def png_bytes(
+    pixels: UInt8[ndarray, "height width 3"],
+    metadata: Mapping[str, str],
+    *,
+    effort: int | None = None,
+) -> bytes:
+    """The file of an RGB picture with its metadata.
+
+    effort: of the compression, 0 to 9; None is the library's own.
+    """
+    info, file = PngInfo(), io.BytesIO()
     for key, value in metadata.items():
         info.add_itxt(key, value)
-    Image.fromarray(pixels).save(path, format="PNG", pnginfo=info)
+    options = {} if effort is None else {"compress_level": effort}
+    Image.fromarray(pixels).save(file, format="PNG", pnginfo=info, **options)
+    return file.getvalue()
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

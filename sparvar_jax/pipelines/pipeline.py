@@ -158,11 +158,22 @@ class Pipeline:
 
     def decode(self, code_sum: Float[Array, "B h w Cd"]) -> UInt8[np.ndarray, "B height width 3"]:
         """Pictures from sums of codes."""
-        return to_host(self._decode(code_sum))
+        return to_host(self.pixels(code_sum))
+
+    def pixels(self, code_sum: Float[Array, "B h w Cd"]) -> UInt8[Array, "B height width 3"]:
+        """Pictures from sums of codes, on the device and not waited for."""
+        return self._decode(code_sum)
 
     def encode_text(self, prompts: Any) -> Any:
         """Text features of prompts, for models that draw such; features are left as they are."""
         return self._ability("encode")(prompts)
+
+    def text_lengths(self, prompts: Any) -> list[tuple[int, int]]:
+        """(tokens, padded tokens) of prompts; pictures of equal padding can share a batch.
+
+        For models that draw such. Tokens of a prompt that is too long to be read count as well.
+        """
+        return self._ability("lengths")(prompts)
 
     def tokenise(self, pictures: UInt8[np.ndarray, "B height width 3"]) -> Tokenised:
         """RGB pictures of the model's own size as token maps, for models that draw classes."""

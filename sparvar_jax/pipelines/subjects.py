@@ -91,6 +91,10 @@ class Prompted:
             return subject
         return self._encoder()(self.listed(subject))
 
+    def lengths(self, subject: Any) -> list[tuple[int, int]]:
+        """(tokens, padded tokens) of prompts."""
+        return self._encoder().lengths(self.listed(subject))
+
     def _encoder(self) -> Any:
         if self._text is None:
             raise ValueError(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from sparvar_jax.models import t5
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
-from sparvar_jax.models.text_tokens import Tokenizer, load_tokenizer
+from sparvar_jax.models.text_tokens import Tokenizer, load_tokenizer, padded_length
 from sparvar_jax.pipelines import parts
 from sparvar_jax.runtime.bound import Bound
 from sparvar_jax.weights import checkpoint
@@ -65,6 +65,11 @@ class TextEncoder:
         """Features of prompts; ValueError for an empty one, a warning for one that is cut."""
         ids, lengths = self._tokenizer.encode(prompts, self._max_length)
         return TextFeatures(self._encode(ids, lengths), lengths)
+
+    def lengths(self, prompts: Sequence[str]) -> list[tuple[int, int]]:
+        """(tokens, padded tokens) of every prompt; the first may exceed what is read of it."""
+        counts = [self._tokenizer.count(prompt) for prompt in prompts]
+        return [(count, padded_length(count, self._max_length)) for count in counts]
 
     def shape(self, prompts: Sequence[str]) -> tuple[TextFeatures, Any]:
         """Abstract features of prompts, and a function that compiles what computes them."""
