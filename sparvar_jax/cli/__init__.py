@@ -29,8 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    generate, edit, sample, convert, compare, info, inspect, plans, head_order, chart, warmup, serve,
-    web,
+    generate, edit, sample, convert, compare, info, inspect, plans, head_order, chart, warmup,
+    serve, web,
 ):  # fmt: skip
     app.command()(command)
 
