@@ -111,7 +111,7 @@ def text_encoder(name: str, *, dtype: str | None = None) -> TextEncoder:
         return TextEncoder.from_checkpoint(name, dtype=dtype)
     config = dataclasses.replace(T5_XL, dtype=loading.compute_dtype(dtype))
     pieces = list(range(2, TEXT_TOKENS + 1))
-    tokenizer = Tokenizer("made up", config.vocab, lambda prompt: pieces)
+    tokenizer = Tokenizer(Path("made up"), config.vocab, lambda prompt: pieces)
     encoder = randomise(abstract(T5Encoder, config), 2)
     longest = InfinityConfig.preset(name).text_max_length
     return TextEncoder(lambda: encoder, tokenizer, longest)  # type: ignore[arg-type,return-value]

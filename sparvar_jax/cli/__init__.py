@@ -11,6 +11,7 @@ from sparvar_jax.cli import console
 from sparvar_jax.cli.compare import compare
 from sparvar_jax.cli.convert import convert
 from sparvar_jax.cli.edit import edit
+from sparvar_jax.cli.fetch import fetch
 from sparvar_jax.cli.generate import generate
 from sparvar_jax.cli.info import info
 from sparvar_jax.cli.inspect import inspect
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, edit, sample, convert, compare, info, inspect, plans, warmup):
+for command in (generate, edit, sample, fetch, convert, compare, info, inspect, plans, warmup):
     app.command()(command)
 
 
