@@ -26,12 +26,12 @@ import numpy as np
 
 from benchmarks import _record as record
 from benchmarks import features, quality_report
-from benchmarks.picture_metrics import ms_ssim, object_box, psnr, ssim
 from benchmarks.quality_drawing import Drawing
 from benchmarks.quality_plans import DEFAULT_PLANS
 from benchmarks.teacher_forcing import LogitComparison
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.plans.plan import Plan
+from sparvar_jax.study.picture_metrics import ms_ssim, object_box, psnr, ssim
 
 DEMO_PROMPTS = pathlib.Path(__file__).resolve().parents[1] / "examples/train_demo/prompts.json"
 SUBSETS = ("single", "scenes")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import features
-from benchmarks.picture_metrics import ms_ssim, object_box, psnr, ssim
+from sparvar_jax.study.picture_metrics import ms_ssim, object_box, psnr, ssim
 
 skimage_metrics = pytest.importorskip("skimage.metrics")
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sparvar_jax.cli import console
+from sparvar_jax.cli.bench import bench
 from sparvar_jax.cli.compare import compare
 from sparvar_jax.cli.convert import convert
 from sparvar_jax.cli.edit import edit
@@ -26,7 +27,19 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, edit, sample, fetch, convert, compare, info, inspect, plans, warmup):
+for command in (
+    generate,
+    edit,
+    sample,
+    fetch,
+    convert,
+    compare,
+    bench,
+    info,
+    inspect,
+    plans,
+    warmup,
+):
     app.command()(command)
 
 
