@@ -19,7 +19,7 @@ from sparvar_jax import __version__  # noqa: E402
 
 project = "sparvar_jax"
 author = "The sparvar_jax developers"
-copyright = "the sparvar_jax developers, Apache-2.0"  # noqa: A001
+copyright = "the sparvar_jax developers, Apache-2.0"
 release = version = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
@@ -41,6 +41,34 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 
 
+def tidy(lines: list[str]) -> list[str]:
+    """Docstrings of this house as reStructuredText: hanging indents and lists without blank lines.
+
+    Blocks that start with a colon are fields that were made before.
+    """
+    found: list[str] = []
+    block, listing = None, False
+    for line in lines:
+        text, indent = line.strip(), len(line) - len(line.lstrip())
+        if not text:
+            block, listing = None, False
+        elif block is None:
+            block, fields, listing = indent, text.startswith((":", "..")), text.startswith("- ")
+        elif not fields:
+            starts = text.startswith("- ") and indent <= block
+            if starts != listing and (starts or indent <= block):
+                found.append("")
+                listing = starts
+            line = line if listing else " " * block + text
+        found.append(line)
+    return found
+
+
+def _tidy(app, what, name, thing, options, lines: list[str]) -> None:
+    del app, what, name, thing, options
+    lines[:] = tidy(lines)
+
+
 def _every_result(app: object) -> None:
     """Write the page with a table of every result file there is."""
     del app
@@ -51,6 +79,7 @@ def _every_result(app: object) -> None:
         file.write_text(text)
 
 
-def setup(app):  # noqa: ANN001
+def setup(app):
     """Sphinx calls this."""
     app.connect("builder-inited", _every_result)
+    app.connect("autodoc-process-docstring", _tidy, priority=900)  # after napoleon

@@ -80,13 +80,14 @@ def test_the_readme_is_a_front_page():
 
 
 def test_links_between_pages_and_files_lead_somewhere():
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/*.md")]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md"), *(ROOT / "docs").glob("*/*.md")]
+    pages = [page for page in pages if page.name != "every_file.md"]  # made in the build
     missing = []
     for page in pages:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             path = target.partition("#")[0]
-            if path and "://" not in path and not path.startswith("mailto:"):
-                if not (page.parent / path).exists():
-                    missing.append(f"{page.relative_to(ROOT)}: {target}")
+            outside = not path or "://" in path or path.startswith("mailto:")
+            if not outside and not (page.parent / path).exists():
+                missing.append(f"{page.relative_to(ROOT)}: {target}")
     assert missing == []
