@@ -162,6 +162,13 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("compile s", _number("compile_seconds", 1)),
         ("first picture after weights, s", _number("first_picture_seconds", 1)),
     ),
+    "newcomer": (
+        ("step", _text("step")),
+        ("command", lambda row: f"`{row['command']}`"),
+        ("seconds", _number("seconds", 1)),
+        ("cores", _text("cores")),
+        ("load", _number("load", 1)),
+    ),
     "quality": (
         ("plan", lambda row: label(row["plan"])),
         ("PSNR dB", _number("psnr", 2)),
