@@ -21,6 +21,7 @@ import venv
 from typing import Any
 
 from benchmarks import _record as record
+from sparvar_jax.pipelines import metadata
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIRST = "a rocket above a red apple on a dark green background"
@@ -92,10 +93,17 @@ def main() -> None:
             named = f".[{asked.extra}]" if asked.extra else "."
             rows.append({"step": "install", "command": f"pip install {named}", "seconds": seconds})
         rows += path(place, programs, options)
+        told = metadata.read_metadata(place / "sparvar.png")["versions"]
     common = {"cores": os.cpu_count(), "load": _load()}
-    record.write("newcomer", [{**row, **common} for row in rows], folder=asked.out)
+    entries = {"versions": versions_of(told), "rows": [{**row, **common} for row in rows]}
+    record.write_entries("newcomer", entries, folder=asked.out)
     for row in rows:
         print(f"{row['step']}: {row['seconds']:.1f} s ({row['command']})")
+
+
+def versions_of(told: str) -> dict[str, str]:
+    """Package -> version, of the environment that drew a picture, as its metadata say."""
+    return dict(entry.split(" ", 1) for entry in told.split(", "))
 
 
 def _load() -> float | None:
