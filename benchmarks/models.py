@@ -152,11 +152,11 @@ def text_encoder(name: str, *, dtype: str | None = None) -> TextEncoder | Prefix
     computing = loading.compute_dtype(dtype)
     if name.startswith("hart_"):
         config: Any = dataclasses.replace(QWEN2, dtype=computing)
-        tokenizer: Any = PrefixTokenizer("made up", config.vocab, 0, lambda prompt: pieces)
+        tokenizer: Any = PrefixTokenizer(Path("made up"), config.vocab, 0, lambda prompt: pieces)
         encoder = randomise(abstract(Qwen2, config), 2)
         return PrefixEncoder(lambda: encoder, tokenizer, HartConfig.preset(name).text_tokens)
     config = dataclasses.replace(T5_XL, dtype=computing)
-    tokenizer = Tokenizer("made up", config.vocab, lambda prompt: pieces)
+    tokenizer = Tokenizer(Path("made up"), config.vocab, lambda prompt: pieces)
     encoder = randomise(abstract(T5Encoder, config), 2)
     longest = InfinityConfig.preset(name).text_max_length
     return TextEncoder(lambda: encoder, tokenizer, longest)  # type: ignore[arg-type,return-value]

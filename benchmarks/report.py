@@ -1,11 +1,13 @@
-"""Turns the JSON files under `benchmarks/results/` into the README's tables.
+"""Turns the JSON files under `benchmarks/results/` into the tables of README and documentation.
 
     python -m benchmarks.report            # rewrite the tables
-    python -m benchmarks.report --check    # exit 1 if the README is not what the files say
-    python -m benchmarks.report NAME ...   # print tables, in the README or not
+    python -m benchmarks.report --check    # exit 1 if a page is not what the files say
+    python -m benchmarks.report NAME ...   # print tables, on a page or not
 
 A table lives between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a file's path below
-`benchmarks/results/` without its ending, and the columns follow from the kind of file.
+`benchmarks/results/` without its ending, and the columns follow from the kind of file. With
+`NAME where COLUMN=VALUE` it has the rows alone whose entry COLUMN is VALUE, or one of several
+between `|`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from benchmarks.quality_plans import label
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-_TABLE = re.compile(r"<!-- table: ([\w./-]+) -->\n.*?<!-- end -->", re.DOTALL)
+DOCS = ROOT / "docs"
+_TABLE = re.compile(
+    r"<!-- table: ([\w./-]+)(?: where (\w+)=([^\n]+?))? -->\n.*?<!-- end -->", re.DOTALL
+)
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
@@ -157,6 +162,13 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("compile s", _number("compile_seconds", 1)),
         ("first picture after weights, s", _number("first_picture_seconds", 1)),
     ),
+    "newcomer": (
+        ("step", _text("step")),
+        ("command", lambda row: f"`{row['command']}`"),
+        ("seconds", _number("seconds", 1)),
+        ("cores", _text("cores")),
+        ("load", _number("load", 1)),
+    ),
     "quality": (
         ("plan", lambda row: label(row["plan"])),
         ("PSNR dB", _number("psnr", 2)),
@@ -173,13 +185,43 @@ LEFT_TO_THE_FILE = ("single", "boxes")
 """Subsets of a quality file that its table leaves out."""
 
 
-def table(name: str) -> str:
-    """The markdown table of one results file, with the line that says where it comes from."""
+def pages() -> list[pathlib.Path]:
+    """The README and every page of the documentation that holds tables."""
+    found = sorted(DOCS.rglob("*.md"))
+    return [README, *(page for page in found if _TABLE.search(page.read_text()))]
+
+
+def _kind(file: pathlib.Path) -> str:
+    return file.stem if file.stem in COLUMNS else re.split(r"[-_.]", file.stem)[0]
+
+
+def every_table() -> str:
+    """A page with the table of every result file that has columns here, by device."""
+    lines = ["# Every result file", "", "Made from `benchmarks/results` when this is built."]
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        lines += ["", f"## {folder.name}"]
+        for file in sorted(folder.glob("*.json")):
+            if _kind(file) in COLUMNS:
+                name = f"{folder.name}/{file.stem}"
+                lines += ["", f"### {name}", "", table(name)]
+    return "\n".join([*lines, ""])
+
+
+def table(name: str, column: str | None = None, values: str | None = None) -> str:
+    """The markdown table of one results file, with the line that says where it comes from.
+
+    column, values: keep the rows alone whose entry `column` is one of `values`, between `|`.
+    """
     file = RESULTS / f"{name}.json"
     if not file.is_file():
-        raise ValueError(f"the README names {file}, which does not exist: run its benchmark first")
+        raise ValueError(f"a page names {file}, which does not exist: run its benchmark first")
     content = json.loads(file.read_text())
-    kind = file.stem if file.stem in COLUMNS else re.split(r"[-_.]", file.stem)[0]
+    if column:
+        wanted = (values or "").split("|")
+        content["rows"] = [row for row in content["rows"] if str(row.get(column)) in wanted]
+        if not content["rows"]:
+            raise ValueError(f"{file} has no row whose {column} is {values}: mend the page")
+    kind = _kind(file)
     if kind not in COLUMNS:
         raise ValueError(f"{file}: no table for {kind!r}, expected one of {', '.join(COLUMNS)}")
     for row in content["rows"]:
@@ -200,13 +242,18 @@ def table(name: str) -> str:
     return "\n".join([*lines, "", f"{source}; {content['date']}; commit {', '.join(commits)}."])
 
 
-def render(readme: str) -> str:
-    """The README with every table rewritten from its file."""
-    return _TABLE.sub(lambda m: f"<!-- table: {m[1]} -->\n{table(m[1])}\n<!-- end -->", readme)
+def render(page: str) -> str:
+    """A page with every table rewritten from its file."""
+
+    def write(found: re.Match[str]) -> str:
+        head = found[0].partition("\n")[0]
+        return f"{head}\n{table(*found.groups())}\n<!-- end -->"
+
+    return _TABLE.sub(write, page)
 
 
 def main() -> None:
-    """Rewrite or check the README's tables, or print tables by name."""
+    """Rewrite or check the tables of all pages, or print tables by name."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -216,12 +263,13 @@ def main() -> None:
     if arguments.names:
         print("\n\n".join(table(name) for name in arguments.names))
         return
-    before = README.read_text()
-    after = render(before)
-    if arguments.check and after != before:
-        sys.exit("README.md is older than benchmarks/results: run python -m benchmarks.report")
-    if not arguments.check:
-        README.write_text(after)
+    for page in pages():
+        before = page.read_text()
+        after = render(before)
+        if arguments.check and after != before:
+            sys.exit(f"{page} is older than benchmarks/results: run python -m benchmarks.report")
+        if not arguments.check:
+            page.write_text(after)
 
 
 if __name__ == "__main__":

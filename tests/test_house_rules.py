@@ -1,7 +1,9 @@
 """Rules of the house that hold for every file: who imports what, and how long a file may be."""
 
 import ast
+import json
 import pathlib
+import re
 
 import pytest
 
@@ -52,5 +54,40 @@ def test_files_stay_readable():
     assert long == {}
 
 
-def test_readme_tables_are_what_the_result_files_say():
-    assert report.render(report.README.read_text()) == report.README.read_text()
+@pytest.mark.parametrize("page", report.pages(), ids=lambda page: page.name)
+def test_readme_tables_are_what_the_result_files_say(page):
+    assert report.render(page.read_text()) == page.read_text()
+
+
+def test_tables_can_keep_some_rows(tmp_path, monkeypatch):
+    file = tmp_path / "cpu" / "convert.json"
+    file.parent.mkdir()
+    rows = [{"preset": name, "form": "flat", "seconds": 1.0} for name in ("a", "b", "c")]
+    about = {"device": "x", "versions": {}, "date": "d", "commit": "e"}
+    file.write_text(json.dumps({**about, "rows": rows}))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    page = "<!-- table: cpu/convert where preset=a|c -->\n<!-- end -->"
+    lines = report.render(page).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[3:5]] == ["a", "c"]
+    assert report.render(report.render(page)) == report.render(page)
+    assert "| b |" in report.every_table()
+    with pytest.raises(ValueError, match="no row whose preset is z"):
+        report.table("cpu/convert", "preset", "z")
+
+
+def test_the_readme_is_a_front_page():
+    assert len(report.README.read_text().splitlines()) <= 200
+
+
+def test_links_between_pages_and_files_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/*.md"), *(ROOT / "docs").glob("*/*.md")]
+    pages = [page for page in pages if page.name != "every_file.md"]  # made in the build
+    missing = []
+    for page in pages:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path = target.partition("#")[0]
+            outside = not path or "://" in path or path.startswith("mailto:")
+            if not outside and not (page.parent / path).exists():
+                missing.append(f"{page.relative_to(ROOT)}: {target}")
+    assert missing == []

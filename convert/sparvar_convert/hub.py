@@ -32,14 +32,58 @@ def download(address: str) -> Fetched:
 
     A snapshot that is complete in the cache is used as it is; the network is asked last.
     """
+    repository, inner, revision = _parse(address)
+    root = _cached(repository, revision, inner) or _fetched(address, repository, revision, inner)
+    return Fetched(root / inner, root.name if _COMMIT.fullmatch(root.name) else None)
+
+
+def _parse(address: str) -> tuple[str, str, str]:
+    """(owner/name, path inside, revision or "") of an address."""
     place, _, revision = address.removeprefix("hf://").partition("@")
     owner, _, rest = place.strip("/").partition("/")
     name, _, inner = rest.partition("/")
     if not owner or not name or ".." in PurePosixPath(place).parts:
         raise ConversionError(f"{address} is not of the form hf://owner/name[/path][@revision]")
-    repository = f"{owner}/{name}"
-    root = _cached(repository, revision, inner) or _fetched(address, repository, revision, inner)
-    return Fetched(root / inner, root.name if _COMMIT.fullmatch(root.name) else None)
+    return f"{owner}/{name}", inner, revision
+
+
+def is_cached(address: str) -> bool:
+    """Whether the cache has all of an address, so that it is read without the network."""
+    repository, inner, revision = _parse(address)
+    return _cached(repository, revision, inner) is not None
+
+
+class Listed(NamedTuple):
+    """A file that an address stands for: path in the repository, bytes, announced sha256."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+
+def look_up(address: str) -> list[Listed]:
+    """The files of an address as the Hub lists them now; nothing is fetched.
+
+    Raises ConversionError where the Hub cannot be reached or holds no such weights.
+    """
+    import huggingface_hub
+    from huggingface_hub.hf_api import RepoFile
+
+    repository, inner, revision = _parse(address)
+    try:
+        api = huggingface_hub.HfApi()
+        tree = api.list_repo_tree(repository, recursive=True, revision=revision or None)
+        files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    except Exception as error:  # HTTP, offline and cache errors share no class
+        raise ConversionError(
+            f"{address} is not in the Hub's cache and the Hub does not answer for it: "
+            f"{told(error, 200)}"
+        ) from error
+    wanted = choose_files(list(files), inner)
+    if not wanted:
+        raise ConversionError(f"{repository} has no weights at {inner or 'its top'} any more")
+    chosen = [files[path] for path in wanted]
+    return [Listed(f.path, f.size, f.lfs.sha256 if f.lfs else None) for f in chosen]
 
 
 def _cached(repository: str, revision: str, inner: str) -> Path | None:

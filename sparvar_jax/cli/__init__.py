@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from sparvar_jax.cli import console
+from sparvar_jax.cli.bench import bench
 from sparvar_jax.cli.chart import chart
 from sparvar_jax.cli.compare import compare
 from sparvar_jax.cli.convert import convert
 from sparvar_jax.cli.edit import edit
+from sparvar_jax.cli.fetch import fetch
 from sparvar_jax.cli.generate import generate
 from sparvar_jax.cli.head_order import head_order
 from sparvar_jax.cli.info import info
@@ -29,8 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    generate, edit, sample, convert, compare, info, inspect, plans, head_order, chart, warmup,
-    serve, web,
+    generate, edit, sample, fetch, convert, compare, bench, info, inspect, plans, head_order, chart,
+    warmup, serve, web,
 ):  # fmt: skip
     app.command()(command)
 

@@ -29,7 +29,13 @@ OUT_OF_MEMORY = (
     "out of device memory; what helps: a smaller --size, --num 1, --dtype bfloat16, "
     "--free-text-encoder, --guidance 1, or a plan with fewer rows or scales (see `sparvar plans`)"
 )
-STAGES = {"load": "loading", "convert": "converting", "compile": "compiling", "draw": "drawing"}
+STAGES = {
+    "load": "loading",
+    "convert": "converting",
+    "measure": "measuring",
+    "compile": "compiling",
+    "draw": "drawing",
+}
 # A usage error of the command line library; its module has moved from version to version.
 _USAGE_ERROR = typer.BadParameter.__mro__[1]
 

@@ -17,7 +17,7 @@ class Dtype(StrEnum):
 
 
 Model = Annotated[
-    Path | None, typer.Option("--model", help="Model directory; without it the demo model.")
+    Path | None, typer.Option("--model", help="Model directory or name; without it the demo model.")
 ]
 Plan = Annotated[
     str | None, typer.Option("--plan", help="Plan, such as dense; `sparvar plans` lists them.")
@@ -38,7 +38,9 @@ Guidance = Annotated[
     str | None, typer.Option("--guidance", help="Guidance strength, or off.", metavar="FLOAT|off")
 ]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="Sampling temperature.")]
-ClassModel = Annotated[Path, typer.Option("--model", help="Class-conditional model directory.")]
+ClassModel = Annotated[
+    Path, typer.Option("--model", help="Class-conditional model: directory or name.")
+]
 
 
 def name_of(dtype: Dtype | None) -> str | None:

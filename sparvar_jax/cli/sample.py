@@ -63,12 +63,13 @@ class Asked:
 
 def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple[int, bool]:
     """How many pictures the file holds, and whether any was drawn."""
-    from sparvar_jax.pipelines import sampling_jobs
+    from sparvar_jax.pipelines import loading, sampling_jobs
     from sparvar_jax.pipelines.pipeline import Pipeline
 
     console.use_compilation_cache()
     with console.progress() as report:
         options.check_draws(model, "classes")
+        model = loading.model_folder(model)
         job = _job(model, asked, drawing)  # complains before the work
         pipe = Pipeline.from_checkpoint(model, dtype=asked.dtype, progress=report)
 

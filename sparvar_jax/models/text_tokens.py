@@ -26,9 +26,12 @@ BUCKETS = (32, 64, 128, 512)
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Splits prompts into ids: `split` maps one prompt to its ids without the end token."""
+    """Splits prompts into ids: `split` maps one prompt to its ids without the end token.
 
-    source: str
+    file: where it was read from.
+    """
+
+    file: Path
     vocab: int
     split: Callable[[str], list[int]]
 
@@ -145,7 +148,7 @@ def _from_json(path: Path) -> Tokenizer:
     def split(prompt: str) -> list[int]:
         return library.encode(prompt, add_special_tokens=False).ids
 
-    return Tokenizer(path.name, library.get_vocab_size(), split)
+    return Tokenizer(path, library.get_vocab_size(), split)
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:
@@ -156,7 +159,7 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     except (RuntimeError, OSError) as error:
         raise _unreadable(path, "a SentencePiece model", error) from None
     _check_specials(path, library.pad_id(), library.eos_id())
-    return Tokenizer(path.name, library.vocab_size(), library.encode)
+    return Tokenizer(path, library.vocab_size(), library.encode)
 
 
 def _unreadable(path: Path, what: str, error: Exception) -> ValueError:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from sparvar_jax.pipelines import parts
 from sparvar_jax.pipelines.family import Family, families, family_of
 from sparvar_jax.pipelines.parts import DEMO, compute_dtype, model_folder
+from sparvar_jax.runtime import unused_gpu
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.weights import checkpoint
 
@@ -107,6 +111,8 @@ def load_model(
     checkpoint has them so, see `parts.load_module`.
     """
     dtype = compute_dtype(dtype)
+    if unused := unused_gpu.advice(platforms=jax.config.values.get("jax_platforms")):
+        warnings.warn(unused, stacklevel=3)
     folder = model_folder(directory)
     config = checkpoint.read_config(folder)
     # Everything cheap first: a model that does not fit together is found before any weights.

@@ -78,6 +78,30 @@ def image_keys(seed: Any, batch: int) -> Key[Array, "B"]:
     return keys_of(seeds)
 
 
+def seeds_of(generator: Any) -> int | list[int]:
+    """The seed that a random generator stands for, or one each of several.
+
+    Taken are whole numbers, keys of jax, generators of numpy (which move on) and of PyTorch (whose
+    initial seed counts, so that the same generator draws the same picture twice).
+    """
+    if isinstance(generator, list | tuple):
+        return [_seed_of(one) for one in generator]
+    return _seed_of(generator)
+
+
+def _seed_of(generator: Any) -> int:
+    if hasattr(generator, "initial_seed"):
+        return generator.initial_seed() % SEEDS
+    if isinstance(generator, np.random.Generator):
+        return int(generator.integers(SEEDS))
+    if isinstance(generator, jax.Array):
+        typed = jnp.issubdtype(generator.dtype, jax.dtypes.prng_key)
+        key = generator if typed else jax.random.wrap_key_data(generator)
+        return int(jax.random.bits(key, (), np.uint32))
+    (seed,) = whole_numbers("generator", generator)
+    return seed
+
+
 def parse_ratio(ratio: float | str) -> float:
     """Width / height from a number or from "W:H"; ValueError for anything else."""
     try:

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from sparvar_jax.models import layers
+from sparvar_jax.pipelines import released
 from sparvar_jax.weights import checkpoint
 from sparvar_jax.weights.told import told
 
@@ -23,12 +24,13 @@ DEMO = Path(__file__).parents[1] / "demo"
 
 
 def model_folder(directory: str | Path | None) -> Path:
-    """The folder of a model; None is the demo model of this installation."""
+    """The folder of a model; None is the demo model of this installation.
+
+    A name that is no folder is looked for among the fetched models, see `released.find`.
+    """
     if directory is not None:
         folder = Path(directory)
-        if not folder.is_dir():
-            raise ValueError(f"{folder} does not exist: give the folder `sparvar convert` wrote")
-        return folder
+        return folder if folder.is_dir() else released.find(str(directory))
     if not (DEMO / checkpoint.CONFIG).is_file():
         raise ValueError("this installation has no demo model: give --model DIR")
     return DEMO

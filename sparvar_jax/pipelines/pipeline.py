@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -15,27 +14,27 @@ from jaxtyping import Array, Float, UInt8
 from sparvar_jax.models import bsq_vae
 from sparvar_jax.models.family import How
 from sparvar_jax.models.vqvae import Tokenised
-from sparvar_jax.pipelines import loading
+from sparvar_jax.pipelines import asking, loading
 from sparvar_jax.pipelines.loading import Model
 from sparvar_jax.pipelines.numbers import image_keys
 from sparvar_jax.pipelines.parts import Weights
-from sparvar_jax.pipelines.requests import Options, Request, shape_of
+from sparvar_jax.pipelines.requests import Options, Request
+from sparvar_jax.pipelines.results import Pictures, Result, require_output_type, result
+from sparvar_jax.pipelines.sharing import Shared
 from sparvar_jax.pipelines.subjects import Jobs
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.plans.plan import Plan
+from sparvar_jax.plans.schedule import Scale
 from sparvar_jax.runtime.bound import Bound, to_host
 from sparvar_jax.runtime.generate import Generator, ScaleOutput, State
 from sparvar_jax.runtime.progress import Progress
-from sparvar_jax.weights.json_file import BOUNDS
-from sparvar_jax.weights.numbers import whole
-from sparvar_jax.weights.told import shown
 
 __all__ = ["Options", "Pipeline", "Request", "TextEncoder", "TextFeatures"]
-ALIASES = {"guidance_scale": "guidance", "negative_prompt": "negative"}
-"""Names other libraries give to options of ours."""
+Callback = Callable[[int, Scale, Array], Any]
+"""Called after every scale as (step, scale, sum of codes); `Pipeline.decode` makes it a picture."""
 
 
-class Pipeline:
+class Pipeline(Shared):
     """Draws with one loaded model.
 
     Compiled steps and functions are kept, so the second call with the same plan, batch size and
@@ -85,26 +84,45 @@ class Pipeline:
         self._model = model
         self.generator.model, self.generator.codebook = model.transformer, model.codebook
 
+    @overload
     def __call__(
-        self, subject: Any = None, *, progress: Progress | None = None, **options: Any
-    ) -> UInt8[np.ndarray, "B height width 3"]:
+        self, subject: Any = None, *, output_type: None = None, **rest: Any
+    ) -> Pictures: ...
+
+    @overload
+    def __call__(self, subject: Any = None, *, output_type: str, **rest: Any) -> Result: ...
+
+    def __call__(
+        self,
+        subject: Any = None,
+        *,
+        output_type: str | None = None,
+        callback: Callback | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Pictures | Result:
         """Draw one RGB picture per prompt, or row of text features, or class.
 
         subject: what is drawn; `prompt`, `prompts` or `labels` may name it.
 
         Options are those of the family: `requests.Options`, `class_requests.ClassOptions`.
-        progress: called as (stage, done, total) with the stages "compile" and "draw".
+        output_type: None gives uint8 [B, height, width, 3], which has `.images` too; "pil", "np"
+        and "jax" give a `Result`. callback: see `Callback`. progress: called as (stage, done,
+        total) with the stages "compile" and "draw".
         """
+        require_output_type(output_type)
         request = self.request(subject, **options)
         self._compile(request, progress)
         code_sum: Any = None
-        total = len(request.plan.steps)
+        steps = request.plan.steps
         for done, (state, _) in enumerate(self.steps(request), 1):
             code_sum = state.code_sum
+            if callback:
+                callback(done - 1, steps[done - 1].scale, code_sum)
             if progress:
                 jax.block_until_ready(code_sum)
-                progress("draw", done, total)
-        return self.decode(code_sum)
+                progress("draw", done, len(steps))
+        return result(self.decode(code_sum), output_type)
 
     def stream(
         self, subject: Any = None, *, progress: Progress | None = None, **options: Any
@@ -193,37 +211,7 @@ class Pipeline:
 
     def _asked(self, subject: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         """What is drawn, and the options by our own names."""
-        options = {ALIASES.get(name, name): value for name, value in options.items()}
-        given = [options.pop(name) for name in self.subject.names if name in options]
-        given += [] if subject is None else [subject]
-        if len(given) != 1:
-            draws = self.model.family.draws
-            raise ValueError(f"{self.model.name} draws {draws}: give them once, got {len(given)}")
-        subject = self.subject.listed(given[0])
-        count = whole("num_images_per_prompt", options.pop("num_images_per_prompt", 1))
-        most = BOUNDS["num"][1]
-        if not 1 <= count <= most:
-            raise ValueError(
-                f"num_images_per_prompt must be at least 1 and at most {most}, got {shown(count)}"
-            )
-        subject = subject if count == 1 else self.subject.repeated(subject, count)
-        pixels = [options.pop(name, None) for name in ("height", "width")]
-        if any(side is not None for side in pixels):
-            options |= self._shape(pixels[0], pixels[1], options)
-        return subject, self.model.family.asked(self.model.name, options)
-
-    def _shape(self, height: Any, width: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """The options that ask for pictures of so many pixels; one side alone asks for a square."""
-        height, width = (x if x is not None else y for x, y in ((height, width), (width, height)))
-        if not any(field.name == "size" for field in dataclasses.fields(self.model.family.options)):
-            if (height, width) != (self.picture_side,) * 2:
-                side = self.picture_side
-                raise ValueError(f"this model draws {side}x{side} alone, got {height}x{width}")
-            return {}
-        if options.keys() & {"aspect_ratio", "size"}:
-            raise ValueError("give height and width, or aspect_ratio and size, not both")
-        ratio, size = shape_of(self.model, height, width)
-        return {"aspect_ratio": ratio, "size": size}
+        return asking.asked(self.model, self.subject, subject, options, lambda: self.picture_side)
 
     def _compile(self, request: Request, progress: Progress | None) -> None:
         batch = request.keys.shape[0]
