@@ -1,5 +1,6 @@
 """Which marked tests run, how they compile, and that annotations hold in all of them."""
 
+import importlib.metadata
 import os
 
 import jax
@@ -13,6 +14,12 @@ jaxtyping.install_import_hook(
     ["sparvar_jax", "pallas_kernels", "sparvar_convert"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+# On a CPU the tests wait for compilers, not for arithmetic: XLA's older emitter of loops, which
+# releases before jaxlib 0.11 have, takes half the time. Processes that tests start inherit it.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 
 # Workers of `-n` on a machine with a GPU share its memory.
 if "PYTEST_XDIST_WORKER" in os.environ:

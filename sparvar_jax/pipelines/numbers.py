@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 

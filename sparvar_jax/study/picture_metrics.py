@@ -16,8 +16,8 @@ SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MAX_PSNR = 99.0
 _C1, _C2 = 0.01**2, 0.03**2
 
-Pictures = Float[Array, "B height width 3"]
-Weights = Float[Array, "B height width"]
+Pictures = Float[Array | np.ndarray, "B height width 3"]
+Weights = Float[Array | np.ndarray, "B height width"]
 
 
 def window(size: int = 11, sigma: float = 1.5) -> Float[np.ndarray, "size"]:
@@ -70,7 +70,7 @@ def object_box(
     return spans[0], spans[1]
 
 
-def _mean(values: Float[Array, "B h w"], weights: Float[Array, "B h w"]) -> Float[Array, "B"]:
+def _mean(values: Float[Array, "B h w"], weights: Weights) -> Float[Array, "B"]:
     return (values * weights).sum((1, 2)) / jnp.maximum(weights.sum((1, 2)), 1e-6)
 
 

@@ -84,6 +84,7 @@ def test_a_user_without_home_can_name_a_cache(nobody, tmp_path):
     assert console.use_compilation_cache() == tmp_path
 
 
+@pytest.mark.filterwarnings("default:compiled programs are not kept")
 def test_commands_work_without_a_home(nobody, folder, tmp_path, capsys):
     assert main(["plans", "dense", "--depth", "2"]) == 0
     assert main(["info", "--model", str(folder)]) == 0
