@@ -16,8 +16,9 @@ SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MAX_PSNR = 99.0
 _C1, _C2 = 0.01**2, 0.03**2
 
-Pictures = Float[Array | np.ndarray, "B height width 3"]
-Weights = Float[Array | np.ndarray, "B height width"]
+Either = Array | np.ndarray
+Pictures = Float[Either, "B height width 3"]
+Weights = Float[Either, "B height width"]
 
 
 def window(size: int = 11, sigma: float = 1.5) -> Float[np.ndarray, "size"]:
@@ -70,22 +71,22 @@ def object_box(
     return spans[0], spans[1]
 
 
-def _mean(values: Float[Array, "B h w"], weights: Weights) -> Float[Array, "B"]:
+def _mean(values: Float[Either, "B h w"], weights: Weights) -> Float[Either, "B"]:
     return (values * weights).sum((1, 2)) / jnp.maximum(weights.sum((1, 2)), 1e-6)
 
 
-def _inner(weights: Weights) -> Float[Array, "B h w"]:
+def _inner(weights: Weights) -> Float[Either, "B h w"]:
     return weights[:, 5:-5, 5:-5]
 
 
-def _halve(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
+def _halve(x: Float[Either, "B h w C"]) -> Float[Either, "B h2 w2 C"]:
     """Mean of 2x2 pixels; an odd last row or column is left out."""
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     x = x[:, :height, :width]
     return x.reshape(x.shape[0], height // 2, 2, width // 2, 2, -1).mean((2, 4))
 
 
-def _blur(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
+def _blur(x: Float[Either, "B h w C"]) -> Float[Either, "B h2 w2 C"]:
     for axis in (1, 2):
         taps = [
             weight * jax.lax.slice_in_dim(x, i, x.shape[axis] - 10 + i, axis=axis)
@@ -95,7 +96,7 @@ def _blur(x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 C"]:
     return x
 
 
-def _maps(a: Pictures, b: Pictures) -> tuple[Float[Array, "B h w"], Float[Array, "B h w"]]:
+def _maps(a: Pictures, b: Pictures) -> tuple[Float[Either, "B h w"], Float[Either, "B h w"]]:
     """(SSIM, contrast-structure) of every whole window, colour channels averaged."""
     mean_a, mean_b = _blur(a), _blur(b)
     var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
