@@ -71,8 +71,8 @@ def object_box(
     return spans[0], spans[1]
 
 
-def _mean(values: Float[Either, "B h w"], weights: Weights) -> Float[Either, "B"]:
-    return (values * weights).sum((1, 2)) / jnp.maximum(weights.sum((1, 2)), 1e-6)
+def _mean(values: Float[Either, "B h w"], weights: Weights) -> Float[Array, "B"]:
+    return jnp.sum(values * weights, (1, 2)) / jnp.maximum(jnp.sum(weights, (1, 2)), 1e-6)
 
 
 def _inner(weights: Weights) -> Float[Either, "B h w"]:
