@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,6 +121,21 @@ def _run(
     port: int,
     show: bool = False,
 ) -> None:
+    from sparvar_jax.serve import running
+
+    # A port that is taken is found before the work.
+    with running.bind(host, port) as bound:
+        _serve_at(bound, host, model, dtype, settings, show)
+
+
+def _serve_at(
+    bound: socket.socket,
+    host: str,
+    model: Path | None,
+    dtype: str | None,
+    settings: Settings,
+    show: bool,
+) -> None:
     from sparvar_jax.pipelines import loading
     from sparvar_jax.pipelines.pipeline import Pipeline
     from sparvar_jax.serve import running
@@ -127,7 +143,6 @@ def _run(
     from sparvar_jax.serve.menu import Menu
     from sparvar_jax.serve.warming import warm_up
 
-    bound = running.bind(host, port)  # a port that is taken is found before the work
     described = loading.describe_model(loading.model_folder(model))
     Menu(Pipeline(described), settings)  # complains before weights are read
     if settings.api_key is None and not running.is_loopback(host):
