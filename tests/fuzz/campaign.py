@@ -176,6 +176,7 @@ class Child:
                 return counts
         process.kill()
         code = process.wait()
+        _close(process)
         self._process, self._buffer = None, b""
         kind = "hang" if code == -9 else f"death with {code}"
         counts.cases += 1
@@ -219,9 +220,17 @@ class Child:
     def close(self) -> None:
         if self._process:
             assert self._process.stdin
-            self._process.stdin.close()
+            self._process.stdin.close()  # which ends it
             self._process.wait()
+            _close(self._process)
             self._process = None
+
+
+def _close(process: subprocess.Popen) -> None:
+    """Close the pipes of a process that has ended."""
+    for pipe in (process.stdin, process.stdout):
+        assert pipe
+        pipe.close()
 
 
 def add(total: Counts, more: Counts) -> None:

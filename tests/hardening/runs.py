@@ -112,6 +112,7 @@ class Runner:
     def close(self) -> None:
         self._server.stdin.close()
         self._server.wait()
+        self._server.stdout.close()
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -55,17 +55,19 @@ def client(server):
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pipe(tiny, tmp_path_factory):
     """The pipeline alone; it finds the programs of the server in the same compile cache."""
     from sparvar_jax.pipelines.pipeline import Pipeline
 
-    before = jax.config.values["jax_compilation_cache_dir"]
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
     cache = tmp_path_factory.getbasetemp() / "serve-cache" / "sparvar_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     console.use_compilation_cache()
     yield Pipeline.from_checkpoint(tiny)
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 
