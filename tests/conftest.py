@@ -1,7 +1,9 @@
 """Which marked tests run, how they compile, and that annotations hold in all of them."""
 
+import gc
 import importlib.metadata
 import os
+import pathlib
 
 import jax
 import jaxtyping
@@ -26,6 +28,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
+MOST_MAPS = 25_000
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
     parser.addoption("--optimise", action="store_true", help="compile as for users, not quickly")
@@ -39,6 +44,20 @@ def pytest_configure(config):
     """
     quick = not config.getoption("--optimise") and jax.default_backend() == "cpu"
     jax.config.update("jax_disable_most_optimizations", quick)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_programs():
+    """Let go of compiled programs when a process holds many.
+
+    Each takes memory maps, of which Linux gives a process 65,530; XLA's compiler crashes beyond.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.is_file() and maps.read_text().count("\n") > MOST_MAPS:
+        gc.collect()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
