@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import calls
+from pallas_kernels.operands import HALVES, operands_reason
 from pallas_kernels.support import Device
 from pallas_kernels.xla.quantised import LARGEST
 
-HALVES = (jnp.bfloat16, jnp.float16)
 # Releases before have never run the kernels; on later ones they are lowered before they are chosen.
 _FIRST, _LAST_TESTED = (0, 11), (0, 12)
 
@@ -39,17 +39,10 @@ def device_reason(device: Device) -> str:
 
 def cache_reason(call: calls.CacheCall) -> str:
     """Device, dtypes, head dim and cache rows of an attention call."""
-    q, k, v = call.q, call.k, call.v
-    if reason := device_reason(call.device):
+    if reason := device_reason(call.device) or operands_reason(call):
         return reason
-    if q.dtype not in HALVES:
-        return f"kernels take bfloat16 or float16 queries; got {q.dtype}"
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"kernels need one dtype for q, k and v; got {q.dtype}, {k.dtype}, {v.dtype}"
-    if q.shape[-1] not in (64, 128):
-        return f"kernels serve head dims 64 and 128; got {q.shape[-1]}"
-    if k.shape[2] % 8:
-        return f"kernels need a cache whose row count is a multiple of 8; got {k.shape[2]}"
+    if call.k.shape[2] % 8:
+        return f"kernels need a cache whose row count is a multiple of 8; got {call.k.shape[2]}"
     return ""
 
 

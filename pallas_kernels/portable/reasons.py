@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import calls
+from pallas_kernels.operands import operands_reason
 from pallas_kernels.support import Device
 
-HALVES = (jnp.bfloat16, jnp.float16)
 # The tests lower every kernel with these releases; jax has announced that Triton will leave it.
 _FIRST, _LAST_TESTED = (0, 10), (0, 12)
 
@@ -41,17 +40,11 @@ def device_reason(device: Device) -> str:
 
 def cache_reason(call: calls.CacheCall) -> str:
     """Device, dtypes and head dim of an attention call."""
-    q, k, v = call.q, call.k, call.v
-    if reason := device_reason(call.device):
+    if reason := device_reason(call.device) or operands_reason(call):
         return reason
-    if q.dtype not in HALVES:
-        return f"kernels take bfloat16 or float16 queries; got {q.dtype}"
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"kernels need one dtype for q, k and v; got {q.dtype}, {k.dtype}, {v.dtype}"
-    if q.shape[-1] not in (64, 128):
-        return f"kernels serve head dims 64 and 128; got {q.shape[-1]}"
-    if q.shape[0] * q.shape[1] > _MOST_PROGRAMS:
-        return f"kernels take up to {_MOST_PROGRAMS} rows times heads; got {q.shape[:2]}"
+    rows, heads = call.q.shape[:2]
+    if rows * heads > _MOST_PROGRAMS:
+        return f"kernels take up to {_MOST_PROGRAMS} rows times heads; got {(rows, heads)}"
     return ""
 
 
