@@ -1,0 +1,143 @@
+"""A cache of 8-bit keys and values, made dense in a scratch of all layers before attention.
+
+Which values share a scale is a choice of the store; `python -m benchmarks.cache_error` measures
+what each costs. A scale that is being drawn is read as it was written; later ones read it rounded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from sparvar_jax.plans.lean import Lean, layout, put
+from sparvar_jax.plans.rows import RowMap
+from sparvar_jax.plans.stores import CacheShape
+from sparvar_jax.plans.strategy import Place, View
+
+Form = Literal["token", "channel"]
+"""Which values share a scale: those of one token and head, or those of one channel in a block of
+neighbouring tokens of one head."""
+BLOCK = 64
+"""Cache rows of a block; blocks begin anew at every scale."""
+LEVELS = 127.0
+
+
+class Quantised(NamedTuple):
+    """8-bit rows with float32 scales: [R, H, S, 1] by token, [R, H, blocks, D] by channel."""
+
+    values: Int8[Array, "Rk H S D"]
+    scale: Float[Array, "Rk H S2 D2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EightBits(Lean):
+    """8 bits for every key and value that a later scale reads.
+
+    keys, values: which of them share a scale. Symmetric: a scale is the largest magnitude / 127.
+    """
+
+    keys: Form = "token"
+    values: Form = "token"
+
+    name = "int8"
+
+    def __post_init__(self) -> None:
+        for part, form in (("keys", self.keys), ("values", self.values)):
+            if form not in ("token", "channel"):
+                raise ValueError(f"{part} must share scales by 'token' or 'channel', got {form!r}")
+
+    @property
+    def forms(self) -> tuple[Form, Form]:
+        return self.keys, self.values
+
+    def start(self, shape: CacheShape, whole: RowMap) -> View:
+        length = layout(whole, self.kept).total
+        rows = [whole.spans[scale].rows for scale in self.kept]
+        blocks = sum(_blocks(number) for number in rows)
+
+        def buffer(form: Form) -> Quantised:
+            scales = (length, 1) if form == "token" else (blocks, shape.head_dim)
+            lead = shape.rows, shape.heads
+            return Quantised(
+                jnp.zeros((*lead, length, shape.head_dim), jnp.int8),
+                jnp.zeros((*lead, *scales), jnp.float32),
+            )
+
+        return View(*map(buffer, self.forms))  # type: ignore[arg-type]
+
+    def in_place(self, place: Place) -> bool:
+        """Never: what is kept is not what attention reads."""
+        return False
+
+    def save(self, kept: Any, scratch: View, rows: int, place: Place) -> Any:
+        span = place.rows.spans[place.index]
+        number = self.kept.index(place.index)
+        at = layout(place.rows, self.kept).starts[number]
+        block = self._first_block(place.rows, number)
+
+        def one(old: Quantised, part: jax.Array, form: Form) -> Quantised:
+            new = quantise(part[:rows, :, span.start : span.stop], form)
+            first = at if form == "token" else block
+            return Quantised(put(old.values, new.values, at), put(old.scale, new.scale, first))
+
+        return View(*map(one, kept, scratch, self.forms))  # type: ignore[arg-type]
+
+    def load(self, kept: Any, scratch: View, rows: int, place: Place) -> View:
+        def one(buffer: jax.Array, held: Quantised, form: Form) -> jax.Array:
+            if form == "token":
+                for run in self.runs(place.rows, place.index):
+                    here = slice(run.kept, run.kept + run.rows)
+                    part = Quantised(held.values[:rows, :, here], held.scale[:rows, :, here])
+                    buffer = put(buffer, dense(part, form), run.whole)
+                return buffer
+            starts = layout(place.rows, self.kept).starts
+            for number, scale in enumerate(self.kept):
+                if scale < place.index:
+                    span, at = place.rows.spans[scale], starts[number]
+                    block = self._first_block(place.rows, number)
+                    part = Quantised(
+                        held.values[:rows, :, at : at + span.rows],
+                        held.scale[:rows, :, block : block + _blocks(span.rows)],
+                    )
+                    buffer = put(buffer, dense(part, form), span.start)
+            return buffer
+
+        return View(*map(one, scratch, kept, self.forms))
+
+    def _first_block(self, whole: RowMap, number: int) -> int:
+        return sum(_blocks(whole.spans[scale].rows) for scale in self.kept[:number])
+
+
+def quantise(rows: Float[Array, "R H T D"], form: Form) -> Quantised:
+    """Rows to the nearest of 255 levels; those that share a scale reach at most the outermost."""
+    exact = rows.astype(jnp.float32)
+    if form == "token":
+        scale = _scale(jnp.abs(exact).max(-1, keepdims=True))
+        return Quantised(jnp.round(exact / scale).astype(jnp.int8), scale)
+    lead, tokens, width = exact.shape[:2], exact.shape[2], exact.shape[3]
+    blocks = _blocks(tokens)
+    padded = jnp.pad(exact, ((0, 0), (0, 0), (0, blocks * BLOCK - tokens), (0, 0)))
+    peaks = jnp.abs(padded).reshape(*lead, blocks, BLOCK, width).max(3)
+    scale = _scale(peaks)
+    spread = jnp.repeat(scale, BLOCK, axis=2)[:, :, :tokens]
+    return Quantised(jnp.round(exact / spread).astype(jnp.int8), scale)
+
+
+def dense(rows: Quantised, form: Form) -> Float[Array, "R H T D"]:
+    """The values in float32."""
+    scale = rows.scale
+    if form == "channel":
+        scale = jnp.repeat(scale, BLOCK, axis=2)[:, :, : rows.values.shape[2]]
+    return rows.values.astype(jnp.float32) * scale
+
+
+def _scale(peak: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.where(peak > 0, peak / LEVELS, 1.0)
+
+
+def _blocks(rows: int) -> int:
+    return -(-rows // BLOCK)
