@@ -91,7 +91,7 @@ class Loader:
             self._model = group.model
         if group.text == "encoder":
             text = models.text_encoder(group.model, dtype=self._options.dtype)
-        self._bench = Bench(self._parts, group.batch, group.size, text)
+        self._bench = Bench(self._parts, group.batch, group.size, text, group.cache)
         self._group = group.bench
         return self._bench
 
@@ -113,7 +113,7 @@ def run(
     pace, loader, problems = Pace(budget), Loader(options), []
     ceiling = stats.matmul_ceiling()
     for group in groups:
-        label = f"{group.model} x{group.batch} {group.size or ''} {group.text}"
+        label = f"{group.model} x{group.batch} {group.size or ''} {group.text} {group.cache}"
         if pace.left < MEASURE_SECONDS:
             problems.append(f"left out for time: {label} {', '.join(group.plans)}")
             continue
@@ -160,6 +160,7 @@ def _base_row(group: Group, bench: Bench, options: Options, weights_seconds: flo
         "batch": group.batch,
         "size": None if bench.parts.draws_classes else group.size or bench.parts.size,
         "text": group.text,
+        "cache": group.cache,
         "dtype": compute_dtype(options.dtype),
         "fused": options.fused or "default",
         "weights": bench.parts.weights,

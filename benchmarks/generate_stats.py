@@ -70,8 +70,8 @@ def memory(bench: Bench, plan: Plan) -> dict[str, float]:
     weights = bytes_of(bench.parts.transformer) + bytes_of(bench.parts.tokenizer)
     state = jax.eval_shape(lambda: empty_state(bench.parts.transformer, plan, bench.batch))
     *steps, decode = bench.programs(plan)
-    cache = tree_bytes(state.cache)
-    peak = cache + tree_bytes(decode.args_info[0][1:]) + program_bytes(decode)
+    cache = tree_bytes((state.cache, state.shared))
+    peak = cache + tree_bytes(decode.args_info[0][1:]) + program_bytes(decode)  # no condition
     for program in steps:
         _, *rest = program.args_info[0]
         peak = max(peak, tree_bytes(rest) + program_bytes(program))

@@ -20,10 +20,12 @@ def info(
     aspect: options.Aspect = None,
     size: options.Size = None,
     dtype: options.Precision = None,
+    cache: options.CacheKind = options.Cache.lean,
 ) -> None:
     """Show a model's parts, its plan scale by scale, and an estimate of device memory."""
     from sparvar_jax.pipelines import loading
     from sparvar_jax.pipelines.memory import estimate
+    from sparvar_jax.plans.caches import with_cache
 
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
@@ -33,6 +35,7 @@ def info(
         options.refuse(folder, aspect=aspect, size=size)
         asked = {"plan": plan}
     chosen, _ = described.family.options(**asked).resolve(described)
+    chosen = with_cache(chosen, cache.value)
     needed = estimate(described, chosen, num)
 
     height, width = (side * described.stride for side in chosen.schedule.final)
@@ -44,7 +47,8 @@ def info(
     show(chosen.describe(), markup=False, highlight=False)
     show(
         f"\nmemory of a batch of {num}, estimated: weights {_gib(sum(needed.weights.values()))}, "
-        f"cache {_gib(needed.cache)}, largest step {_gib(needed.step)}, "
+        f"{cache.value} cache {_gib(needed.cache)}, {described.family.draws} "
+        f"{_gib(needed.condition)}, largest step {_gib(needed.step)}, "
         f"decoding {_gib(needed.decode)}; peak about {_gib(needed.peak)}",
         highlight=False,
     )

@@ -12,16 +12,18 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from sparvar_jax.models import bsq_vae
 from sparvar_jax.models.family import How
+from sparvar_jax.models.sampling import Controls
 from sparvar_jax.models.vqvae import Tokenised
 from sparvar_jax.pipelines import loading
+from sparvar_jax.pipelines.decoding import decode_pictures
 from sparvar_jax.pipelines.loading import Model
 from sparvar_jax.pipelines.numbers import image_keys, whole_numbers
 from sparvar_jax.pipelines.parts import Weights
 from sparvar_jax.pipelines.requests import Options, Request, shape_of
 from sparvar_jax.pipelines.subjects import Jobs
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
+from sparvar_jax.plans.caches import Cache, check_cache, with_cache
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime.bound import Bound, to_host
 from sparvar_jax.runtime.generate import Generator, ScaleOutput, State
@@ -40,11 +42,13 @@ class Pipeline:
     in place, or put in by setting `model`, shows in the next picture.
     """
 
-    def __init__(self, model: Model, *, text_encoder: bool = True):
-        self._model = model
+    def __init__(self, model: Model, *, text_encoder: bool = True, cache: Cache = "lean"):
+        """cache: how keys and values are kept; see `plans.caches`."""
+        check_cache(cache)
+        self._model, self.cache = model, cache
         self.generator = Generator(model.transformer, model.codebook)
         self.subject = model.family.subject(lambda: self.model, text_encoder=text_encoder)
-        self._decode = Bound(lambda: self.model.tokenizer, _decode)
+        self._decode = Bound(lambda: self.model.tokenizer, decode_pictures)
 
     @classmethod
     def from_checkpoint(
@@ -54,17 +58,19 @@ class Pipeline:
         dtype: str | None = None,
         text_encoder: bool = True,
         weights: Weights = "dense",
+        cache: Cache = "lean",
         progress: Progress | None = None,
     ) -> Pipeline:
         """Load a model directory of any family; None is the demo model.
 
         text_encoder: False loads none, for calls with features of a `TextEncoder` used before.
-        Other arguments as in `loading.load_model`.
+        cache: "lean" keeps the keys and values that a later scale reads, "int8" these in 8 bits,
+        "full" all of them. Other arguments as in `loading.load_model`.
         """
         model = loading.load_model(
             directory, dtype=dtype, text_encoder=text_encoder, weights=weights, progress=progress
         )
-        return cls(model, text_encoder=text_encoder)
+        return cls(model, text_encoder=text_encoder, cache=cache)
 
     @property
     def model(self) -> Model:
@@ -94,8 +100,9 @@ class Pipeline:
         request = self.request(subject, **options)
         self._compile(request, progress)
         code_sum: Any = None
-        total = len(request.plan.steps)
-        for done, (state, _) in enumerate(self.steps(request), 1):
+        total, steps = len(request.plan.steps), self.steps(request)
+        del request  # the condition is freed before the decoder runs
+        for done, (state, _) in enumerate(steps, 1):
             code_sum = state.code_sum
             if progress:
                 jax.block_until_ready(code_sum)
@@ -124,7 +131,7 @@ class Pipeline:
         Raises ValueError for anything that cannot be drawn.
         """
         subject, asked = self._asked(subject, options)
-        plan, controls = asked.resolve(self.model)
+        plan, controls = self._resolved(asked)
         keys = image_keys(asked.seed, self.subject.count(subject))
         condition = self.subject.condition(subject, asked, plan)
         return Request(plan, condition, controls, keys, asked.how(self.model))
@@ -138,7 +145,7 @@ class Pipeline:
         without weights as well.
         """
         subject, asked = self._asked(subject, options)
-        plan, _ = asked.resolve(self.model)
+        plan, _ = self._resolved(asked)
         batch = self.subject.count(subject)
         image_keys(asked.seed, batch)  # complains before the work
         condition, jobs = self.subject.shape(subject, asked, plan)
@@ -214,6 +221,11 @@ class Pipeline:
         ratio, size = shape_of(self.model, height, width)
         return {"aspect_ratio": ratio, "size": size}
 
+    def _resolved(self, asked: Any) -> tuple[Plan, Controls]:
+        """The plan with this pipeline's cache, and the controls."""
+        plan, controls = asked.resolve(self.model)
+        return with_cache(plan, self.cache), controls
+
     def _compile(self, request: Request, progress: Progress | None) -> None:
         batch = request.keys.shape[0]
         self.generator.compile(
@@ -241,7 +253,3 @@ def compile_all(
 def code_sum_shape(transformer: Any, plan: Plan, batch: int) -> Any:
     """What the tokenizer decodes, as shape and dtype."""
     return jax.eval_shape(lambda: transformer.start_codes(batch, plan.schedule))
-
-
-def _decode(tokenizer: Any, code_sum: Array) -> UInt8[Array, "B height width 3"]:
-    return bsq_vae.to_uint8(tokenizer.decode(code_sum))

@@ -23,15 +23,18 @@ def check_cache(cache: str) -> None:
         raise ValueError(f"cache must be {' or '.join(get_args(Cache))}, got {cache!r}")
 
 
-@functools.lru_cache(maxsize=64)
 def with_cache(plan: Plan, cache: str) -> Plan:
     """The plan with that kind of cache in every layer that has no store of its own.
 
     Raises ValueError for an unknown kind.
     """
     check_cache(cache)
-    if cache == "full":
-        return plan
+    return plan if cache == "full" else _with_cache(plan, plan.name, cache)
+
+
+@functools.lru_cache(maxsize=64)  # equal plans may differ in name
+def _with_cache(plan: Plan, name: str, cache: str) -> Plan:
+    del name
 
     def change(step: Step, layer: int, old: Segment) -> Segment:
         if old.store != Full():

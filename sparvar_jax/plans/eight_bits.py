@@ -33,6 +33,13 @@ class Quantised(NamedTuple):
     scale: Float[Array, "Rk H S2 D2"]
 
 
+class Kept(NamedTuple):
+    """What a layer keeps."""
+
+    k: Quantised
+    v: Quantised
+
+
 @dataclasses.dataclass(frozen=True)
 class EightBits(Lean):
     """8 bits for every key and value that a later scale reads.
@@ -54,7 +61,7 @@ class EightBits(Lean):
     def forms(self) -> tuple[Form, Form]:
         return self.keys, self.values
 
-    def start(self, shape: CacheShape, whole: RowMap) -> View:
+    def start(self, shape: CacheShape, whole: RowMap) -> Kept:
         length = layout(whole, self.kept).total
         rows = [whole.spans[scale].rows for scale in self.kept]
         blocks = sum(_blocks(number) for number in rows)
@@ -67,7 +74,7 @@ class EightBits(Lean):
                 jnp.zeros((*lead, *scales), jnp.float32),
             )
 
-        return View(*map(buffer, self.forms))  # type: ignore[arg-type]
+        return Kept(*map(buffer, self.forms))
 
     def in_place(self, place: Place) -> bool:
         """Never: what is kept is not what attention reads."""
@@ -84,7 +91,7 @@ class EightBits(Lean):
             first = at if form == "token" else block
             return Quantised(put(old.values, new.values, at), put(old.scale, new.scale, first))
 
-        return View(*map(one, kept, scratch, self.forms))  # type: ignore[arg-type]
+        return Kept(*map(one, kept, scratch, self.forms))
 
     def load(self, kept: Any, scratch: View, rows: int, place: Place) -> View:
         def one(buffer: jax.Array, held: Quantised, form: Form) -> jax.Array:
