@@ -30,7 +30,8 @@ TRACED_KERNELS = 30
 
 def line(row: Row) -> str:
     """One row in one line of text."""
-    head = f"{row['model']} x{row['batch']} {row['size'] or ''} {row['text']} {row['cache']} {row['plan']}"
+    kind = f"{row['text']} {row['cache']} {row['plan']}"
+    head = f"{row['model']} x{row['batch']} {row['size'] or ''} {kind}"
     if "failed" in row:
         return f"{head}: {row['failed']}"
     if row.get("check"):

@@ -48,7 +48,8 @@ class Suite:
 
     rounds: batches in the order of their importance; every round goes through all models.
     waves: plans compiled together; the first rows are there before the second wave compiles.
-    caches: kinds of key/value cache. texts: in this order, because a resident text encoder raises the process's peak for good.
+    texts: in this order, because a resident text encoder raises the process's peak for good.
+    caches: kinds of key/value cache.
     check: compare every row with XLA.
     """
 
