@@ -52,11 +52,6 @@ class EightBits(Lean):
 
     name = "int8"
 
-    def __post_init__(self) -> None:
-        for part, form in (("keys", self.keys), ("values", self.values)):
-            if form not in ("token", "channel"):
-                raise ValueError(f"{part} must share scales by 'token' or 'channel', got {form!r}")
-
     @property
     def forms(self) -> tuple[Form, Form]:
         return self.keys, self.values

@@ -11,7 +11,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from sparvar_jax.plans.rows import ROW_MULTIPLE, RowMap
 from sparvar_jax.plans.stores import CacheShape, Full, ReadLater, Write
@@ -154,8 +154,8 @@ def runs_of(whole: RowMap, kept: tuple[int, ...]) -> tuple[Run, ...]:
 
 
 def put(
-    buffer: Float[Array, "Rk H S D"], part: Float[Array, "R H T D"], start: int
-) -> Float[Array, "Rk H S D"]:
+    buffer: Shaped[Array, "Rk H S D"], part: Shaped[Array, "R H T D"], start: int
+) -> Shaped[Array, "Rk H S D"]:
     """A buffer with rows of its first images from `start` on."""
     return jax.lax.dynamic_update_slice(buffer, part.astype(buffer.dtype), (0, 0, start, 0))
 

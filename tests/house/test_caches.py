@@ -150,8 +150,6 @@ def test_a_cache_of_eight_bits_is_near(generator, plain, forms):
 def test_what_cannot_be_kept_is_refused():
     with pytest.raises(ValueError, match="cache must be lean or int8 or full, got 'int4'"):
         with_cache(DENSE, "int4")
-    with pytest.raises(ValueError, match="values must share scales by 'token' or 'channel'"):
-        EightBits(values="row")
 
 
 def test_a_store_of_ones_own_stays():
