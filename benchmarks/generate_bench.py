@@ -20,7 +20,7 @@ from benchmarks.models import Parts
 from sparvar_jax.models import sampling
 from sparvar_jax.models.var_parts import guidance_ramp
 from sparvar_jax.pipelines.class_requests import ClassDefaults
-from sparvar_jax.pipelines.decoding import decode_pictures
+from sparvar_jax.pipelines.decoding import decode
 from sparvar_jax.pipelines.pipeline import code_sum_shape
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.plans.caches import Cache, with_cache
@@ -97,7 +97,7 @@ class Bench:
         self._text = text
         self._embedding = _embed_classes if parts.draws_classes else _embed_text
         self._embed = Bound(lambda: parts.transformer, self._embedding)
-        self._decode = Bound(lambda: parts.tokenizer, decode_pictures)
+        self._decode = Bound(lambda: parts.tokenizer, decode)
         self._cache = cache
         self._specs: set[StepSpec] = set()
 

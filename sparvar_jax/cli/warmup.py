@@ -29,7 +29,7 @@ def warmup(
     from sparvar_jax.pipelines import loading
     from sparvar_jax.pipelines.pipeline import Pipeline
 
-    cache, watch = console.use_compilation_cache(), console.Stopwatch()
+    programs, watch = console.use_compilation_cache(), console.Stopwatch()
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
     pipe = Pipeline(loading.describe_model(folder, precision), cache=cache.value)
@@ -43,4 +43,4 @@ def warmup(
         pipe.warm_up(subject, progress=report, **drawing)
     watch.lap("compiled")
     watch.tell()
-    console.output.print(f"programs of {pipe.model.name} are in {cache}", highlight=False)
+    console.output.print(f"programs of {pipe.model.name} are in {programs}", highlight=False)

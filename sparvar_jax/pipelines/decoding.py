@@ -19,22 +19,20 @@ def pictures_at_once(batch: int, pixels: int) -> int:
     return max(1, min(batch, PIXELS_AT_ONCE // pixels))
 
 
-def decode_pictures(
-    tokenizer: Any, code_sum: Float[Array, "B h w Cd"]
-) -> UInt8[Array, "B height width 3"]:
+def decode(tokenizer: Any, code_sum: Float[Array, "B h w Cd"]) -> UInt8[Array, "B height width 3"]:
     """RGB pictures, group after group; call it under `jax.jit`."""
 
-    def decode(codes: Float[Array, "B2 h w Cd"]) -> UInt8[Array, "B2 height width 3"]:
+    def together(codes: Float[Array, "B2 h w Cd"]) -> UInt8[Array, "B2 height width 3"]:
         return bsq_vae.to_uint8(tokenizer.decode(codes))
 
     batch, height, width = code_sum.shape[:3]
     group = pictures_at_once(batch, height * width * tokenizer.config.stride**2)
     if group == batch:
-        return decode(code_sum)
+        return together(code_sum)
     whole = batch // group * group
     groups = code_sum[:whole].reshape(-1, group, *code_sum.shape[1:])
-    pictures = jax.lax.map(decode, groups)
+    pictures = jax.lax.map(together, groups)
     pictures = pictures.reshape(whole, *pictures.shape[2:])
     if whole == batch:
         return pictures
-    return jnp.concatenate([pictures, decode(code_sum[whole:])])
+    return jnp.concatenate([pictures, together(code_sum[whole:])])

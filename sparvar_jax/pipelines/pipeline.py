@@ -16,7 +16,7 @@ from sparvar_jax.models.family import How
 from sparvar_jax.models.sampling import Controls
 from sparvar_jax.models.vqvae import Tokenised
 from sparvar_jax.pipelines import loading
-from sparvar_jax.pipelines.decoding import decode_pictures
+from sparvar_jax.pipelines.decoding import decode
 from sparvar_jax.pipelines.loading import Model
 from sparvar_jax.pipelines.numbers import image_keys, whole_numbers
 from sparvar_jax.pipelines.parts import Weights
@@ -48,7 +48,7 @@ class Pipeline:
         self._model, self.cache = model, cache
         self.generator = Generator(model.transformer, model.codebook)
         self.subject = model.family.subject(lambda: self.model, text_encoder=text_encoder)
-        self._decode = Bound(lambda: self.model.tokenizer, decode_pictures)
+        self._decode = Bound(lambda: self.model.tokenizer, decode)
 
     @classmethod
     def from_checkpoint(

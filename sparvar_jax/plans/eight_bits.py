@@ -7,11 +7,13 @@ what each costs. A scale that is being drawn is read as it was written; later on
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+import numpy as np
+from jaxtyping import Array, Float, Int, Int8
 
 from sparvar_jax.plans.lean import Lean, layout, put
 from sparvar_jax.plans.rows import RowMap
@@ -47,8 +49,8 @@ class EightBits(Lean):
     keys, values: which of them share a scale. Symmetric: a scale is the largest magnitude / 127.
     """
 
-    keys: Form = "token"
-    values: Form = "token"
+    keys: Form = "channel"
+    values: Form = "channel"
 
     name = "int8"
 
@@ -89,23 +91,14 @@ class EightBits(Lean):
         return Kept(*map(one, kept, scratch, self.forms))
 
     def load(self, kept: Any, scratch: View, rows: int, place: Place) -> View:
+        blocks = blocks_of_rows(place.rows, self.kept)
+
         def one(buffer: jax.Array, held: Quantised, form: Form) -> jax.Array:
-            if form == "token":
-                for run in self.runs(place.rows, place.index):
-                    here = slice(run.kept, run.kept + run.rows)
-                    part = Quantised(held.values[:rows, :, here], held.scale[:rows, :, here])
-                    buffer = put(buffer, dense(part, form), run.whole)
-                return buffer
-            starts = layout(place.rows, self.kept).starts
-            for number, scale in enumerate(self.kept):
-                if scale < place.index:
-                    span, at = place.rows.spans[scale], starts[number]
-                    block = self._first_block(place.rows, number)
-                    part = Quantised(
-                        held.values[:rows, :, at : at + span.rows],
-                        held.scale[:rows, :, block : block + _blocks(span.rows)],
-                    )
-                    buffer = put(buffer, dense(part, form), span.start)
+            for run in self.runs(place.rows, place.index):
+                here = slice(run.kept, run.kept + run.rows)
+                of = np.arange(run.kept, here.stop) if form == "token" else blocks[here]
+                part = Quantised(held.values[:rows, :, here], held.scale[:rows])
+                buffer = put(buffer, dense(part, of), run.whole)
             return buffer
 
         return View(*map(one, scratch, kept, self.forms))
@@ -129,12 +122,26 @@ def quantise(rows: Float[Array, "R H T D"], form: Form) -> Quantised:
     return Quantised(jnp.round(exact / spread).astype(jnp.int8), scale)
 
 
-def dense(rows: Quantised, form: Form) -> Float[Array, "R H T D"]:
-    """The values in float32."""
-    scale = rows.scale
-    if form == "channel":
-        scale = jnp.repeat(scale, BLOCK, axis=2)[:, :, : rows.values.shape[2]]
+def dense(rows: Quantised, of: Int[np.ndarray, "T"]) -> Float[Array, "R H T D"]:
+    """The values in float32. of: which scale every row has."""
+    first, last = int(of[0]), int(of[-1]) + 1
+    scale = rows.scale[:, :, first:last]
+    if last - first != len(of):
+        scale = jnp.take(scale, of - first, axis=2)
     return rows.values.astype(jnp.float32) * scale
+
+
+@functools.lru_cache
+def blocks_of_rows(whole: RowMap, kept: tuple[int, ...]) -> Int[np.ndarray, "S"]:
+    """The block of every kept row; rows between scales count to the one before."""
+    places, first = layout(whole, kept), 0
+    blocks = np.zeros(places.total, np.int32)
+    for start, scale in zip(places.starts, kept, strict=True):
+        rows = whole.spans[scale].rows
+        blocks[start : start + rows] = first + np.arange(rows) // BLOCK
+        first += _blocks(rows)
+        blocks[start + rows :] = first - 1
+    return blocks
 
 
 def _scale(peak: Float[Array, "..."]) -> Float[Array, "..."]:
