@@ -94,9 +94,11 @@ def _problems(tiles, k, v, table, counts, scale: float) -> Float[Array, "R H n t
     counts = jnp.broadcast_to(counts, (rows, heads, number))
     # A call needs one key at least; what it gives where there is none is replaced.
     lengths = jnp.maximum(counts.reshape(-1), 1).astype(jnp.int32)
-    flat = [x.reshape(rows * heads * number, -1, 1, x.shape[-1]) for x in
-            (tiles, take(k[:rows]), take(v[:rows]))]  # fmt: skip
-    out = attend(*flat, scale, lengths).reshape(tiles.shape)
+    q, keys, values = (
+        x.reshape(rows * heads * number, -1, 1, x.shape[-1])
+        for x in (tiles, take(k[:rows]), take(v[:rows]))
+    )
+    out = attend(q, keys, values, scale, lengths).reshape(tiles.shape)
     return jnp.where((counts > 0)[..., None, None], out, 0)
 
 
