@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection
 from typing import Any, Literal
 
 import jax
@@ -162,41 +161,6 @@ def bias_of(linear: Linear) -> Float[Array, "O"]:
     """The bias that `product` leaves out."""
     assert linear.bias is not None
     return linear.bias[...]
-
-
-def in_eight_bits(module: nnx.Module, paths: Collection[str]) -> None:
-    """Make the linear maps whose kernels have these dotted paths expect 8-bit values with scales.
-
-    module: abstract, about to be filled. A kernel of anything else is left as it is.
-    """
-    for path, part in nnx.iter_modules(module):
-        name = ".".join(map(str, (*path, "kernel")))
-        if isinstance(part, Linear) and name in paths:
-            (kernel,) = jax.tree.leaves(part.kernel)
-            shape = kernel.shape
-            values: Any = nnx.Param(jax.ShapeDtypeStruct(shape, jnp.int8))
-            scale: Any = nnx.Param(jax.ShapeDtypeStruct(shape[-1:], jnp.float32))
-            part.kernel, part.kernel_scale = values, nnx.data(scale)
-
-
-def narrow(module: nnx.Module) -> None:
-    """Round the matrices that say how (`Linear.narrow`) to 8 bits, one after the other, in place.
-
-    module: with weights, or abstract.
-    """
-    for _, part in nnx.iter_modules(module):
-        if not isinstance(part, Linear) or part.narrow is None or part.is_narrow:
-            continue
-        (kernel,) = jax.tree.leaves(part.kernel)
-        if isinstance(kernel, jax.ShapeDtypeStruct):
-            made = jax.eval_shape(functools.partial(matrix.narrow, dtype=part.narrow), kernel)
-        else:
-            made = _narrow(kernel, dtype=part.narrow)
-        part.kernel, part.kernel_scale = nnx.Param(made.values), nnx.data(nnx.Param(made.scale))
-        part.is_narrow = True
-
-
-_narrow = jax.jit(matrix.narrow, static_argnames="dtype")
 
 
 class Scale(nnx.Module):
