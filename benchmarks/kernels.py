@@ -64,7 +64,7 @@ def make_row(case: Case, name: str, used: str, rows: int, timing, error) -> Row:
     flops = case.shape.flops(rows, share)
     return Row(
         case.name, name, used, rows, "bfloat16", round(median, 4), round(spread, 4),
-        round(share, 5), round(flops / median / 1e9, 1), *error, TOLERANCE,
+        round(share, 5), round(flops / median / 1e9, 1), error[0], error[1], TOLERANCE,
     )  # fmt: skip
 
 

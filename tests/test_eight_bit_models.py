@@ -31,8 +31,8 @@ def peak(monkeypatch):
     """Most bytes of arrays that were alive, beyond those before, whenever a matrix was rounded."""
     seen, before, rounding = [0], held(), eight_bits._narrow
 
-    def watched(kernel, dtype):
-        made = rounding(kernel, dtype)
+    def watched(kernel, *, dtype):
+        made = rounding(kernel, dtype=dtype)
         seen[0] = max(seen[0], held() - before)
         return made
 

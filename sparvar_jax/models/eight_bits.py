@@ -1,7 +1,7 @@
 """Models with matrices in 8 bits: which ones those are, in which dtypes, and how they become so.
 
 A form names what the matrices become that say how (`Linear.narrow`): "int8" what they say, which
-keeps int8 for inputs of one size and e4m3 behind the GELU; "fp8" e4m3 everywhere.
+keeps int8 for inputs of one size and e4m3 behind the GELU; "fp8" e4m3 in all 8-bit products.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from sparvar_jax.models.layers import EightBits, Linear
@@ -21,6 +20,7 @@ from sparvar_jax.weights import matrix
 
 Form = Literal["int8", "fp8"]
 FORMS: tuple[Form, ...] = get_args(Form)
+WEIGHTS: EightBits = "int8 weights"
 
 
 def kernels(module: nnx.Module, form: Form = "int8") -> dict[str, EightBits]:
@@ -28,8 +28,8 @@ def kernels(module: nnx.Module, form: Form = "int8") -> dict[str, EightBits]:
     found: dict[str, EightBits] = {}
     for path, part in nnx.iter_modules(module):
         if isinstance(part, Linear) and part.narrow is not None:
-            dtype: EightBits = part.narrow if form == "int8" else "float8_e4m3fn"
-            found[_kernel(path)] = dtype
+            as_said = form == "int8" or part.narrow == WEIGHTS
+            found[_kernel(path)] = part.narrow if as_said else "float8_e4m3fn"
     return found
 
 
@@ -45,14 +45,14 @@ def narrow(module: nnx.Module, dtypes: Mapping[str, EightBits]) -> None:
     """
     for path, part in nnx.iter_modules(module):
         name = _kernel(path)
-        if not isinstance(part, Linear) or name not in dtypes or part.is_narrow:
+        if not isinstance(part, Linear) or name not in dtypes or part.kernel_scale is not None:
             continue
         (kernel,) = jax.tree.leaves(part.kernel)
-        make = functools.partial(matrix.narrow, dtype=jnp.dtype(dtypes[name]))
+        make = functools.partial(_narrow, dtype=dtypes[name])
         abstract = isinstance(kernel, jax.ShapeDtypeStruct)
-        made = jax.eval_shape(make, kernel) if abstract else _narrow(kernel, dtypes[name])
+        made = jax.eval_shape(make, kernel) if abstract else make(kernel)
         part.kernel, part.kernel_scale = nnx.Param(made.values), nnx.data(nnx.Param(made.scale))
-        part.narrow, part.is_narrow = dtypes[name], True
+        part.narrow, part.is_narrow = dtypes[name], isinstance(made, matrix.Narrow)
 
 
 def rounded(
@@ -66,7 +66,7 @@ def rounded(
         if path not in dtypes:
             yield path, array
             continue
-        made = jax.block_until_ready(_narrow(array, dtypes[path]))
+        made = jax.block_until_ready(_narrow(array, dtype=dtypes[path]))
         del array
         yield path, made.values
         yield f"{path}_scale", made.scale
@@ -91,6 +91,6 @@ def _kernel(path: Iterable[Any]) -> str:
     return ".".join(map(str, (*path, "kernel")))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _narrow(kernel: Array, dtype: DTypeLike) -> matrix.Narrow:
-    return matrix.narrow(kernel, jnp.dtype(dtype))
+@functools.partial(jax.jit, static_argnames="dtype")
+def _narrow(kernel: Array, *, dtype: EightBits) -> matrix.Narrow | matrix.Scaled:
+    return matrix.scaled(kernel) if dtype == WEIGHTS else matrix.narrow(kernel, jnp.dtype(dtype))

@@ -20,7 +20,9 @@ from sparvar_jax.weights import matrix
 from sparvar_jax.weights.matrix import Dense, Narrow, Scaled, Weight
 
 DtypeName = Literal["bfloat16", "float32"]
-EightBits = Literal["int8", "float8_e4m3fn"]
+EightBits = Literal["int8", "float8_e4m3fn", "int8 weights"]
+"""What a matrix becomes in a model of 8 bits: operands of 8-bit products, or 8-bit values that meet
+activations as they are."""
 MAX_LOG_TEMPERATURE = 4.605170185988092  # ln 100, the clamp of cosine attention's temperature
 NORM_EPSILON = 1e-6
 
@@ -51,9 +53,9 @@ class Precision:
 class Linear(nnx.Module):
     """A linear map whose matrix [inputs, outputs] is dense, or 8-bit values with scales.
 
-    dtype: of products and results. weights: of the parameters. narrow: the 8-bit dtype that the
-    matrix takes when its model is made one of 8-bit products, None for one that stays as it is.
-    implementation: of such products, None for the best one.
+    dtype: of products and results. weights: of the parameters. narrow: what the matrix becomes when
+    its model is made one of 8 bits, None for one that stays as it is. implementation: of 8-bit
+    products, None for the best one.
     """
 
     def __init__(
@@ -75,7 +77,8 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros((outputs,), weights))
         self.dtype, self.precision = jnp.dtype(dtype), precision
-        self.narrow, self.is_narrow = narrow, False
+        self.narrow: EightBits | None = narrow
+        self.is_narrow = False
         self.implementation: Implementation | None = None
 
     @property
