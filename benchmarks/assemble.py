@@ -169,7 +169,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Portable kernels, assembled for GPUs that are not here",
         "",
-        "Made by `python -m benchmarks.assemble`. Registers a thread / KiB of shared memory a block;",
+        "Made by `python -m benchmarks.assemble`. Registers a thread, KiB of shared memory,",
         "spilled bytes are named where there are any.",
         "",
         f"| case | kernel | {' | '.join(head)} |",
