@@ -28,6 +28,7 @@ from sparvar_jax.policies import parse_plan
 from sparvar_jax.runtime import generate
 from sparvar_jax.runtime.bound import Bound, to_host
 from sparvar_jax.runtime.generate import Generator, ScaleOutput, State
+from sparvar_jax.runtime.placement import Devices, Placement
 from sparvar_jax.runtime.step import StepSpec, step_spec
 
 BEYOND = {"2.25M": ((80, 80), (96, 96))}
@@ -78,7 +79,8 @@ class Bench:
     """One model at one batch and picture size; plans share their compiled steps.
 
     text: what the pictures are drawn from: features, an encoder that is part of every draw, or
-    None for random features. Class-conditional models draw class after class.
+    None for random features. Class-conditional models draw class after class. placement: devices
+    that divide the work; None is one.
     """
 
     def __init__(
@@ -87,14 +89,15 @@ class Bench:
         batch: int,
         size: str | None = None,
         text: TextFeatures | TextEncoder | None = None,
+        placement: Placement | Devices | None = None,
     ):
         self.parts, self.batch, self.setting = parts, batch, setting_of(parts, size)
         self.keys = sampling.image_keys(0, batch)
-        self.generator = Generator(parts.transformer, parts.codebook)
+        self.generator = Generator(parts.transformer, parts.codebook, placement)
         self._text = text
         self._embedding = _embed_classes if parts.draws_classes else _embed_text
-        self._embed = Bound(lambda: parts.transformer, self._embedding)
-        self._decode = Bound(lambda: parts.tokenizer, _decode)
+        self._embed = Bound(lambda: parts.transformer, self._embedding, placement)
+        self._decode = Bound(lambda: parts.tokenizer, _decode, placement)
         self._specs: set[StepSpec] = set()
 
     def plan(self, name: str) -> Plan:

@@ -132,7 +132,7 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "R T C"], attend: Attend) -> Float[Array, "R T C"]:
         mine, heads = attend.heads.columns, self.heads // attend.heads.parts
-        q, k, v = jnp.split(mine(self.qkv(x), 3), 3, axis=-1)
+        q, k, v = jnp.split(attend.heads.gather(self.qkv(x), 3), 3, axis=-1)
         q = layers.split_heads(q + mine(self.q_bias[...]), heads)
         k = layers.split_heads(k, heads)
         v = layers.split_heads(v + mine(self.v_bias[...]), heads)

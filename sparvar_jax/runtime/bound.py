@@ -11,6 +11,7 @@ import numpy as np
 
 from sparvar_jax.runtime.compiling import compile_lowered
 from sparvar_jax.runtime.parameters import Parameters
+from sparvar_jax.runtime.placement import Devices, PlacedWeights, Placement
 
 
 class Bound:
@@ -18,18 +19,31 @@ class Bound:
 
     Its weights are arguments, so that changed ones need no compiling. With an abstract module it
     can still be compiled, which fills the persistent cache.
+
+    placement: where rows lead every argument and result, devices that divide them as steps do.
     """
 
-    def __init__(self, module: Callable[[], Any], function: Callable[..., Any]):
-        self._module, self._function = module, function
+    def __init__(
+        self,
+        module: Callable[[], Any],
+        function: Callable[..., Any],
+        placement: Placement | Devices | None = None,
+    ):
+        self._module, self._function, self._placement = module, function, placement
+        self._weights = None if placement is None else PlacedWeights(placement)
         self._structure: Any = None
         self._parameters, self._reading = Parameters(), threading.Lock()
+        self._call: Any = None
         self._jitted: Any = None
         self._compiled: dict[Any, Any] = {}
 
     def __call__(self, *args: Any) -> Any:
         leaves = self._leaves()
-        return self._executable(leaves, args)(leaves, *args)
+        executable = self._executable(leaves, args)
+        if self._weights is not None:
+            leaves = self._weights.of(leaves)
+            args = self._place(args).put_rows(args)
+        return executable(leaves, *args)
 
     def shape(self, *args: Any) -> Any:
         """The result with shapes and dtypes instead of arrays; arguments may be such as well."""
@@ -45,8 +59,8 @@ class Bound:
         with self._reading:
             leaves, structure = self._parameters.read((self._module(),))
             if structure is not self._structure:
-                self._jitted, self._compiled = jax.jit(self._caller(structure[0])), {}
-                self._structure = structure
+                self._call, self._compiled = self._caller(structure[0]), {}
+                self._jitted, self._structure = jax.jit(self._call), structure
         return leaves
 
     def _caller(self, treedef: Any) -> Callable[..., Any]:
@@ -64,9 +78,17 @@ class Bound:
         name = (treedef, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in flat))
         if name not in self._compiled:
             # From shapes alone, so that programs made without weights are found in the cache.
-            shapes = jax.tree.map(_abstract, (leaves, *args))
-            self._compiled[name] = compile_lowered(self._jitted.lower(*shapes))
+            shapes, jitted = jax.tree.map(_abstract, (leaves, *args)), self._jitted
+            if self._placement is not None:
+                place = self._place(args)
+                shapes = place.parameters(leaves), *place.by_rows(args)
+                jitted = jax.jit(place.divide(self._call))
+            self._compiled[name] = compile_lowered(jitted.lower(*shapes))
         return self._compiled[name]
+
+    def _place(self, args: Any) -> Placement:
+        assert self._placement is not None
+        return self._placement.by_pictures(len(jax.tree.leaves(args)[0]))
 
 
 def to_host(array: jax.Array) -> np.ndarray:

@@ -19,7 +19,7 @@ from sparvar_jax.models.sampling import Controls
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime.controls import controls
 from sparvar_jax.runtime.parameters import Parameters
-from sparvar_jax.runtime.placement import PlacedWeights, Placement
+from sparvar_jax.runtime.placement import Devices, PlacedWeights, Placement
 from sparvar_jax.runtime.pool import CachePool
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.runtime.step import ScaleOutput, State, empty_state, pools
@@ -34,12 +34,17 @@ class Generator:
     model: a transformer, see `ScaleModel`. codebook: what turns tokens into codes where that needs
     weights (class-conditional VAR), else None. Their weights are read when a generation starts:
     what is changed in place, or set as `model`, shows in the next picture.
-    placement: the devices; None is the default one.
+    placement: a mesh, or devices whose mesh suits every generation; None is the default device.
     """
 
-    def __init__(self, model: ScaleModel, codebook: Any = None, placement: Placement | None = None):
+    def __init__(
+        self,
+        model: ScaleModel,
+        codebook: Any = None,
+        placement: Placement | Devices | None = None,
+    ):
         self.model, self.codebook, self.placement = model, codebook, placement
-        self._steps: Steps | None = None
+        self._steps: dict[Placement | None, Steps] = {}
         self._structure: Any = None
         self._pool, self._parameters = CachePool(), Parameters()
         self._reading = threading.Lock()
@@ -51,16 +56,25 @@ class Generator:
         Cache buffers of an earlier generation of the same shape are used again. Nothing clears
         them: a step reads rows only after writing them.
         """
+        placement = self.place(batch)
         buffers = self._pool.take(self._cache_name(plan, batch))
-        if self.placement is None:
+        if placement is None:
             return empty_state(self.model, plan, batch, buffers)
-        self.placement.check(batch, self.model.config.heads)
         if buffers is not None:
             state = empty_state(self.model, plan, batch, buffers)
-            return dataclasses.replace(state, code_sum=self.placement.put_rows(state.code_sum))
+            return dataclasses.replace(state, code_sum=placement.put_rows(state.code_sum))
         shapes = jax.eval_shape(lambda: empty_state(self.model, plan, batch))
-        where = jax.tree.map(lambda leaf: leaf.sharding, self.placement.state(shapes))
+        where = jax.tree.map(lambda leaf: leaf.sharding, placement.state(shapes))
         return jax.jit(lambda: empty_state(self.model, plan, batch), out_shardings=where)()
+
+    def place(self, batch: int) -> Placement | None:
+        """The mesh on which so many pictures are drawn; None is the default device.
+
+        Raises ValueError where pictures or heads cannot be divided.
+        """
+        if self.placement is None:
+            return None
+        return self.placement.place(batch, self.model.config.heads)
 
     def release(self) -> None:
         """Free the cache buffers kept for the next generation: one set, of the last shape drawn."""
@@ -77,7 +91,7 @@ class Generator:
         progress: Progress | None = None,
     ) -> tuple[Any, ...]:
         """The executables of a plan's steps; new ones are compiled in parallel threads."""
-        steps, _ = self._current()
+        steps, _ = self._current(batch)
         return steps.compile(plan, condition, batch, how=how, threads=threads, progress=progress)
 
     def decode_scale(
@@ -99,9 +113,9 @@ class Generator:
         lays them out. state: of `start`. forced: tokens to take instead of sampling. capture: also
         return the input, the hidden state after every block, raw and guided logits.
         """
-        steps, parameters = self._current()
-        condition, controls, keys = self._placed(condition, controls, keys)
-        forced = self._placed_tokens(forced)
+        steps, parameters = self._current(len(keys))
+        condition, controls, keys = _placed(steps.placement, condition, controls, keys)
+        forced = _placed_tokens(steps.placement, forced)
         spec = steps.spec(plan, index, how=how, capture=capture, forced=forced is not None)
         executable = steps.executable(spec, condition, state, controls, keys, forced)
         return steps.run(executable, parameters, condition, state, controls, keys, forced)
@@ -123,14 +137,14 @@ class Generator:
         generation: buffers are handed on.
         """
         batch = keys.shape[0]
-        steps, parameters = self._current()
-        condition, controls, keys = self._placed(condition, controls, keys)
+        steps, parameters = self._current(batch)
+        condition, controls, keys = _placed(steps.placement, condition, controls, keys)
         state = self.start(plan, batch)
         ahead: Any = None
         if forced is None and not capture:
             ahead = steps.compile(plan, condition, batch, how=how)
         for index in range(len(plan.steps)):
-            tokens = None if forced is None else self._placed_tokens(forced[index])
+            tokens = None if forced is None else _placed_tokens(steps.placement, forced[index])
             if ahead is None:
                 spec = steps.spec(plan, index, how=how, capture=capture, forced=tokens is not None)
                 executable = steps.executable(spec, condition, state, controls, keys, tokens)
@@ -153,32 +167,38 @@ class Generator:
         assert code_sum is not None
         return code_sum, tuple(outputs)
 
-    def _current(self) -> tuple[Steps, list[Any]]:
+    def _current(self, batch: int) -> tuple[Steps, list[Any]]:
         """(steps for the model's structure as it is now, its weights as they are now)."""
+        placement = self.place(batch)
         with self._reading:
             parameters, structure = self._parameters.read((self.model, self.codebook))
-            if self._steps is None or structure is not self._structure:
-                self._steps = Steps((self.model, self.codebook), self.placement)
-                self._structure = structure
+            if structure is not self._structure:
+                self._steps, self._structure = {}, structure
+            if placement not in self._steps:
+                self._steps[placement] = Steps((self.model, self.codebook), placement)
             if self._weights is not None:
                 parameters = self._weights.of(parameters)
-            return self._steps, parameters
-
-    def _placed(self, condition: Any, controls: Controls, keys: Any) -> tuple[Any, Controls, Any]:
-        """What a generation is given, where its steps expect it."""
-        if self.placement is None:
-            return condition, controls, keys
-        batch, put = keys.shape[0], self.placement.put_rows
-        self.placement.check(batch, self.model.config.heads)
-        groups = jax.tree.leaves(condition)[0].shape[0] // batch
-        return put(condition, groups), self.placement.put_parameters(controls), put(keys)
-
-    def _placed_tokens(self, tokens: Forced | jax.Array | None) -> Forced | None:
-        if tokens is not None and not isinstance(tokens, Forced):
-            tokens = Forced(tokens)
-        return tokens if self.placement is None else self.placement.put_rows(tokens)
+            return self._steps[placement], parameters
 
     def _cache_name(self, plan: Plan, batch: int) -> Any:
         """What tells cache buffers apart that do not fit each other."""
         rows = tuple(plan.whole_rows(layer).total for layer in range(plan.depth))
-        return batch * plan.row_factor, rows, pools(plan), self.model.config.precision
+        where = self.place(batch)
+        return batch * plan.row_factor, rows, pools(plan), self.model.config.precision, where
+
+
+def _placed(
+    placement: Placement | None, condition: Any, controls: Controls, keys: Any
+) -> tuple[Any, Controls, Any]:
+    """What a generation is given, where its steps expect it."""
+    if placement is None:
+        return condition, controls, keys
+    groups = jax.tree.leaves(condition)[0].shape[0] // len(keys)
+    put = placement.put_rows
+    return put(condition, groups), placement.put_parameters(controls), put(keys)
+
+
+def _placed_tokens(placement: Placement | None, tokens: Forced | jax.Array | None) -> Forced | None:
+    if tokens is not None and not isinstance(tokens, Forced):
+        tokens = Forced(tokens)
+    return tokens if placement is None else placement.put_rows(tokens)

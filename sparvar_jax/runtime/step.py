@@ -169,7 +169,10 @@ def split_state(state: State) -> tuple[Any, Any]:
 def draw_scale(
     parameters, condition, donated, read, controls, keys, forced, *, treedef, spec, heads
 ):
-    """Pure body of one compiled step; see `Generator.decode_scale`."""
+    """Pure body of one compiled step; see `Generator.decode_scale`.
+
+    heads: with `tokens` set, devices divide the tokens of the blocks.
+    """
     model, codebook = jax.tree.unflatten(treedef, parameters)
     (cache, shared, code_sum), (strategies, codes) = donated, read
     step, place, batch = spec.step, spec.places[0], code_sum.shape[0]
@@ -177,10 +180,12 @@ def draw_scale(
     body = _Body(model, condition, spec, heads, controls.guidance[place.index], codes)
     x = model.embed_codes(codes, condition)[:rows]
     left = _Left(list(cache), list(shared), [dict(state) for state in strategies])
-    captured, stream = {"input": x}, Stream(model.add_level(x, place))
+    captured, x = {"input": x}, model.add_level(x, place)
+    stream = Stream(heads.own_tokens(x))
     for segment in step.segments:
         stream = body.segment(segment, stream, left, captured)
-    x = stream.settled()
+    # The head and the draws of all tokens are a thousandth of the work: every device makes all.
+    x = heads.all_tokens(stream.settled())
     drawn_keys = None
     if spec.how != "greedy":
         drawn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, place.index)
@@ -221,30 +226,38 @@ class _Body:
         first, last = segment.layers[0], segment.layers[1] - 1
         place, rule, entry = self.spec.places[first], segment.tokens, left.states[first]
         positions = self.model.positions(self.condition, place)
-        kept, before = None, stream.x
+        kept, before, heads = None, stream.x, self.heads
         if not isinstance(rule, AllTokens):
-            before = stream.settled()
+            before = heads.all_tokens(stream.settled())
             kept = rule.select(before, self.codes, place, entry)
         if kept is not None:
-            stream = Stream(_take(before, kept))
+            heads = heads if heads.tokens is None else heads.over(kept.shape[1])
+            stream = Stream(heads.own_tokens(_take(before, kept)))
             positions = jax.tree.map(lambda table: _take(_by_row(table), kept), positions)
         for layer in range(first, last + 1):
-            stream = self.layer(layer, segment, stream, positions, left)
+            stream = self.layer(layer, segment, stream, positions, heads, left)
             if self.spec.capture and layer != last:
-                captured[f"hidden.{layer}"] = stream.settled()
+                captured[f"hidden.{layer}"] = heads.all_tokens(stream.settled())
         if kept is not None:
-            x, more = rule.restore(before, stream.settled(), kept, place, entry)
-            stream = Stream(x)
+            after = heads.all_tokens(stream.settled())
+            x, more = rule.restore(before, after, kept, place, entry)
+            stream = Stream(self.heads.own_tokens(x))
             left.states[first] |= {n: more[n] for n in more if n in self.spec.keep[first]}
         if last == self.spec.step.merge_at:
             mixed = sampling.mix(stream.settled(), self.guidance)
             stream = Stream(jnp.concatenate([mixed, mixed]))
         if self.spec.capture:
-            captured[f"hidden.{last}"] = stream.settled()
+            captured[f"hidden.{last}"] = self.heads.all_tokens(stream.settled())
         return stream
 
     def layer(
-        self, layer: int, segment: Any, stream: Stream, positions: Any, left: _Left
+        self,
+        layer: int,
+        segment: Any,
+        stream: Stream,
+        positions: Any,
+        heads: HeadSplit,
+        left: _Left,
     ) -> Stream:
         """The residual stream after one block."""
         store = self.spec.stores[layer]
@@ -261,7 +274,7 @@ class _Body:
             place=self.spec.places[layer],
             attention=segment.attention,
             store=store,
-            heads=self.heads,
+            heads=heads,
         )
         left.cache[layer], left.shared[pool] = kept, shared
         keep = sorted(self.spec.keep[layer])

@@ -164,7 +164,7 @@ class Steps:
 
     def _trace(self, spec: StepSpec, inputs: Any, state: Any) -> Any:
         condition, controls, keys, forced = inputs
-        heads = self.placement.head_split if self.placement else HeadSplit()
+        heads = self._heads(spec, len(keys))
         body = functools.partial(draw_scale, treedef=self._treedef, spec=spec, heads=heads)
         if self.placement:
             body = self.placement.wrap(body)
@@ -172,6 +172,14 @@ class Steps:
         return jax.jit(body, donate_argnums=(2,)).trace(
             self._shapes, condition, donated, read, controls, keys, forced
         )
+
+    def _heads(self, spec: StepSpec, batch: int) -> HeadSplit:
+        """How heads, and tokens where that pays, lie over devices in a step."""
+        if not self.placement:
+            return HeadSplit()
+        tokens, heads = spec.step.scale.tokens, self.placement.head_split
+        divided = self.placement.divides(self.model, tokens, batch * spec.step.row_factor)
+        return heads.over(tokens) if divided else heads
 
     def _placed(self, state: State) -> State:
         """A state as shapes, on the devices where steps expect it."""
