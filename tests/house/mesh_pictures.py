@@ -1,10 +1,13 @@
-"""Draws on a mesh of four host devices and on one; prints how they compare, as JSON.
+"""Draws on meshes of host devices and on one; prints how they compare, as JSON.
 
-A program of its own: the number of devices is fixed when jax starts.
+A program of its own: the number of devices is fixed when jax starts. Nearly all of its time goes
+into compiling, so that what has been drawn is compared with as much as it can be. With the word
+"every" it draws every plan of both families on every mesh instead.
 """
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +19,22 @@ from sparvar_jax.models.vqvae import Codebook, VqvaeConfig
 from sparvar_jax.plans.plan import dense_plan, map_attention
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.strategy import Dense, Output
-from sparvar_jax.policies import parse_plan
+from sparvar_jax.policies import parse_plan, preset_names
 from sparvar_jax.runtime import generate
 from sparvar_jax.runtime.generate import Generator
-from sparvar_jax.runtime.placement import Placement, mesh_of
+from sparvar_jax.runtime.placement import Devices, Placement, mesh_of
 from tests.house import support
 from tests.house.support import lively
 
 BATCH = 4
 SIDES = (1, 2, 4)
-SHORT = ScaleSchedule.of(support.SCHEDULE.sizes[:3])
-DENSE = dense_plan(SHORT, 2)
+SHORT = ScaleSchedule.of(((1, 1), (2, 2), (3, 5)))
 CLASSES = VarConfig(2, 64, 2, sides=SIDES, classes=5, vocab=48, code_width=8, dtype="float32")
 SPARSE = "sparvar-fast + drop_uncond(1)"
+MESHES = ((1, 1), (2, 1), (1, 2), (2, 2))
+DIVIDED = (("infinity", "dense", (2, 2)), ("infinity", SPARSE, (1, 2)),
+           ("var", "sparvar-paper", (2, 2)))  # fmt: skip
+"""Drawn with the tokens of every scale divided: one, and Infinity's 15, leave a device padding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +44,15 @@ class Telling(Dense):
     def __call__(self, view, q, place, state):
         out = super().__call__(view, q, place, state).out
         return Output(out, report={"norm": jnp.linalg.norm(out, axis=-1).mean(-1)})
+
+
+TELLING = map_attention(dense_plan(SHORT, 2), lambda step, layer: Telling())
+"""A dense plan whose reports are compared as well."""
+
+
+def plan_of(family, text, schedule):
+    """A plan by its text; the dense one of Infinity tells more."""
+    return TELLING if (family, text) == ("infinity", "dense") else parse_plan(text, schedule, 2)
 
 
 def families():
@@ -72,50 +87,65 @@ def furthest(ours, theirs):
     return distance
 
 
-def compare(one, four, plan, arguments):
-    """A plan on one device, on four, and the two pictures of each pair of devices alone."""
-    whole = slice(None)
-    theirs = one.run(plan, *arguments(whole), capture=True)
-    ours = four.run(plan, *arguments(whole), capture=True)
-    halves = [one.run(plan, *arguments(part)) for part in (slice(0, 2), slice(2, 4))]
-    alone = np.concatenate([np.asarray(code_sum) for code_sum, _ in halves])
-    captured = [[output.captured for output in drawn[1]] for drawn in (ours, theirs)]
-    tokens = [[output.tokens for output in drawn[1]] for drawn in (ours, theirs)]
-    return {
-        "devices": len(ours[0].sharding.device_set),
-        "tokens": furthest(tokens[0], tokens[1]),
-        "captured": furthest(*captured),
-        "sums": furthest(ours[0], theirs[0]),
-        "alone": furthest(ours[0], alone),
+def joined(halves):
+    """What one device draws of each half of the pictures, as if it had drawn all of them."""
+
+    def join(*parts):
+        groups = max(1, len(parts[0]) * 2 // BATCH)
+        runs = [np.split(np.asarray(part), groups) for part in parts]
+        return np.concatenate([run for group in zip(*runs, strict=True) for run in group])
+
+    return jax.tree.map(join, *halves)
+
+
+def distances(ours, theirs):
+    """How far two pictures are apart: of all devices, and of one."""
+    (one, outputs), (other, others) = ours, theirs
+    pairs = {
+        name: furthest([getattr(x, name) for x in outputs], [getattr(x, name) for x in others])
+        for name in ("tokens", "captured", "reports")
     }
+    return pairs | {"devices": len(one.sharding.device_set), "sums": furthest(one, other)}
 
 
-def by_hand(four, arguments, outputs):
-    """Scales drawn one by one, and with the tokens of an earlier picture."""
+def drawn(generator, plan, arguments, part=slice(None)):
+    return generator.run(plan, *arguments(part), capture=True)
+
+
+def compare(one, four, plan, arguments):
+    """A plan on four devices, and the two pictures of each pair of devices on one."""
+    ours = drawn(four, plan, arguments)
+    theirs = joined([drawn(one, plan, arguments, part) for part in (slice(0, 2), slice(2, 4))])
+    return distances(ours, theirs) | {"alone": furthest(ours[0], theirs[0])}, ours, theirs
+
+
+def by_hand(four, arguments, code_sum, outputs):
+    """Scales drawn one by one, with tokens forced, and without capturing anything."""
     condition, controls, keys = arguments(slice(None))
-    state, wrong = four.start(DENSE, BATCH), []
+    state, wrong = four.start(TELLING, BATCH), []
     for index, output in enumerate(outputs):
-        state, again = four.decode_scale(DENSE, index, condition, state, controls, keys)
+        state, again = four.decode_scale(
+            TELLING, index, condition, state, controls, keys, capture=True
+        )
         wrong.append(furthest(again.tokens, output.tokens))
-    tokens = tuple(output.tokens for output in outputs)
-    other = image_keys(77, BATCH)
-    forced, _ = four.run(DENSE, condition, controls, other, forced=tokens)
-    captured, _ = four.run(DENSE, condition, controls, keys, capture=True)
-    return {"by scale": max(wrong), "forced": furthest(forced, state.code_sum),
-            "captured": furthest(captured, state.code_sum)}  # fmt: skip
+    tokens, other = tuple(output.tokens for output in outputs), image_keys(77, BATCH)
+    forced, _ = four.run(TELLING, condition, controls, other, forced=tokens)
+    plain, _ = four.run(TELLING, condition, controls, keys)
+    return {"by scale": max(wrong), "forced": furthest(forced, code_sum),
+            "captured": furthest(plain, code_sum)}  # fmt: skip
 
 
-def swapped(four, arguments):
+def swapped(one, four, arguments):
     """Which weights are copied to the mesh again: none, and after a change the changed one."""
-    first = four.run(DENSE, *arguments(slice(None)))[0]
+    first = drawn(four, TELLING, arguments)[0]
     before = list(four._weights._placed)
-    four.run(DENSE, *arguments(slice(None)))
+    drawn(four, TELLING, arguments)
     kept = all(a is b for a, b in zip(before, four._weights._placed, strict=True))
     bias = four.model.head.bias
     bias[...] = bias[...] + jnp.linspace(-1, 1, bias[...].shape[0])
-    other = four.run(DENSE, *arguments(slice(None)))[0]
+    other = drawn(four, TELLING, arguments)[0]
     new = sum(a is not b for a, b in zip(before, four._weights._placed, strict=True))
-    alone = Generator(four.model).run(DENSE, *arguments(slice(None)))[0]
+    alone = drawn(one, TELLING, arguments)[0]
     return {"kept": kept, "copied": new, "moved": furthest(first, other),
             "fresh": furthest(other, alone)}  # fmt: skip
 
@@ -126,11 +156,12 @@ def refusals(four, arguments):
     odd = dataclasses.replace(CLASSES, width=80, heads=5)
     placed = Generator(lively(Var, odd), placement=four.placement)
     calls = {
-        "start": lambda: four.start(DENSE, 3),
-        "run": lambda: four.run(DENSE, condition, controls, keys),
-        "compile": lambda: four.compile(DENSE, condition, 3),
-        "heads": lambda: placed.start(DENSE, 2),
-        "mesh": lambda: mesh_of(3, 2),
+        "start": lambda: four.start(TELLING, 3),
+        "run": lambda: four.run(TELLING, condition, controls, keys),
+        "compile": lambda: four.compile(TELLING, condition, 3),
+        "heads": lambda: placed.start(TELLING, 2),
+        "any": lambda: Devices(tuple(jax.devices()[:3])).place(1, 4),
+        "mesh": lambda: mesh_of(3, 3),
         "axis": lambda: Placement(four.placement.mesh, heads="columns"),
     }
     told = {}
@@ -142,26 +173,51 @@ def refusals(four, arguments):
     return told
 
 
-def main():
-    jax.config.update("jax_disable_most_optimizations", True)
-    told, placement = {}, Placement(mesh_of(2, 2))
+def some():
+    """What the tests of every day ask for."""
+    told, placement, kept = {}, Placement(mesh_of(2, 2)), {}
     for name, (model, codebook, schedule, arguments) in families().items():
         one, four = Generator(model, codebook), Generator(model, codebook, placement)
-        for plan in ("dense", SPARSE):
-            told[f"{name} {plan}"] = compare(one, four, parse_plan(plan, schedule, 2), arguments)
+        for text in ("dense", SPARSE):
+            plan = plan_of(name, text, schedule)
+            told[f"{name} {text}"], ours, kept[name, text] = compare(one, four, plan, arguments)
+            if plan is TELLING:
+                told["whole"] = distances(ours, drawn(one, plan, arguments))
+                told["by hand"] = by_hand(four, arguments, *ours)
+        for family, text, shape in DIVIDED:
+            if family == name:
+                plan, whole = plan_of(name, text, schedule), kept.get((name, text))
+                told[f"divided {name} {text}"] = divided(one, arguments, plan, shape, whole)
         if name == "infinity":
-            outputs = four.run(DENSE, *arguments(slice(None)))[1]
-            told["by hand"] = by_hand(four, arguments, outputs)
-            telling = map_attention(DENSE, lambda step, layer: Telling())
-            reports = [
-                [output.reports for output in each.run(telling, *arguments(slice(None)))[1]]
-                for each in (four, one)
-            ]
-            told["reports"] = furthest(*reports)
             told["refusals"] = refusals(four, arguments)
-            told["swapped"] = swapped(four, arguments)
-    print(json.dumps(told))
+            told["swapped"] = swapped(one, four, arguments)
+    return told
+
+
+def divided(one, arguments, plan, shape, theirs=None):
+    """A plan with the tokens of every scale divided; theirs: all pictures, drawn on one device."""
+    many = Generator(one.model, one.codebook, Placement(mesh_of(*shape), divide_from=1))
+    ours = drawn(many, plan, arguments)
+    return distances(ours, drawn(one, plan, arguments) if theirs is None else theirs)
+
+
+def every():
+    """Every preset, and rows dropped, in both families and on every mesh."""
+    told = {}
+    for name, (model, codebook, schedule, arguments) in families().items():
+        one = Generator(model, codebook)
+        for text in (*preset_names(), SPARSE):
+            plan = plan_of(name, text, schedule)
+            theirs = drawn(one, plan, arguments)
+            for shape in MESHES:
+                told[f"{name} {text} {shape}"] = divided(one, arguments, plan, shape, theirs)
+    return told
+
+
+def main(which):
+    jax.config.update("jax_disable_most_optimizations", True)
+    print(json.dumps(every() if which == ["every"] else some()))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

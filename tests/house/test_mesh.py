@@ -1,4 +1,4 @@
-"""A 2x2 mesh of host devices: pictures over one axis, attention heads over the other."""
+"""Meshes of host devices: pictures over one axis, attention heads and tokens over the other."""
 
 import json
 import os
@@ -12,18 +12,26 @@ PLANS = ["infinity dense", "infinity sparvar-fast + drop_uncond(1)",
          "var dense", "var sparvar-fast + drop_uncond(1)"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def told():
-    """What four host devices draw; the number of devices is fixed when jax starts."""
+DIVIDED = ["infinity dense", "infinity sparvar-fast + drop_uncond(1)", "var sparvar-paper"]
+
+
+def run(*arguments):
+    """What eight host devices draw; the number of devices is fixed when jax starts."""
     root = Path(__file__).parents[2]
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    flags += " --xla_cpu_use_fusion_emitters=false"  # which take half of the time of compiling
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{root}:{root / 'convert'}"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.house.mesh_pictures"],
+        [sys.executable, "-m", "tests.house.mesh_pictures", *arguments],
         capture_output=True, text=True, cwd=root, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def told():
+    return run()
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -39,6 +47,33 @@ def test_four_devices_draw_what_one_draws(told, plan):
     assert told[plan]["sums"] < 1e-5
 
 
+def test_four_devices_draw_what_one_draws_of_all_pictures_at_once(told):
+    assert told["whole"]["devices"] == 4
+    assert told["whole"]["tokens"] == 0
+    assert max(told["whole"][part] for part in ("captured", "sums", "reports")) < 1e-5
+
+
+@pytest.mark.parametrize("plan", DIVIDED)
+def test_divided_tokens_draw_what_one_device_draws(told, plan):
+    """Every scale is divided: one token, or 15 of them, leave a device with padding."""
+    check(told[f"divided {plan}"], 2 if "fast" in plan else 4)
+
+
+@pytest.mark.slow
+def test_every_plan_on_every_mesh():
+    every = run("every")
+    assert len(every) == 2 * 4 * 4
+    for name, found in every.items():
+        check(found, {"(1, 1)": 1, "(2, 1)": 2, "(1, 2)": 2, "(2, 2)": 4}[name[-6:]])
+
+
+def check(found, devices):
+    """The same bits, and logits and hidden states of every scale within rounding, see above."""
+    assert found["devices"] == devices
+    assert found["tokens"] == 0
+    assert max(found["captured"], found["sums"]) < 1e-5
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_device_draws_its_pictures_as_if_alone(told, plan):
     """The two pictures of a device, drawn on one: no product is longer, none sums otherwise."""
@@ -50,7 +85,7 @@ def test_scales_drawn_one_by_one_and_with_forced_tokens(told):
 
 
 def test_reports_hold_every_row_and_head(told):
-    assert told["reports"] < 1e-5
+    assert told["infinity dense"]["reports"] < 1e-5
 
 
 def test_weights_are_copied_to_the_mesh_where_they_change(told):
@@ -65,5 +100,6 @@ def test_what_cannot_be_divided_is_refused(told):
         assert "3 pictures cannot be divided over 2 devices" in told["refusals"][call]
     heads = told["refusals"]["heads"]
     assert "5 attention heads cannot be divided over 2 devices: give one of 1, 5" in heads
-    assert "a mesh of 3x2 needs 6 devices, got 4" in told["refusals"]["mesh"]
+    assert "4 attention heads cannot be divided over 3 devices" in told["refusals"]["any"]
+    assert "a mesh of 3x3 needs 9 devices, got 8" in told["refusals"]["mesh"]
     assert "the mesh has the axes ('rows', 'heads'), got 'columns'" in told["refusals"]["axis"]
