@@ -38,7 +38,8 @@ from benchmarks.models import Parts
 from sparvar_jax.cli import console
 from sparvar_jax.pipelines.text_encoder import TextFeatures
 from sparvar_jax.plans.plan import Plan
-from sparvar_jax.runtime.placement import Devices, Placement
+from sparvar_jax.runtime.devices import Devices
+from sparvar_jax.runtime.placement import Placement
 from sparvar_jax.runtime.step import State
 
 KEY = ("model", "plan", "devices", "mesh", "pictures", "size")

@@ -17,18 +17,19 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from benchmarks import models
 from benchmarks.models import Parts
-from sparvar_jax.models import bsq_vae, sampling
+from sparvar_jax.models import sampling
 from sparvar_jax.models.var_parts import guidance_ramp
 from sparvar_jax.pipelines.class_requests import ClassDefaults
-from sparvar_jax.pipelines.pipeline import code_sum_shape
+from sparvar_jax.pipelines.pipeline import code_sum_shape, decode_pictures
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
 from sparvar_jax.policies import parse_plan
 from sparvar_jax.runtime import generate
 from sparvar_jax.runtime.bound import Bound, to_host
+from sparvar_jax.runtime.devices import Devices
 from sparvar_jax.runtime.generate import Generator, ScaleOutput, State
-from sparvar_jax.runtime.placement import Devices, Placement
+from sparvar_jax.runtime.placement import Placement
 from sparvar_jax.runtime.step import StepSpec, step_spec
 
 BEYOND = {"2.25M": ((80, 80), (96, 96))}
@@ -97,7 +98,7 @@ class Bench:
         self._text = text
         self._embedding = _embed_classes if parts.draws_classes else _embed_text
         self._embed = Bound(lambda: parts.transformer, self._embedding, placement)
-        self._decode = Bound(lambda: parts.tokenizer, _decode, placement)
+        self._decode = Bound(lambda: parts.tokenizer, decode_pictures, placement, bands=True)
         self._specs: set[StepSpec] = set()
 
     def plan(self, name: str) -> Plan:
@@ -210,10 +211,6 @@ def _embed_text(model: Any, text: Float[Array, "B M Ct"], lengths: Int[Array, "B
 
 def _embed_classes(model: Any, labels: Int[Array, "B"]) -> Any:
     return model.embed_condition(labels, True)
-
-
-def _decode(tokenizer: Any, codes: Float[Array, "B h w Cd"]) -> UInt8[Array, "B height width 3"]:
-    return bsq_vae.to_uint8(tokenizer.decode(codes))
 
 
 def measure(bench: Bench, plan: Plan, repeats: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Order:
     num: int
     dtype: str | None
     text_first: bool
+    devices: str | None
     drawing: dict[str, Any]
     """Options of the pipeline's call."""
 
@@ -36,14 +37,20 @@ class Order:
         folder = loading.model_folder(self.model)
         if loading.family_in(folder).draws == "classes":
             self._check_class_model()
-            pipe = Pipeline.from_checkpoint(folder, dtype=self.dtype, progress=report)
+            pipe = Pipeline.from_checkpoint(
+                folder, dtype=self.dtype, devices=self.devices, progress=report
+            )
             return pipe, [self.label] * self.num, self.drawing
         if self.label is not None or self.prompt is None:
             raise ValueError("Missing argument: this model draws prompts, give one and no --class")
         prompts = [self.prompt] * self.num
         text, drawing = self._text_features(prompts) if self.text_first else (prompts, {})
         pipe = Pipeline.from_checkpoint(
-            self.model, dtype=self.dtype, text_encoder=not self.text_first, progress=report
+            self.model,
+            dtype=self.dtype,
+            text_encoder=not self.text_first,
+            devices=self.devices,
+            progress=report,
         )
         return pipe, text, self.drawing | drawing
 
@@ -105,6 +112,7 @@ def generate(
         typer.Option("--free-text-encoder", help="Run the text encoder first and free it."),
     ] = False,
     dtype: options.Precision = None,
+    devices: options.Devices = None,
 ) -> None:
     """Draw a prompt, or with a class-conditional model a class."""
     asked = {
@@ -116,7 +124,8 @@ def generate(
         "size": size,
     }
     drawing = {"seed": seed} | {name: value for name, value in asked.items() if value is not None}
-    _run(Order(prompt, label, model, num, options.name_of(dtype), text_first, drawing), out)
+    named = options.name_of(dtype)
+    _run(Order(prompt, label, model, num, named, text_first, devices, drawing), out)
 
 
 def _run(order: Order, out: Path) -> None:

@@ -20,6 +20,7 @@ def info(
     aspect: options.Aspect = None,
     size: options.Size = None,
     dtype: options.Precision = None,
+    devices: options.Devices = None,
 ) -> None:
     """Show a model's parts, its plan scale by scale, and an estimate of device memory."""
     from sparvar_jax.pipelines import loading
@@ -33,7 +34,8 @@ def info(
         options.refuse(folder, aspect=aspect, size=size)
         asked = {"plan": plan}
     chosen, _ = described.family.options(**asked).resolve(described)
-    needed = estimate(described, chosen, num)
+    parts = _mesh(described, devices, num)
+    needed = estimate(described, chosen, num, parts)
 
     height, width = (side * described.stride for side in chosen.schedule.final)
     show = console.output.print
@@ -42,6 +44,8 @@ def info(
     show(f"\ndefaults {described.defaults}", highlight=False)
     show(f"\nplan {chosen.name}", highlight=False)
     show(chosen.describe(), markup=False, highlight=False)
+    if parts != (1, 1):
+        show(_split(described, chosen, num, parts), highlight=False)
     show(
         f"\nmemory of a batch of {num}, estimated: weights {_gib(sum(needed.weights.values()))}, "
         f"cache {_gib(needed.cache)}, largest step {_gib(needed.step)}, "
@@ -51,6 +55,31 @@ def info(
     if "text" in needed.weights:
         freed = _gib(needed.peak_text_freed)
         show(f"with --free-text-encoder: peak about {freed}", highlight=False)
+
+
+def _mesh(described: Any, devices: str | None, num: int) -> tuple[int, int]:
+    """Parts of the pictures and of the heads; as many devices as are asked for need not be here."""
+    import jax
+
+    from sparvar_jax.runtime import split
+    from sparvar_jax.runtime.devices import count_of
+
+    heads = described.transformer.config.heads
+    found = max(len(jax.local_devices()), int(devices) if (devices or "").isdigit() else 1)
+    return split.shape(count_of(devices, found, heads), num, heads)
+
+
+def _split(described: Any, plan: Any, num: int, parts: tuple[int, int]) -> str:
+    """How the work is divided, and what the cost model makes of it."""
+    from sparvar_jax.runtime import split
+
+    told = split.forecast(described.transformer, plan, num, parts)
+    where = "nowhere" if told.divided_from is None else f"from scale {told.divided_from} on"
+    return (
+        f"\n{parts[0] * parts[1]} devices: pictures over {parts[0]}, heads over {parts[1]}; tokens "
+        f"divided {where}; products of the blocks about {told.one:.3g} s on one H100, "
+        f"{told.many:.3g} s on these; memory below is that of one device"
+    )
 
 
 def _parts(folder: Path, described: Any, weights: dict[str, int]) -> Table:

@@ -36,6 +36,10 @@ Guidance = Annotated[
     str | None, typer.Option("--guidance", help="Guidance strength, or off.", metavar="FLOAT|off")
 ]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="Sampling temperature.")]
+Devices = Annotated[
+    str | None,
+    typer.Option("--devices", help="Devices to divide the work over: a number, or auto."),
+]
 ClassModel = Annotated[Path, typer.Option("--model", help="Class-conditional model directory.")]
 
 

@@ -33,6 +33,7 @@ def sample(
         float | None, typer.Option("--top-p", help="Kept probability; 1 keeps all.")
     ] = None,
     dtype: options.Precision = None,
+    devices: options.Devices = None,
 ) -> None:
     """Draw pictures of classes for evaluation; run again after a kill, it goes on."""
     drawing = {
@@ -42,7 +43,7 @@ def sample(
         "top_k": top_k,
         "top_p": top_p,
     }
-    asked = Asked(classes, per_class, batch, seed, options.name_of(dtype))
+    asked = Asked(classes, per_class, batch, seed, options.name_of(dtype), devices)
     total, drew = _run(model, out, asked, drawing)
     state = "drawn" if drew else "was complete already"
     console.output.print(f"{out}: {total} pictures, {state}", highlight=False)
@@ -57,6 +58,7 @@ class Asked:
     batch: int
     seed: int
     dtype: str | None
+    devices: str | None
 
 
 def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple[int, bool]:
@@ -67,7 +69,9 @@ def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple
     console.use_compilation_cache()
     with console.progress() as report:
         options.check_draws(model, "classes")
-        pipe = Pipeline.from_checkpoint(model, dtype=asked.dtype, progress=report)
+        pipe = Pipeline.from_checkpoint(
+            model, dtype=asked.dtype, devices=asked.devices, progress=report
+        )
         settings = {**drawing, "dtype": asked.dtype, "model": _fingerprint(model)}
         job = sampling_jobs.SampleJob(
             sampling_jobs.parse_classes(asked.classes, pipe.model.transformer.config.classes),

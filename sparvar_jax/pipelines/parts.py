@@ -59,12 +59,18 @@ def abstract_module(module: type, values: Any) -> Any:
 
 
 def load_module(
-    folder: Path, part: str, module: type, values: Any, weights: Weights = "dense"
+    folder: Path,
+    part: str,
+    module: type,
+    values: Any,
+    weights: Weights = "dense",
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Any:
-    """One part with its weights on the default device, in the dtypes its config asks for.
+    """One part with its weights in the dtypes its config asks for.
 
     weights: "stored" leaves kernels of linear maps in 8 bits where they are stored so; everything
-    else (embeddings, vectors, convolutions, the text encoder) is made dense.
+    else (embeddings, vectors, convolutions, the text encoder) is made dense. sharding: where they
+    are restored to, None is the default device.
     """
     if weights not in ("dense", "stored"):
         raise ValueError(f"weights must be 'dense' or 'stored', got {weights!r}")
@@ -80,7 +86,11 @@ def load_module(
         keep = frozenset(path for path in before if after[path].dtype != before[path].dtype)
     shapes = checkpoint.abstract_parameters(abstract)
     tree = checkpoint.load_part(
-        folder, part, dtype=lambda path: shapes.get(path, stored[path]).dtype, keep=keep
+        folder,
+        part,
+        dtype=lambda path: shapes.get(path, stored[path]).dtype,
+        sharding=sharding,
+        keep=keep,
     )
     return checkpoint.fill(abstract, tree)
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from sparvar_jax.models import bsq_vae
+from sparvar_jax.models.bands import WHOLE, Bands
 from sparvar_jax.models.family import How
 from sparvar_jax.models.vqvae import Tokenised
 from sparvar_jax.pipelines import loading
@@ -24,6 +25,7 @@ from sparvar_jax.pipelines.subjects import Jobs
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime.bound import Bound, to_host
+from sparvar_jax.runtime.devices import Asked, Devices, devices_of
 from sparvar_jax.runtime.generate import Generator, ScaleOutput, State
 from sparvar_jax.runtime.progress import Progress
 
@@ -38,13 +40,26 @@ class Pipeline:
     Compiled steps and functions are kept, so the second call with the same plan, batch size and
     length bucket of the prompts compiles nothing. Weights are read at every call: what is changed
     in place, or put in by setting `model`, shows in the next picture.
+    devices: a number of devices, "auto" or devices, over which every call's work is divided; None
+    is the default device.
     """
 
-    def __init__(self, model: Model, *, text_encoder: bool = True):
+    def __init__(
+        self,
+        model: Model,
+        *,
+        text_encoder: bool = True,
+        devices: Asked | Devices = None,
+    ):
         self._model = model
-        self.generator = Generator(model.transformer, model.codebook)
-        self.subject = model.family.subject(lambda: self.model, text_encoder=text_encoder)
-        self._decode = Bound(lambda: self.model.tokenizer, _decode)
+        if not isinstance(devices, Devices):
+            devices = devices_of(devices, model.transformer.config.heads)
+        self.devices = devices
+        self.generator = Generator(model.transformer, model.codebook, devices)
+        self.subject = model.family.subject(
+            lambda: self.model, text_encoder=text_encoder, devices=devices
+        )
+        self._decode = Bound(lambda: self.model.tokenizer, decode_pictures, devices, bands=True)
 
     @classmethod
     def from_checkpoint(
@@ -54,17 +69,25 @@ class Pipeline:
         dtype: str | None = None,
         text_encoder: bool = True,
         weights: Weights = "dense",
+        devices: Asked = None,
         progress: Progress | None = None,
     ) -> Pipeline:
         """Load a model directory of any family; None is the demo model.
 
         text_encoder: False loads none, for calls with features of a `TextEncoder` used before.
-        Other arguments as in `loading.load_model`.
+        devices: weights are restored to all of them at once. Other arguments as in
+        `loading.load_model`.
         """
+        found = loading.devices_for(directory, devices)
         model = loading.load_model(
-            directory, dtype=dtype, text_encoder=text_encoder, weights=weights, progress=progress
+            directory,
+            dtype=dtype,
+            text_encoder=text_encoder,
+            weights=weights,
+            devices=found,
+            progress=progress,
         )
-        return cls(model, text_encoder=text_encoder)
+        return cls(model, text_encoder=text_encoder, devices=found)
 
     @property
     def model(self) -> Model:
@@ -243,5 +266,11 @@ def code_sum_shape(transformer: Any, plan: Plan, batch: int) -> Any:
     return jax.eval_shape(lambda: transformer.start_codes(batch, plan.schedule))
 
 
-def _decode(tokenizer: Any, code_sum: Array) -> UInt8[Array, "B height width 3"]:
-    return bsq_vae.to_uint8(tokenizer.decode(code_sum))
+def decode_pictures(
+    tokenizer: Any, code_sum: Float[Array, "B h w Cd"], bands: Bands = WHOLE
+) -> UInt8[Array, "B height width 3"]:
+    """RGB pictures 0 to 255. bands: of the pictures' rows, where devices divide them."""
+    decode_band = getattr(tokenizer, "decode_band", None)
+    if decode_band is None:  # this tokenizer's pictures are not divided
+        return bands.own(bsq_vae.to_uint8(tokenizer.decode(code_sum)))
+    return bsq_vae.to_uint8(decode_band(bands.own(code_sum), bands))

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from sparvar_jax.runtime.compiling import compile_lowered
+from sparvar_jax.runtime.devices import Devices, PlacedWeights
 from sparvar_jax.runtime.parameters import Parameters
-from sparvar_jax.runtime.placement import Devices, PlacedWeights, Placement
+from sparvar_jax.runtime.placement import Placement
 
 
 class Bound:
@@ -21,6 +22,8 @@ class Bound:
     can still be compiled, which fills the persistent cache.
 
     placement: where rows lead every argument and result, devices that divide them as steps do.
+    bands: the function takes `bands` as well, and then gives this device's band of maps made from
+    its one argument, a map.
     """
 
     def __init__(
@@ -28,9 +31,11 @@ class Bound:
         module: Callable[[], Any],
         function: Callable[..., Any],
         placement: Placement | Devices | None = None,
+        bands: bool = False,
     ):
         self._module, self._function, self._placement = module, function, placement
         self._weights = None if placement is None else PlacedWeights(placement)
+        self._in_bands = bands
         self._structure: Any = None
         self._parameters, self._reading = Parameters(), threading.Lock()
         self._call: Any = None
@@ -63,12 +68,12 @@ class Bound:
                 self._jitted, self._structure = jax.jit(self._call), structure
         return leaves
 
-    def _caller(self, treedef: Any) -> Callable[..., Any]:
+    def _caller(self, treedef: Any, **options: Any) -> Callable[..., Any]:
         function = self._function
 
         def call(leaves: Any, *args: Any) -> Any:
             (module,) = jax.tree.unflatten(treedef, leaves)
-            return function(module, *args)
+            return function(module, *args, **options)
 
         call.__name__ = function.__name__.strip("_<>")
         return call
@@ -82,9 +87,16 @@ class Bound:
             if self._placement is not None:
                 place = self._place(args)
                 shapes = place.parameters(leaves), *place.by_rows(args)
-                jitted = jax.jit(place.divide(self._call))
+                jitted = jax.jit(self._divided(place, args))
             self._compiled[name] = compile_lowered(jitted.lower(*shapes))
         return self._compiled[name]
+
+    def _divided(self, place: Placement, args: Any) -> Callable[..., Any]:
+        """The function on every device of a mesh."""
+        if not self._in_bands:
+            return place.divide(self._call)
+        bands = place.bands(args[0].shape[1])
+        return place.divide(self._caller(self._structure[0], bands=bands), bands)
 
     def _place(self, args: Any) -> Placement:
         assert self._placement is not None

@@ -18,8 +18,9 @@ from sparvar_jax.models.family import Forced, How, ScaleModel
 from sparvar_jax.models.sampling import Controls
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime.controls import controls
+from sparvar_jax.runtime.devices import Devices, PlacedWeights
 from sparvar_jax.runtime.parameters import Parameters
-from sparvar_jax.runtime.placement import Devices, PlacedWeights, Placement
+from sparvar_jax.runtime.placement import Placement
 from sparvar_jax.runtime.pool import CachePool
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.runtime.step import ScaleOutput, State, empty_state, pools

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sparvar_jax.models.bands import WHOLE, Bands
 from sparvar_jax.models.family import ScaleModel
 from sparvar_jax.plans.attend import HeadSplit
 from sparvar_jax.runtime import split
@@ -73,12 +73,7 @@ class Placement:
     def check(self, batch: int, heads: int) -> None:
         """Raise ValueError unless so many pictures and heads can be divided."""
         parts = self.by_pictures(batch).head_split.parts
-        if heads % parts:
-            possible = [count for count in range(1, heads + 1) if heads % count == 0]
-            raise ValueError(
-                f"{heads} attention heads cannot be divided over {parts} devices: give one of "
-                f"{', '.join(map(str, possible))}"
-            )
+        split.check(heads, parts)
 
     def place(self, batch: int, heads: int) -> Placement:
         """This placement, if so many pictures and heads can be divided; ValueError otherwise."""
@@ -94,13 +89,21 @@ class Placement:
             )
         return self
 
-    def divide(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function(weights, *rows)` on every device of the mesh, on that device's rows."""
+    def bands(self, height: int) -> Bands:
+        """How maps so high are cut into bands over the axis of heads: not if they do not divide."""
+        split = self.head_split
+        return WHOLE if height % split.parts else Bands(split.axis, split.parts)
+
+    def divide(self, function: Callable[..., Any], bands: Bands = WHOLE) -> Callable[..., Any]:
+        """`function(weights, *rows)` on every device of the mesh, on that device's rows.
+
+        bands: where a result's second axis is cut into bands.
+        """
         divided = jax.shard_map(
             lambda weights, rows: function(weights, *rows),
             mesh=self.mesh,
             in_specs=(PartitionSpec(), self._rows),
-            out_specs=self._rows,
+            out_specs=PartitionSpec(self.rows, bands.axis) if bands.axis else self._rows,
             check_vma=False,
         )
 
@@ -145,7 +148,7 @@ class Placement:
 
     def put_parameters(self, parameters: Any) -> Any:
         """Weights on every device of the mesh; those that are there already stay."""
-        return _put(parameters, self.whole)
+        return put(parameters, self.whole)
 
     def put_rows(self, tree: Any, groups: int = 1) -> Any:
         """Arrays whose rows are `groups` runs of pictures, such that a device holds its pictures.
@@ -155,8 +158,8 @@ class Placement:
         """
         sharding = NamedSharding(self.mesh, self._rows)
         if self.row_parts == 1 or _lies(tree, sharding):
-            return _put(tree, sharding)
-        return _put(tree if groups == 1 else _swapped(tree, (groups, self.row_parts)), sharding)
+            return put(tree, sharding)
+        return put(tree if groups == 1 else _swapped(tree, (groups, self.row_parts)), sharding)
 
     def ordered(self, output: ScaleOutput, batch: int) -> ScaleOutput:
         """The output with captured and reported rows as one device has them: `put_rows` undone.
@@ -181,58 +184,6 @@ class Placement:
         return PartitionSpec(self.rows, self.head_split.axis)
 
 
-@dataclasses.dataclass(frozen=True)
-class Devices:
-    """Devices whose mesh is chosen for every generation: pictures first, then heads.
-
-    Whole pictures go to devices of their own as far as their number allows, because that needs no
-    exchange; what is left divides heads. divide_from: as of `Placement`.
-    """
-
-    devices: tuple[jax.Device, ...]
-    divide_from: int | None = None
-
-    def place(self, batch: int, heads: int) -> Placement:
-        """The mesh for so many pictures. Raises ValueError where heads cannot be divided."""
-        placement = self.by_pictures(batch)
-        placement.check(batch, heads)
-        return placement
-
-    def by_pictures(self, batch: int) -> Placement:
-        """The mesh for so many pictures."""
-        rows = math.gcd(batch, len(self.devices))
-        mesh = mesh_of(rows, len(self.devices) // rows, self.devices)
-        return Placement(mesh, divide_from=self.divide_from)
-
-    @property
-    def whole(self) -> NamedSharding:
-        """Where arrays lie that every device has whole."""
-        return NamedSharding(mesh_of(1, len(self.devices), self.devices), PartitionSpec())
-
-    def put_parameters(self, parameters: Any) -> Any:
-        """Weights on every device; those that are there already stay."""
-        return _put(parameters, self.whole)
-
-
-class PlacedWeights:
-    """Weights on every device of a mesh, copied again where they changed and nowhere else."""
-
-    def __init__(self, placement: Placement | Devices):
-        self._placement = placement
-        self._given: list[Any] = []
-        self._placed: list[Any] = []
-
-    def of(self, parameters: Sequence[Any]) -> list[Any]:
-        """The weights on the mesh; those given before are there already."""
-        if len(parameters) != len(self._given):
-            self._given, self._placed = [None] * len(parameters), [None] * len(parameters)
-        new = [n for n, leaf in enumerate(parameters) if leaf is not self._given[n]]
-        copies = self._placement.put_parameters([parameters[n] for n in new])
-        for n, copy in zip(new, copies, strict=True):
-            self._given[n], self._placed[n] = parameters[n], copy
-        return list(self._placed)
-
-
 @functools.partial(jax.jit, static_argnames="parts")
 def _swapped(tree: Any, parts: tuple[int, int]) -> Any:
     """Arrays whose rows are `parts[0]` x `parts[1]` runs, as `parts[1]` x `parts[0]` ones."""
@@ -243,7 +194,7 @@ def _swapped(tree: Any, parts: tuple[int, int]) -> Any:
     return jax.tree.map(swap, tree)
 
 
-def _put(tree: Any, sharding: NamedSharding) -> Any:
+def put(tree: Any, sharding: NamedSharding) -> Any:
     """Arrays where they are asked for; those that lie so already stay, whatever the mesh's name."""
     leaves, treedef = jax.tree.flatten(tree)
     moved = iter(jax.device_put([x for x in leaves if not _lies(x, sharding)], sharding))

@@ -8,9 +8,12 @@ heads, and outputs back.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
+
+from sparvar_jax.plans.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,3 +65,53 @@ def pays(layer: Layer, tokens: int, parts: int, machine: Machine = Machine()) ->
     whole = layer.seconds(tokens, machine)
     divided = layer.seconds(tokens / parts, machine)
     return divided + layer.exchange_seconds(tokens, parts, machine) < whole
+
+
+def shape(devices: int, pictures: int, heads: int) -> tuple[int, int]:
+    """How so many devices draw so many pictures: (parts of the pictures, parts of the heads).
+
+    Whole pictures go to devices of their own as far as their number allows, because that needs no
+    exchange; what is left divides heads. Raises ValueError where these cannot be divided.
+    """
+    rows = math.gcd(pictures, devices)
+    check(heads, devices // rows)
+    return rows, devices // rows
+
+
+def check(heads: int, parts: int) -> None:
+    """Raise ValueError unless so many heads can be divided."""
+    if heads % parts:
+        possible = [count for count in range(1, heads + 1) if heads % count == 0]
+        raise ValueError(
+            f"{heads} attention heads cannot be divided over {parts} devices: give one of "
+            f"{', '.join(map(str, possible))}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What the cost model says of a generation's blocks, attention left out.
+
+    divided_from: the first scale whose tokens are divided, None if none are. one, many: seconds on
+    one device, and on all.
+    """
+
+    divided_from: int | None
+    one: float
+    many: float
+
+
+def forecast(model: Any, plan: Plan, pictures: int, parts: tuple[int, int]) -> Forecast:
+    """The cost model over a plan. model: may be abstract. parts: of pictures and of heads."""
+    layer, machine, divided, one, many = Layer.of(model), Machine(), None, 0.0, 0.0
+    for index, step in enumerate(plan.steps):
+        tokens = pictures * step.row_factor * step.scale.tokens
+        mine = tokens // parts[0]
+        one += plan.depth * layer.seconds(tokens, machine)
+        if parts[1] > 1 and pays(layer, mine, parts[1], machine):
+            divided = index if divided is None else divided
+            exchange = layer.exchange_seconds(mine, parts[1], machine)
+            many += plan.depth * (layer.seconds(mine / parts[1], machine) + exchange)
+        else:
+            many += plan.depth * layer.seconds(mine, machine)
+    return Forecast(divided, one, many)

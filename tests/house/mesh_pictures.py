@@ -21,8 +21,9 @@ from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.strategy import Dense, Output
 from sparvar_jax.policies import parse_plan, preset_names
 from sparvar_jax.runtime import generate
+from sparvar_jax.runtime.devices import Devices
 from sparvar_jax.runtime.generate import Generator
-from sparvar_jax.runtime.placement import Devices, Placement, mesh_of
+from sparvar_jax.runtime.placement import Placement, mesh_of
 from tests.house import support
 from tests.house.support import lively
 
