@@ -67,7 +67,9 @@ class Pair:
             config = parts.transformer.config
             text = models.text_features(each, config.text_width, config.text_max_length)
         one = Bench(parts, each, size, text)
-        tiled = text and TextFeatures(*(np.concatenate([np.asarray(x)] * rows) for x in text))
+        tiled = text and TextFeatures(
+            jnp.concatenate([text.features] * rows), np.concatenate([text.lengths] * rows)
+        )
         many = Bench(_spread(parts, devices), pictures, size, tiled, devices)
         many.keys = jnp.concatenate([one.keys] * rows)
         return cls(one, many, placement)
@@ -137,7 +139,7 @@ def _lay_out(state: State, placement: Placement) -> State:
         sharding: NamedSharding = shape.sharding
         pieces = []
         for device, index in sharding.addressable_devices_indices_map(shape.shape).items():
-            piece = leaf[:, index[1]] if leaf.ndim > 1 else leaf
+            piece = leaf[:, index[1]] if index is not None and leaf.ndim > 1 else leaf
             pieces.append(jax.device_put(piece, device, may_alias=False))
         return jax.make_array_from_single_device_arrays(shape.shape, sharding, pieces)
 

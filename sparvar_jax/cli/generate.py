@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sparvar_jax.cli import console, options
+from sparvar_jax.cli.prompts import Job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +114,18 @@ def generate(
     ] = False,
     dtype: options.Precision = None,
     devices: options.Devices = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="File of prompts, one a line, or JSON lines; --out DIR."),
+    ] = None,
+    coordinator: options.Coordinator = None,
+    processes: options.Processes = None,
+    process: options.Process = None,
 ) -> None:
-    """Draw a prompt, or with a class-conditional model a class."""
+    """Draw a prompt, or with a class-conditional model a class; or a whole file of prompts.
+
+    With --prompts, --num pictures are drawn together; run again after a kill, it goes on.
+    """
     asked = {
         "plan": plan,
         "guidance": guidance,
@@ -124,7 +135,14 @@ def generate(
         "size": size,
     }
     drawing = {"seed": seed} | {name: value for name, value in asked.items() if value is not None}
-    named = options.name_of(dtype)
+    named, hosts = options.name_of(dtype), (coordinator, processes, process)
+    if prompts is not None:
+        if prompt is not None or label is not None or text_first:
+            raise ValueError("--prompts brings its own prompts: leave out what names others")
+        Job(prompts, out, model, num, named, devices, drawing, hosts).run()
+        return
+    if hosts != (None, None, None):
+        raise ValueError("several processes draw a file of prompts: give --prompts FILE")
     _run(Order(prompt, label, model, num, named, text_first, devices, drawing), out)
 
 

@@ -65,7 +65,9 @@ def _mesh(described: Any, devices: str | None, num: int) -> tuple[int, int]:
     from sparvar_jax.runtime.devices import count_of
 
     heads = described.transformer.config.heads
-    found = max(len(jax.local_devices()), int(devices) if (devices or "").isdigit() else 1)
+    found = len(jax.local_devices())
+    if devices is not None and devices.isascii() and devices.isdigit() and len(devices) < 5:
+        found = max(found, int(devices))
     return split.shape(count_of(devices, found, heads), num, heads)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -40,12 +41,28 @@ Devices = Annotated[
     str | None,
     typer.Option("--devices", help="Devices to divide the work over: a number, or auto."),
 ]
+Coordinator = Annotated[
+    str | None,
+    typer.Option("--coordinator", help="HOST:PORT of the first of several processes, or auto."),
+]
+Processes = Annotated[int | None, typer.Option("--processes", min=1, help="How many there are.")]
+Process = Annotated[int | None, typer.Option("--process", min=0, help="Which one this is.")]
 ClassModel = Annotated[Path, typer.Option("--model", help="Class-conditional model directory.")]
 
 
 def name_of(dtype: Dtype | None) -> str | None:
     """The dtype as the library names it."""
     return dtype.value if dtype else None
+
+
+def fingerprint(model: Path) -> str:
+    """Tells models apart by what their JSON files say: shapes, defaults and sources."""
+    from sparvar_jax.weights import checkpoint
+
+    content = b"".join(
+        (model / name).read_bytes() for name in (checkpoint.CONFIG, checkpoint.MANIFEST)
+    )
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def check_draws(model: Path | None, wanted: str) -> None:
