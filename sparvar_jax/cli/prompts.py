@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,7 @@ class Job:
             pipe = Pipeline.from_checkpoint(
                 folder, dtype=self.dtype, devices=self.devices, progress=report
             )
-
-            def draw(batch: Sequence[prompt_files.Entry]) -> Any:
-                return pipe([entry.prompt for entry in batch], **_asked(batch, drawing))
-
-            def describe(entry: prompt_files.Entry) -> dict[str, str]:
-                own = {name: value for name, value in vars(entry).items() if value is not None}
-                given = {name: value for name, value in drawing.items() if value is not None}
-                return {k: str(v) for k, v in {**given, **own, "model": pipe.model.name}.items()}
-
+            draw, describe = prompt_jobs.drawer(pipe, drawing)
             drawn = prompt_jobs.run_prompts(
                 job, draw, self.out, describe=describe, host=host, progress=report
             )
@@ -63,13 +54,3 @@ class Job:
             f"{self.out}: {share}{drawn} pictures drawn, {len(entries)} in the whole job",
             highlight=False,
         )
-
-
-def _asked(batch: Sequence[Any], drawing: dict[str, Any]) -> dict[str, Any]:
-    """Options of one call: what the entries say goes before what the command says."""
-    first = batch[0]
-    own = {"size": first.size, "aspect_ratio": first.aspect_ratio}
-    if first.negative is not None:
-        own["negative"] = [entry.negative for entry in batch]
-    own = {name: value for name, value in own.items() if value is not None}
-    return {**drawing, **own, "seed": [entry.seed for entry in batch]}

@@ -13,6 +13,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -68,6 +69,25 @@ class PromptJob:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def drawer(pipe: Any, drawing: Mapping[str, Any]) -> tuple[Draw, Describe]:
+    """What draws entries with a pipeline, and says so; what they say goes before `drawing`."""
+
+    def draw(batch: Sequence[Entry]) -> UInt8[np.ndarray, "B height width 3"]:
+        own: dict[str, Any] = {"size": batch[0].size, "aspect_ratio": batch[0].aspect_ratio}
+        if batch[0].negative is not None:
+            own["negative"] = [entry.negative for entry in batch]
+        own = {name: value for name, value in own.items() if value is not None}
+        seeds = [entry.seed for entry in batch]
+        return pipe([entry.prompt for entry in batch], **{**drawing, **own, "seed": seeds})
+
+    def describe(entry: Entry) -> dict[str, str]:
+        told_of = {**drawing, **{k: v for k, v in vars(entry).items() if v is not None}}
+        told_of |= {"model": pipe.model.name, "dtype": pipe.model.transformer.config.dtype}
+        return {name: str(value) for name, value in told_of.items() if value is not None}
+
+    return draw, describe
+
+
 def picture_file(folder: Path, place: int) -> Path:
     """The picture of an entry."""
     return folder / f"{place:06d}.png"
@@ -89,26 +109,21 @@ def run_prompts(
     folder holds another job, or another process with this one's part is at it.
     """
     out = Path(out)
-    with _claim(out, job, host):
-        batches, drawn = job.batches, 0
-        mine = host.mine(range(len(batches)))
+    with claim(out, job, host):
+        drawn, mine = 0, host.mine(range(len(job.batches)))
         for done, index in enumerate(mine, 1):
-            missing = [place for place in batches[index] if not _is_there(job, out, place)]
-            if missing:
-                drawn += _draw_batch(job, draw, describe, out, batches[index], missing)
+            drawn += draw_batch(job, index, draw, out, describe)
             if progress:
                 progress("prompts", done, len(mine))
     return drawn
 
 
-def _draw_batch(
-    job: PromptJob,
-    draw: Draw,
-    describe: Describe,
-    out: Path,
-    places: tuple[int, ...],
-    missing: list[int],
-) -> int:
+def draw_batch(job: PromptJob, index: int, draw: Draw, out: Path, describe: Describe) -> int:
+    """Draw a batch of a job if a picture of it is missing; returns how many were."""
+    places = job.batches[index]
+    missing = [place for place in places if not _is_there(job, out, place)]
+    if not missing:
+        return 0
     padded = [*places, *([places[-1]] * (job.batch - len(places)))]
     pictures = draw([job.entries[place] for place in padded])
     for place, picture in zip(places, pictures, strict=False):
@@ -128,7 +143,7 @@ def _is_there(job: PromptJob, out: Path, place: int) -> bool:
 
 
 @contextlib.contextmanager
-def _claim(out: Path, job: PromptJob, host: Host) -> Iterator[None]:
+def claim(out: Path, job: PromptJob, host: Host) -> Iterator[None]:
     """Hold the folder for this process's part of this job.
 
     The leading process holds what a process alone would hold, and tidies up before all begin.

@@ -8,24 +8,32 @@ into compiling, so that what has been drawn is compared with as much as it can b
 import dataclasses
 import json
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from sparvar_jax.models.bands import WHOLE
+from sparvar_jax.models.bsq_vae import BsqVae
 from sparvar_jax.models.sampling import image_keys
 from sparvar_jax.models.var import Var, VarConfig
 from sparvar_jax.models.vqvae import Codebook, VqvaeConfig
+from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.plans.plan import dense_plan, map_attention
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.strategy import Dense, Output
 from sparvar_jax.policies import parse_plan, preset_names
 from sparvar_jax.runtime import generate
+from sparvar_jax.runtime.bound import Bound
 from sparvar_jax.runtime.devices import Devices
 from sparvar_jax.runtime.generate import Generator
 from sparvar_jax.runtime.placement import Placement, mesh_of
 from tests.house import support
 from tests.house.support import lively
+from tests.tiny_model import TOKENIZER, write_tiny_model
 
 BATCH = 4
 SIDES = (1, 2, 4)
@@ -192,7 +200,7 @@ def some():
         if name == "infinity":
             told["refusals"] = refusals(four, arguments)
             told["swapped"] = swapped(one, four, arguments)
-    return told
+    return told | {"bands": bands(), "pipeline": pipeline()}
 
 
 def divided(one, arguments, plan, shape, theirs=None):
@@ -213,6 +221,39 @@ def every():
             for shape in MESHES:
                 told[f"{name} {text} {shape}"] = divided(one, arguments, plan, shape, theirs)
     return told
+
+
+def bands():
+    """How far the bands of two and of three devices are from a picture decoded by one."""
+    tokenizer = lively(BsqVae, TOKENIZER)
+    codes = jax.random.normal(jax.random.key(0), (1, 6, 4, TOKENIZER.code_width))
+
+    def decode(tokenizer, codes, bands=WHOLE):
+        return tokenizer.decode_band(bands.own(codes), bands)
+
+    alone, told = Bound(lambda: tokenizer, decode)(codes), {}
+    for count in (2, 3):
+        placed = Devices(tuple(jax.devices()[:count]))
+        image = Bound(lambda: tokenizer, decode, placed, bands=True)(codes)
+        told[str(count)] = [furthest(image, alone), image.addressable_shards[0].data.shape[1]]
+    return told | {"spread": float(alone.std())}
+
+
+def pipeline():
+    """A model directory on two devices: where its weights lie, and how far the pictures are."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_tiny_model(Path(folder) / "model")
+        two, one = (Pipeline.from_checkpoint(model, devices=count) for count in (2, None))
+        weights = jax.tree.leaves(nnx.state(two.model.transformer))
+        asked = {"plan": "skip_last_scales(5)", "seed": 3}
+        pictures = [pipe("a red apple", **asked).astype(int) for pipe in (two, one)]
+        placed = two.generator._weights._placed
+        return {
+            "devices": [len(leaf.sharding.device_set) for leaf in weights],
+            "copied": sum(a is not b for a, b in zip(weights, placed, strict=False)),
+            "steps": int(np.abs(pictures[0] - pictures[1]).max()),
+            "spread": float(pictures[1].std()),
+        }
 
 
 def main(which):

@@ -95,6 +95,27 @@ def test_weights_are_copied_to_the_mesh_where_they_change(told):
     assert told["swapped"]["fresh"] < 1e-5
 
 
+def test_bands_of_a_decoder_make_the_picture_of_one_device(told):
+    """Images in [-1, 1], some ten float32 convolutions and norms deep: as the inner arrays above.
+
+    Norms add their statistics band by band, which is another order of up to some hundred sums.
+    """
+    assert told["bands"]["spread"] > 0.1
+    for count in (2, 3):
+        distance, rows = told["bands"][str(count)]
+        assert distance < 2e-5
+        assert rows == 12 // count
+
+
+def test_a_pipeline_on_two_devices_draws_the_pictures_of_one(told):
+    """Rounding may cross a border between two of 256 steps; weights are restored in place."""
+    pipeline = told["pipeline"]
+    assert set(pipeline["devices"]) == {2}
+    assert pipeline["copied"] == 0
+    assert pipeline["spread"] > 1
+    assert pipeline["steps"] <= 1
+
+
 def test_what_cannot_be_divided_is_refused(told):
     for call in ("start", "run", "compile"):
         assert "3 pictures cannot be divided over 2 devices" in told["refusals"][call]
