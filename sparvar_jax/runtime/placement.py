@@ -197,16 +197,24 @@ def _swapped(tree: Any, parts: tuple[int, int]) -> Any:
 def put(tree: Any, sharding: NamedSharding) -> Any:
     """Arrays where they are asked for; those that lie so already stay, whatever the mesh's name."""
     leaves, treedef = jax.tree.flatten(tree)
-    moved = iter(jax.device_put([x for x in leaves if not _lies(x, sharding)], sharding))
-    return jax.tree.unflatten(treedef, [x if _lies(x, sharding) else next(moved) for x in leaves])
+    there = [_lies(x, sharding) for x in leaves]
+    if all(there):
+        return tree
+    wrong = [x for x, lies in zip(leaves, there, strict=True) if not lies]
+    moved = iter(jax.device_put(wrong, sharding))
+    placed = [x if lies else next(moved) for x, lies in zip(leaves, there, strict=True)]
+    return jax.tree.unflatten(treedef, placed)
 
 
 def _lies(tree: Any, sharding: NamedSharding) -> bool:
     """Whether all arrays of a tree lie so."""
-    return all(
-        isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim)
-        for x in jax.tree.leaves(tree)
-    )
+
+    def lies(x: Any) -> bool:
+        if not isinstance(x, jax.Array):
+            return False
+        return x.sharding == sharding or x.sharding.is_equivalent_to(sharding, x.ndim)
+
+    return all(map(lies, jax.tree.leaves(tree)))
 
 
 def _shaped(tree: Any, sharding: NamedSharding) -> Any:
