@@ -20,7 +20,7 @@ from benchmarks.models import Parts
 from sparvar_jax.models import sampling
 from sparvar_jax.models.var_parts import guidance_ramp
 from sparvar_jax.pipelines.class_requests import ClassDefaults
-from sparvar_jax.pipelines.pipeline import code_sum_shape, decode_pictures
+from sparvar_jax.pipelines.pipeline import code_sum_shape, decode
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
@@ -98,7 +98,7 @@ class Bench:
         self._text = text
         self._embedding = _embed_classes if parts.draws_classes else _embed_text
         self._embed = Bound(lambda: parts.transformer, self._embedding, placement)
-        self._decode = Bound(lambda: parts.tokenizer, decode_pictures, placement, bands=True)
+        self._decode = Bound(lambda: parts.tokenizer, decode, placement, bands=True)
         self._specs: set[StepSpec] = set()
 
     def plan(self, name: str) -> Plan:

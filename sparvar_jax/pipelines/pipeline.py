@@ -59,7 +59,7 @@ class Pipeline:
         self.subject = model.family.subject(
             lambda: self.model, text_encoder=text_encoder, devices=devices
         )
-        self._decode = Bound(lambda: self.model.tokenizer, decode_pictures, devices, bands=True)
+        self._decode = Bound(lambda: self.model.tokenizer, decode, devices, bands=True)
 
     @classmethod
     def from_checkpoint(
@@ -266,7 +266,7 @@ def code_sum_shape(transformer: Any, plan: Plan, batch: int) -> Any:
     return jax.eval_shape(lambda: transformer.start_codes(batch, plan.schedule))
 
 
-def decode_pictures(
+def decode(
     tokenizer: Any, code_sum: Float[Array, "B h w Cd"], bands: Bands = WHOLE
 ) -> UInt8[Array, "B height width 3"]:
     """RGB pictures 0 to 255. bands: of the pictures' rows, where devices divide them."""
