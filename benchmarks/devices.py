@@ -103,7 +103,7 @@ def check(pair: Pair, plan: Plan) -> Row:
     keys, controls = placement.put_rows(many.keys), placement.put_parameters(many.setting.controls)
     condition, programs = many.condition(), many.programs(plan)
     condition = placement.put_rows(condition, 2 if plan.row_factor == 2 else 1)
-    steps, parameters = many.generator._current(many.batch)
+    steps, parameters = many.generator.current(many.batch)
     laid_out: State | None = None
     for index, (state, output) in enumerate(one.steps(plan, one.condition())):
         if laid_out is not None:

@@ -45,7 +45,8 @@ class Generator:
         placement: Placement | Devices | None = None,
     ):
         self.model, self.codebook, self.placement = model, codebook, placement
-        self._steps: dict[Placement | None, Steps] = {}
+        self._steps: Steps | None = None
+        self._on_mesh: dict[Placement | None, Steps] = {}
         self._structure: Any = None
         self._pool, self._parameters = CachePool(), Parameters()
         self._reading = threading.Lock()
@@ -92,7 +93,7 @@ class Generator:
         progress: Progress | None = None,
     ) -> tuple[Any, ...]:
         """The executables of a plan's steps; new ones are compiled in parallel threads."""
-        steps, _ = self._current(batch)
+        steps, _ = self.current(batch)
         return steps.compile(plan, condition, batch, how=how, threads=threads, progress=progress)
 
     def decode_scale(
@@ -114,7 +115,7 @@ class Generator:
         lays them out. state: of `start`. forced: tokens to take instead of sampling. capture: also
         return the input, the hidden state after every block, raw and guided logits.
         """
-        steps, parameters = self._current(len(keys))
+        steps, parameters = self.current(len(keys))
         condition, controls, keys = _placed(steps.placement, condition, controls, keys)
         forced = _placed_tokens(steps.placement, forced)
         spec = steps.spec(plan, index, how=how, capture=capture, forced=forced is not None)
@@ -138,7 +139,7 @@ class Generator:
         generation: buffers are handed on.
         """
         batch = keys.shape[0]
-        steps, parameters = self._current(batch)
+        steps, parameters = self.current(batch)
         condition, controls, keys = _placed(steps.placement, condition, controls, keys)
         state = self.start(plan, batch)
         ahead: Any = None
@@ -168,18 +169,22 @@ class Generator:
         assert code_sum is not None
         return code_sum, tuple(outputs)
 
-    def _current(self, batch: int) -> tuple[Steps, list[Any]]:
-        """(steps for the model's structure as it is now, its weights as they are now)."""
+    def current(self, batch: int) -> tuple[Steps, list[Any]]:
+        """(steps for the model's structure as it is now, its weights as they are now).
+
+        batch: pictures, which decide the mesh.
+        """
         placement = self.place(batch)
         with self._reading:
             parameters, structure = self._parameters.read((self.model, self.codebook))
             if structure is not self._structure:
-                self._steps, self._structure = {}, structure
-            if placement not in self._steps:
-                self._steps[placement] = Steps((self.model, self.codebook), placement)
+                self._on_mesh, self._structure = {}, structure
+            if placement not in self._on_mesh:
+                self._on_mesh[placement] = Steps((self.model, self.codebook), placement)
+            self._steps = steps = self._on_mesh[placement]
             if self._weights is not None:
                 parameters = self._weights.of(parameters)
-            return self._steps[placement], parameters
+            return steps, parameters
 
     def _cache_name(self, plan: Plan, batch: int) -> Any:
         """What tells cache buffers apart that do not fit each other."""
