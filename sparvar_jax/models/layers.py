@@ -191,7 +191,9 @@ def narrow(module: nnx.Module) -> None:
         if isinstance(kernel, jax.ShapeDtypeStruct):
             made = jax.eval_shape(functools.partial(matrix.narrow, dtype=part.narrow), kernel)
         else:
-            made = _narrow(kernel, dtype=part.narrow)
+            # One copy is rounded: no kernel has to know of the devices that hold the others.
+            made = _narrow(kernel.addressable_data(0), dtype=part.narrow)
+            made = jax.device_put(made, kernel.sharding)
         part.kernel, part.kernel_scale = nnx.Param(made.values), nnx.data(nnx.Param(made.scale))
         part.is_narrow = True
 

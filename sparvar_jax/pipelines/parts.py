@@ -81,13 +81,19 @@ def described_module(
 
 
 def load_module(
-    folder: Path, part: str, module: type, values: Any, weights: Weights = "dense"
+    folder: Path,
+    part: str,
+    module: type,
+    values: Any,
+    weights: Weights = "dense",
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Any:
-    """One part with its weights on the default device, in the dtypes its config asks for.
+    """One part with its weights in the dtypes its config asks for.
 
     weights: "stored" leaves kernels of linear maps in 8 bits where they are stored so; everything
     else (embeddings, vectors, convolutions, the text encoder) is made dense. "int8" rounds the
-    matrices of a transformer's blocks, see `layers.narrow`.
+    matrices of a transformer's blocks, see `layers.narrow`. sharding: where they are restored to,
+    None is the default device.
     """
     check_weights(weights)
     abstract = abstract_module(module, values)
@@ -109,6 +115,7 @@ def load_module(
         dtype=lambda path: (
             (stored[path] if path in exact else shapes.get(path, stored[path])).dtype
         ),
+        sharding=sharding,
         keep=keep,
     )
     filled = checkpoint.fill(abstract, tree)
