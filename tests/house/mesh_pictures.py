@@ -24,9 +24,11 @@ from sparvar_jax.models.hart import Hart, HartConfig
 from sparvar_jax.models.sampling import image_keys
 from sparvar_jax.models.var import Var, VarConfig
 from sparvar_jax.models.vqvae import Codebook, VqvaeConfig
+from sparvar_jax.pipelines.decoding import look_at
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.plans.caches import with_cache
 from sparvar_jax.plans.plan import dense_plan, map_attention
+from sparvar_jax.plans.route import Route
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.strategy import Dense, Output
 from sparvar_jax.policies import parse_plan, preset_names
@@ -275,7 +277,37 @@ def every():
             theirs = drawn(one, plan, arguments)
             for shape in MESHES:
                 told[f"{name} {text} {shape}"] = divided(one, arguments, plan, shape, theirs)
-    return told
+    model, _, _, arguments = found["infinity"]
+    return told | {"infinity route (4, 2)": route(model, arguments)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Brightest:
+    """Skips the last scale where a picture of the scale before is bright on average."""
+
+    name = "brightest"
+
+    def features(self, before, now, schedule, decode):
+        return decode(now - before).mean((1, 2))
+
+    def choose(self, features):
+        return [int(one.mean() > -1) for one in features]
+
+
+def route(model, arguments):
+    """How far a picture is, on two by two devices, whose plan is chosen on the way."""
+    plans = tuple(parse_plan(text, SHORT, 2) for text in ("dense", "skip_last_scales(1)"))
+    plan = with_cache(dataclasses.replace(plans[0], route=Route(1, Brightest(), plans)), "lean")
+    tokenizer = lively(BsqVae, dataclasses.replace(TOKENIZER, code_width=8))
+    pictures = []
+    for placed in (Devices(tuple(jax.devices()[:8])), None):
+        look = Bound(lambda: tokenizer, look_at, placed)
+        chosen = []
+        generator = Generator(model, placement=placed, decode=look)
+        condition, controls, keys = arguments(slice(None))
+        pictures.append(generator.run(plan, condition, controls, keys, chosen=chosen.append))
+        assert len(chosen[0].steps) == 2, "the plan that is chosen draws two scales"
+    return distances(*pictures)
 
 
 def bands():

@@ -66,9 +66,10 @@ def test_divided_tokens_draw_what_one_device_draws(told, plan):
 @pytest.mark.slow
 def test_every_plan_on_every_mesh():
     every = run("every")
-    assert len(every) == (13 + 7 + 7 + 1) * 4
+    assert len(every) == (13 + 7 + 7 + 1) * 4 + 1
     for name, found in every.items():
-        check(found, {"(1, 1)": 1, "(2, 1)": 2, "(1, 2)": 2, "(2, 2)": 4}[name[-6:]])
+        devices = {"(1, 1)": 1, "(2, 1)": 2, "(1, 2)": 2, "(2, 2)": 4, "(4, 2)": 8}
+        check(found, devices[name[-6:]])
 
 
 def check(found, devices):
