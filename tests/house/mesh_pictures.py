@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparvar_jax.models import layers
+from sparvar_jax.models import eight_bits
 from sparvar_jax.models.bands import WHOLE
 from sparvar_jax.models.bsq_vae import BsqVae
 from sparvar_jax.models.hart import Hart, HartConfig
@@ -267,7 +267,7 @@ def every():
     """Every preset, and what else draws less or keeps less, in all families on every mesh."""
     told, found = {}, families()
     narrow = support.model()
-    layers.narrow(narrow)
+    eight_bits.narrow(narrow, eight_bits.kernels(narrow))
     found["narrow"] = (narrow, *found["infinity"][1:])
     for name, (model, codebook, schedule, arguments) in found.items():
         one = Generator(model, codebook)
