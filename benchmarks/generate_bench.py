@@ -21,7 +21,7 @@ from sparvar_jax.models import hart_parts, sampling
 from sparvar_jax.models.family import How
 from sparvar_jax.models.var_parts import guidance_ramp
 from sparvar_jax.pipelines.class_requests import ClassDefaults
-from sparvar_jax.pipelines.decoding import decode
+from sparvar_jax.pipelines.decoding import decode, look_at
 from sparvar_jax.pipelines.pipeline import code_sum_shape
 from sparvar_jax.pipelines.prefix_requests import PrefixDefaults
 from sparvar_jax.pipelines.prefix_text import PrefixEncoder, PrefixFeatures
@@ -32,7 +32,9 @@ from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
 from sparvar_jax.policies import parse_plan
 from sparvar_jax.runtime import generate
 from sparvar_jax.runtime.bound import Bound, to_host
+from sparvar_jax.runtime.devices import Devices
 from sparvar_jax.runtime.generate import Generator, ScaleOutput, State
+from sparvar_jax.runtime.placement import Placement
 from sparvar_jax.runtime.step import StepSpec, step_spec
 
 BEYOND = {"2.25M": ((80, 80), (96, 96))}
@@ -91,7 +93,8 @@ class Bench:
     """One model at one batch and picture size; plans share their compiled steps.
 
     text: what the pictures are drawn from: features, an encoder that is part of every draw, or
-    None for random features. Class-conditional models draw class after class.
+    None for random features. Class-conditional models draw class after class. placement: devices
+    that divide the work; None is one.
     """
 
     def __init__(
@@ -101,15 +104,16 @@ class Bench:
         size: str | None = None,
         text: TextFeatures | PrefixFeatures | TextEncoder | PrefixEncoder | None = None,
         cache: Cache = "full",
+        placement: Placement | Devices | None = None,
     ):
         self.parts, self.batch, self.setting = parts, batch, setting_of(parts, size)
         self.keys = sampling.image_keys(0, batch)
-        look = Bound(lambda: parts.tokenizer, lambda tokenizer, x: tokenizer.decode(x))
-        self.generator = Generator(parts.transformer, parts.codebook, decode=look)
+        look = Bound(lambda: parts.tokenizer, look_at, placement)
+        self.generator = Generator(parts.transformer, parts.codebook, placement, look)
         self._text = text
         self._embedding = _embed_classes if parts.draws_classes else _embed_text
-        self._embed = Bound(lambda: parts.transformer, self._embedding)
-        self._decode = Bound(lambda: parts.tokenizer, decode)
+        self._embed = Bound(lambda: parts.transformer, self._embedding, placement)
+        self._decode = Bound(lambda: parts.tokenizer, decode, placement, bands=True)
         self._cache = cache
         self._specs: set[StepSpec] = set()
 

@@ -145,7 +145,7 @@ def check(bench: Bench, plan: Plan) -> Check:
             return Check(
                 _difference(list(written.values()), [expected[layer] for layer in written]),
                 _difference(control, expected),
-                _agreement(output.tokens[image], tokens[0]),
+                agreement(output.tokens[image], tokens[0]),
                 tolerance(bench.parts),
             )
     raise AssertionError("the last step was not drawn")
@@ -296,7 +296,7 @@ def _leave(
     return model.finish(x, condition, place, draw).tokens
 
 
-def _agreement(ours: Shaped[Array, "T ..."], reference: Shaped[Array, "T ..."]) -> float:
+def agreement(ours: Shaped[Array, "T ..."], reference: Shaped[Array, "T ..."]) -> float:
     """Share of equal labels or ids; of mixtures the share whose heaviest code is the same."""
     if jnp.issubdtype(ours.dtype, jnp.floating):
         ours, reference = ours.argmax(-1), reference.argmax(-1)

@@ -35,6 +35,15 @@ def test_weights_and_cache_are_exact(folder, guidance, batch):
     assert needed.peak >= sum(needed.weights.values()) + needed.cache + needed.decode
 
 
+def test_devices_divide_cache_and_steps_but_not_weights(folder):
+    described = loading.describe_model(folder, "float32")
+    plan = resolve_plan(described, "dense", resolve_schedule(described))
+    whole, half = (estimate(described, plan, 2, parts) for parts in ((1, 1), (1, 2)))
+    assert (half.cache * 2, half.step * 2) == (whole.cache, whole.step)
+    assert half.weights == whole.weights
+    assert estimate(described, plan, 2, (2, 1)) == estimate(described, plan, 1)
+
+
 def test_bfloat16_halves_the_cache_and_dropped_rows_the_step(folder):
     single, half = (loading.describe_model(folder, name) for name in ("float32", "bfloat16"))
     schedule = resolve_schedule(single)

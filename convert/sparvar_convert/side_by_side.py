@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from sparvar_convert.export import to_torch
 from sparvar_convert.families import Family

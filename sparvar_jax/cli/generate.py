@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sparvar_jax.cli import console, options
+from sparvar_jax.cli.prompts import Job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Order:
     dtype: str | None
     cache: Any
     text_first: bool
+    devices: str | None
     drawing: dict[str, Any]
     """Options of the pipeline's call."""
 
@@ -37,7 +39,7 @@ class Order:
         if loading.family_in(folder).draws == "classes":
             self._check_class_model()
             pipe = Pipeline.from_checkpoint(
-                folder, dtype=self.dtype, cache=self.cache, progress=report
+                folder, dtype=self.dtype, cache=self.cache, devices=self.devices, progress=report
             )
             return pipe, [self.label] * self.num, self.drawing
         if self.label is not None or self.prompt is None:
@@ -45,9 +47,13 @@ class Order:
         prompts = [self.prompt] * self.num
         text, drawing = self._text_features(prompts) if self.text_first else (prompts, {})
         pipe = Pipeline.from_checkpoint(
-            self.model, dtype=self.dtype, text_encoder=not self.text_first, cache=self.cache,
+            self.model,
+            dtype=self.dtype,
+            text_encoder=not self.text_first,
+            cache=self.cache,
+            devices=self.devices,
             progress=report,
-        )  # fmt: skip
+        )
         return pipe, text, self.drawing | drawing
 
     def _check_class_model(self) -> None:
@@ -111,8 +117,19 @@ def generate(
     ] = False,
     dtype: options.Precision = None,
     cache: options.CacheKind = options.Cache.full,
+    devices: options.Devices = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="File of prompts, one a line, or JSON lines; --out DIR."),
+    ] = None,
+    coordinator: options.Coordinator = None,
+    processes: options.Processes = None,
+    process: options.Process = None,
 ) -> None:
-    """Draw a prompt, or with a class-conditional model a class."""
+    """Draw a prompt, or with a class-conditional model a class; or a whole file of prompts.
+
+    With --prompts, --num pictures are drawn together; run again after a kill, it goes on.
+    """
     asked = {
         "plan": plan,
         "guidance": guidance,
@@ -122,8 +139,15 @@ def generate(
         "size": size,
     }
     drawing = {"seed": seed} | {name: value for name, value in asked.items() if value is not None}
-    kind = options.name_of(dtype), cache.value
-    _run(Order(prompt, label, model, num, *kind, text_first, drawing), out)
+    kind, hosts = (options.name_of(dtype), cache.value), (coordinator, processes, process)
+    if prompts is not None:
+        if prompt is not None or label is not None or text_first:
+            raise ValueError("--prompts brings its own prompts: leave out what names others")
+        Job(prompts, out, model, num, *kind, devices, drawing, hosts).run()
+        return
+    if hosts != (None, None, None):
+        raise ValueError("several processes draw a file of prompts: give --prompts FILE")
+    _run(Order(prompt, label, model, num, *kind, text_first, devices, drawing), out)
 
 
 def _run(order: Order, out: Path) -> None:

@@ -23,6 +23,7 @@ def info(
     size: options.Size = None,
     dtype: options.Precision = None,
     cache: options.CacheKind = options.Cache.full,
+    devices: options.Devices = None,
 ) -> None:
     """Show a model's parts, its plan scale by scale, and an estimate of device memory."""
     from sparvar_jax.pipelines import loading
@@ -37,7 +38,8 @@ def info(
     asked = options.given(plan=plan, aspect_ratio=aspect, size=size)
     chosen, _ = described.family.asked(described.name, asked).resolve(described)
     chosen = with_cache(chosen, cache.value)
-    needed = estimate(described, chosen, num)
+    parts = _mesh(described, devices, num)
+    needed = estimate(described, chosen, num, parts)
 
     height, width = (side * described.stride for side in chosen.schedule.final)
     console.say(f"model {folder}: pictures of {width}x{height}")
@@ -45,6 +47,8 @@ def info(
     console.say(f"\ndefaults {described.defaults}")
     console.say(f"\nplan {chosen.name}")
     console.say(chosen.describe())
+    if parts != (1, 1):
+        console.say(_split(described, chosen, num, parts))
     console.say(
         f"\nmemory of a batch of {num}, estimated: weights {_gib(sum(needed.weights.values()))}, "
         f"{cache.value} cache {_gib(needed.cache)}, {described.family.draws} "
@@ -54,6 +58,33 @@ def info(
     if "text" in needed.weights:
         freed = _gib(needed.peak_text_freed)
         console.say(f"with --free-text-encoder: peak about {freed}")
+
+
+def _mesh(described: Any, devices: str | None, num: int) -> tuple[int, int]:
+    """Parts of the pictures and of the heads; as many devices as are asked for need not be here."""
+    import jax
+
+    from sparvar_jax.runtime import split
+    from sparvar_jax.runtime.devices import count_of
+
+    heads = described.transformer.config.heads
+    found = len(jax.local_devices())
+    if devices is not None and devices.isascii() and devices.isdigit() and len(devices) < 5:
+        found = max(found, int(devices))
+    return split.shape(count_of(devices, found, heads), num, heads)
+
+
+def _split(described: Any, plan: Any, num: int, parts: tuple[int, int]) -> str:
+    """How the work is divided, and what the cost model makes of it."""
+    from sparvar_jax.runtime import split
+
+    told = split.forecast(described.transformer, plan, num, parts)
+    where = "nowhere" if told.divided_from is None else f"from scale {told.divided_from} on"
+    return (
+        f"\n{parts[0] * parts[1]} devices: pictures over {parts[0]}, heads over {parts[1]}; tokens "
+        f"divided {where}; products of the blocks about {told.one:.3g} s on one H100, "
+        f"{told.many:.3g} s on these; memory below is that of one device"
+    )
 
 
 def _parts(folder: Path, described: Any, weights: dict[str, int]) -> Table:

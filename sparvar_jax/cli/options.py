@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,6 +51,16 @@ Guidance = Annotated[
     str | None, typer.Option("--guidance", help="Guidance strength, or off.", metavar="FLOAT|off")
 ]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="Sampling temperature.")]
+Devices = Annotated[
+    str | None,
+    typer.Option("--devices", help="Devices to divide the work over: a number, or auto."),
+]
+Coordinator = Annotated[
+    str | None,
+    typer.Option("--coordinator", help="HOST:PORT of the first of several processes, or auto."),
+]
+Processes = Annotated[int | None, typer.Option("--processes", min=1, help="How many there are.")]
+Process = Annotated[int | None, typer.Option("--process", min=0, help="Which one this is.")]
 ClassModel = Annotated[
     Path, typer.Option("--model", help="Class-conditional model: directory or name.")
 ]
@@ -63,6 +74,16 @@ def name_of(dtype: Dtype | None) -> str | None:
 def given(**asked: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in asked.items() if value is not None}
+
+
+def fingerprint(model: Path) -> str:
+    """Tells models apart by what their JSON files say: shapes, defaults and sources."""
+    from sparvar_jax.weights import checkpoint
+
+    content = b"".join(
+        (model / name).read_bytes() for name in (checkpoint.CONFIG, checkpoint.MANIFEST)
+    )
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def check_draws(model: Path | None, wanted: str) -> None:

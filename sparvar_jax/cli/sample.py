@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +34,10 @@ def sample(
         float | None, typer.Option("--top-p", help="Kept probability; 1 keeps all.")
     ] = None,
     dtype: options.Precision = None,
+    devices: options.Devices = None,
+    coordinator: options.Coordinator = None,
+    processes: options.Processes = None,
+    process: options.Process = None,
 ) -> None:
     """Draw pictures of classes for evaluation; run again after a kill, it goes on."""
     drawing = {
@@ -44,7 +47,8 @@ def sample(
         "top_k": top_k,
         "top_p": top_p,
     }
-    asked = Asked(classes, per_class, batch, seed, options.name_of(dtype))
+    hosts = (coordinator, processes, process)
+    asked = Asked(classes, per_class, batch, seed, options.name_of(dtype), devices, hosts)
     total, drew = _run(model, out, asked, drawing)
     state = "drawn" if drew else "was complete already"
     console.say(f"{out}: {total} pictures, {state}")
@@ -59,24 +63,30 @@ class Asked:
     batch: int
     seed: int
     dtype: str | None
+    devices: str | None
+    hosts: tuple[str | None, int | None, int | None]
 
 
 def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple[int, bool]:
     """How many pictures the file holds, and whether any was drawn."""
     from sparvar_jax.pipelines import loading, sampling_jobs
     from sparvar_jax.pipelines.pipeline import Pipeline
+    from sparvar_jax.runtime import hosts
 
+    host = hosts.join(*asked.hosts)
     console.use_compilation_cache()
     with console.progress() as report:
         options.check_draws(model, "classes")
         model = loading.model_folder(model)
         job = _job(model, asked, drawing)  # complains before the work
-        pipe = Pipeline.from_checkpoint(model, dtype=asked.dtype, progress=report)
+        pipe = Pipeline.from_checkpoint(
+            model, dtype=asked.dtype, devices=asked.devices, progress=report
+        )
 
         def draw(labels, seeds):
             return pipe(labels, seed=seeds, **drawing)
 
-        return job.total, sampling_jobs.run_job(job, draw, out, report)
+        return job.total, sampling_jobs.run_job(job, draw, out, report, host)
 
 
 def _job(model: Path, asked: Asked, drawing: dict[str, Any]) -> Any:
@@ -85,7 +95,7 @@ def _job(model: Path, asked: Asked, drawing: dict[str, Any]) -> Any:
     from sparvar_jax.pipelines.numbers import first_seed
 
     described = loading.describe_model(model)
-    settings = {**drawing, "dtype": asked.dtype, "model": _fingerprint(model)}
+    settings = {**drawing, "dtype": asked.dtype, "model": options.fingerprint(model)}
     job = sampling_jobs.SampleJob(
         sampling_jobs.parse_classes(asked.classes, described.transformer.config.classes),
         asked.per_class,
@@ -96,13 +106,3 @@ def _job(model: Path, asked: Asked, drawing: dict[str, Any]) -> Any:
     first_seed(asked.seed, job.total)
     described.family.options(**drawing).resolve(described)
     return job
-
-
-def _fingerprint(model: Path) -> str:
-    """Tells models apart by what their JSON files say: shapes, defaults and sources."""
-    from sparvar_jax.weights import checkpoint
-
-    content = b"".join(
-        (model / name).read_bytes() for name in (checkpoint.CONFIG, checkpoint.MANIFEST)
-    )
-    return hashlib.sha256(content).hexdigest()[:16]

@@ -24,6 +24,7 @@ def warmup(
     ] = None,
     dtype: options.Precision = None,
     cache: options.CacheKind = options.Cache.full,
+    devices: options.Devices = None,
 ) -> None:
     """Compile all programs of a plan into the compile cache; no weights are loaded."""
     from sparvar_jax.pipelines import loading
@@ -32,7 +33,7 @@ def warmup(
     programs, watch = console.use_compilation_cache(), console.Stopwatch()
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
-    pipe = Pipeline(loading.describe_model(folder, precision), cache=cache.value)
+    pipe = Pipeline(loading.describe_model(folder, precision), cache=cache.value, devices=devices)
     shown = {"negative": negative, "aspect_ratio": aspect, "size": size}
     drawing, subject = options.given(plan=plan, guidance=guidance, **shown), [prompt] * num
     if pipe.model.family.draws == "classes":

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from sparvar_jax.models.bands import WHOLE, Bands
 from sparvar_jax.models.conv_parts import (
     Conv,
     Dtype,
@@ -134,11 +135,13 @@ class Decoder(nnx.Module):
         exact = config.dtype == "float32"
         self.conv_out = Conv(width, 3, dtype="float32", exact=exact, rngs=rngs)
 
-    def __call__(self, codes: Float[Array, "B h w Cd"]) -> Float[Array, "B height width 3"]:
-        x = self.conv_in(codes)
+    def __call__(
+        self, codes: Float[Array, "B h w Cd"], bands: Bands = WHOLE
+    ) -> Float[Array, "B height width 3"]:
+        x = self.conv_in(codes, bands=bands)
         for layer in (*self.mid, *reversed(list(self.up))):
-            x = layer(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+            x = layer(x, bands)
+        return self.conv_out(jax.nn.silu(self.norm_out(x, bands)), bands=bands)
 
 
 class BsqVae(nnx.Module):
@@ -161,7 +164,13 @@ class BsqVae(nnx.Module):
 
     def decode(self, code_sum: Float[Array, "B h w Cd"]) -> Float[Array, "B height width 3"]:
         """RGB images, float32, clamped to [-1, 1], from sums of codes (or from latents)."""
-        return jnp.clip(self.decoder(code_sum), -1, 1)
+        return self.decode_band(code_sum, WHOLE)
+
+    def decode_band(
+        self, codes: Float[Array, "B h w Cd"], bands: Bands
+    ) -> Float[Array, "B height width 3"]:
+        """This device's band of images, from its band of the sums of codes."""
+        return jnp.clip(self.decoder(codes, bands), -1, 1)
 
 
 def to_uint8(image: Float[Array, "B height width 3"]) -> UInt8[Array, "B height width 3"]:

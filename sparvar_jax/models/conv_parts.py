@@ -13,6 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sparvar_jax.models.bands import WHOLE, Bands
+
 Dtype = Literal["float32", "bfloat16"]
 NORM_EPS = 1e-6
 _FOLD = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
@@ -36,15 +38,17 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
 
-    def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B height width C"]:
+    def __call__(
+        self, x: Float[Array, "B height width C"], bands: Bands = WHOLE
+    ) -> Float[Array, "B height width C"]:
         x = x.astype(jnp.float32)
         # Both moments in one pass over memory, about the channel's middle pixel: about zero the
         # mean of squares minus the squared mean would cancel.
-        y, z = x.shape[1] // 2, x.shape[2] // 2
-        pilot = x[:, y : y + 1, z : z + 1]
+        y, z = bands.middle(x), x.shape[2] // 2
+        pilot = bands.shared(x[:, y : y + 1, z : z + 1])
         shifted = x - pilot
-        first = jnp.mean(shifted, axis=(1, 2), keepdims=True)
-        second = jnp.mean(jnp.square(shifted), axis=(1, 2), keepdims=True)
+        first = bands.mean(jnp.mean(shifted, axis=(1, 2), keepdims=True))
+        second = bands.mean(jnp.mean(jnp.square(shifted), axis=(1, 2), keepdims=True))
         mean = self._over_group(pilot + first)
         offset = pilot - mean
         variance = jnp.maximum(self._over_group(second + (2 * first + offset) * offset), 0)
@@ -84,13 +88,15 @@ class Conv(nnx.Module):
         x: Float[Array, "B height width C"],
         stride: int = 1,
         padding: tuple[int, int] | None = None,
+        bands: Bands = WHOLE,
     ) -> Float[Array, "B out_height out_width outputs"]:
         kernel = self.kernel[...]
         margin = kernel.shape[0] // 2
-        return self._product(x, kernel, stride, padding or (margin, margin)) + self.bias[...]
+        padding = padding or (margin, margin)
+        return self._product(x, kernel, stride, padding, bands) + self.bias[...]
 
     def doubled(
-        self, x: Float[Array, "B height width C"]
+        self, x: Float[Array, "B height width C"], bands: Bands = WHOLE
     ) -> Float[Array, "B height2 width2 outputs"]:
         """This 3x3 convolution of x enlarged by two (nearest neighbour), which is never made.
 
@@ -105,7 +111,7 @@ class Conv(nnx.Module):
             self.kernel[...].astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         ).astype(self.kernel[...].dtype)
-        out = self._product(x, kernel.reshape(*kernel.shape[:3], -1), 1, (1, 1))
+        out = self._product(x, kernel.reshape(*kernel.shape[:3], -1), 1, (1, 1), bands)
         out = out.reshape(*out.shape[:3], 2, 2, -1)
         rows = [
             jnp.stack([out[:, y : y + height, z : z + width, y, z] for z in range(2)], axis=3)
@@ -119,13 +125,15 @@ class Conv(nnx.Module):
         kernel: Float[Array, "rows columns C Co"],
         stride: int,
         padding: tuple[int, int],
+        bands: Bands,
     ) -> Float[Array, "B out_height out_width Co"]:
+        x, rows = bands.with_neighbours(x.astype(kernel.dtype), padding)
         # Where exact, float32 means float32 on every device: no tf32.
         return jax.lax.conv_general_dilated(
-            x.astype(kernel.dtype),
+            x,
             kernel,
             window_strides=(stride, stride),
-            padding=(padding,) * 2,
+            padding=(rows, padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=jax.lax.Precision.HIGHEST if self.exact else None,
         )
@@ -142,9 +150,11 @@ class ResBlock(nnx.Module):
         changes = inputs != outputs
         self.shortcut = Conv(inputs, outputs, 1, dtype=dtype, rngs=rngs) if changes else None
 
-    def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B height width Co"]:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
+    def __call__(
+        self, x: Float[Array, "B height width C"], bands: Bands = WHOLE
+    ) -> Float[Array, "B height width Co"]:
+        y = self.conv1(jax.nn.silu(self.norm1(x, bands)), bands=bands)
+        y = self.conv2(jax.nn.silu(self.norm2(y, bands)), bands=bands)
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -167,9 +177,11 @@ class Level(nnx.Module):
         self.downsample = conv if change == "downsample" else None
         self.upsample = conv if change == "upsample" else None
 
-    def __call__(self, x: Float[Array, "B height width C"]) -> Float[Array, "B h w Co"]:
+    def __call__(
+        self, x: Float[Array, "B height width C"], bands: Bands = WHOLE
+    ) -> Float[Array, "B h w Co"]:
         for block in self.block:
-            x = block(x)
+            x = block(x, bands)
         if self.downsample is not None:
             x = self.downsample(x, stride=2, padding=(0, 1))
-        return x if self.upsample is None else self.upsample.doubled(x)
+        return x if self.upsample is None else self.upsample.doubled(x, bands)

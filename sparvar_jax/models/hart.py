@@ -42,6 +42,9 @@ class Condition(NamedTuple):
 class Hart(nnx.Module):
     """Parameters of a HART transformer and the pure functions of one scale."""
 
+    captures_rows = False
+    """Of the residual head, steps and groups lead what is captured, not pictures."""
+
     def __init__(self, config: HartConfig, *, rngs: nnx.Rngs):
         width, precision, single = config.width, config.precision, jnp.float32
         self.config = config

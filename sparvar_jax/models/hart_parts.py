@@ -198,7 +198,7 @@ class SelfAttention(nnx.Module):
         self, x: Float[Array, "R T C"], table: Rotary, attend: Attend
     ) -> Float[Array, "R T C"]:
         mine, heads = attend.heads.columns, self.heads // attend.heads.parts
-        q, k, v = jnp.split(mine(self.qkv(x), 3), 3, axis=-1)
+        q, k, v = jnp.split(attend.heads.gather(self.qkv(x), 3), 3, axis=-1)
         q = turn(layers.split_heads(q + mine(self.q_bias[...]), heads), table)
         k = turn(layers.split_heads(k, heads), table)
         v = layers.split_heads(v + mine(self.v_bias[...]), heads)

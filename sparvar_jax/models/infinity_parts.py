@@ -184,7 +184,7 @@ class SelfAttention(nnx.Module):
     ) -> Float[Array, "R T C"]:
         """The output lacks `proj`'s bias, which the norm after it adds."""
         mine = attend.heads.columns
-        qkv = mine(layers.product(self.qkv, x), 3)
+        qkv = attend.heads.gather(layers.product(self.qkv, x), 3)
 
         def write(keys: Array, values: Array, slot: Slot) -> tuple[Array, Array, Array]:
             return pallas_kernels.rotary_to_cache(

@@ -135,8 +135,8 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "R T C"] | Eight, attend: Attend) -> Float[Array, "R T C"]:
         mine, heads = attend.heads.columns, self.heads // attend.heads.parts
-        qkv = layers.product(self.qkv, x)
-        q, k, v = jnp.split(mine(qkv, 3), 3, axis=-1)
+        qkv = attend.heads.gather(layers.product(self.qkv, x), 3)
+        q, k, v = jnp.split(qkv, 3, axis=-1)
         raw = layers.split_heads(q, heads)
         q = layers.split_heads(q + mine(self.q_bias[...]), heads)
         k = layers.split_heads(k, heads)

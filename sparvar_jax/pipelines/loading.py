@@ -16,6 +16,7 @@ from sparvar_jax.pipelines import parts
 from sparvar_jax.pipelines.family import Family, families, family_of
 from sparvar_jax.pipelines.parts import DEMO, compute_dtype, model_folder
 from sparvar_jax.runtime import unused_gpu
+from sparvar_jax.runtime.devices import Asked, Devices, devices_of
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.weights import checkpoint
 
@@ -105,10 +106,11 @@ def load_part(
     part: str,
     dtype: str | None = None,
     weights: parts.Weights = "dense",
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Any:
-    """One part with its weights on the default device; see `parts.load_module`."""
+    """One part with its weights, by default on the default device; see `parts.load_module`."""
     kind, stored = part_config(config, part, dtype), parts.stored_form(config, part)
-    return parts.load_module(folder, part, *kind, weights, stored)
+    return parts.load_module(folder, part, *kind, weights, stored, sharding)
 
 
 def load_model(
@@ -117,12 +119,14 @@ def load_model(
     dtype: str | None = None,
     text_encoder: bool = True,
     weights: parts.Weights = "dense",
+    devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model directory, or the demo model.
 
     dtype: of all parts, see `compute_dtype`. text_encoder: False leaves its weights on disk; the
-    model then holds their shapes alone. weights: see `parts.load_module`.
+    model then holds their shapes alone. weights: see `parts.load_module`. devices: transformer and
+    tokenizer are restored to all of them; the text encoder runs on the default device.
     """
     dtype = compute_dtype(dtype)
     if unused := unused_gpu.advice(platforms=jax.config.values.get("jax_platforms")):
@@ -134,10 +138,19 @@ def load_model(
     wanted = [part for part in model.parts if text_encoder or part != "text"]
     loaded = {}
     for done, part in enumerate(wanted, 1):
-        loaded[part] = load_part(folder, config, part, dtype, weights)
+        where = devices.whole if devices and part != "text" else None
+        loaded[part] = load_part(folder, config, part, dtype, weights, where)
         if progress:
             progress("load", done, len(wanted))
     return model.with_parts(loaded)
+
+
+def devices_for(directory: str | Path | None, asked: Asked) -> Devices | None:
+    """The devices asked for to draw with a model directory; see `devices_of`."""
+    if asked is None:
+        return None
+    described = describe_model(model_folder(directory))
+    return devices_of(asked, described.transformer.config.heads)
 
 
 def describe_model(

@@ -49,17 +49,21 @@ class Estimate:
         return max(text, self.peak - text)
 
 
-def estimate(model: Model, plan: Plan, batch: int) -> Estimate:
+def estimate(model: Model, plan: Plan, batch: int, parts: tuple[int, int] = (1, 1)) -> Estimate:
     """What drawing `batch` pictures with a plan holds at once; `model` may be abstract.
+
+    parts: of the pictures, and of the heads with their tokens, where several devices draw; the
+    estimate is that of one of them, which holds all weights.
 
     step: the widest activations of the largest scale. decode: the tokenizer's maps at full size.
     XLA's own workspace is not counted, nor are scores where no kernel serves attention. Prompts
     are taken to be short.
     """
+    batch, heads = batch // parts[0], parts[1]
     config, picture = model.transformer.config, model.tokenizer.config
     item = np.dtype(config.precision.compute).itemsize
     shape = CacheShape(
-        batch * plan.row_factor, config.heads, config.head_dim, config.precision.compute
+        batch * plan.row_factor, config.heads // heads, config.head_dim, config.precision.compute
     )
     tokens = max(step.scale.tokens * step.row_factor for step in plan.steps)
     hidden = config.mlp_width * getattr(config, "mlp_maps", 1)  # gated layers hold more than one
@@ -74,7 +78,7 @@ def estimate(model: Model, plan: Plan, batch: int) -> Estimate:
         weights,
         cache_bytes(plan, shape),
         condition_bytes(model, plan, batch),
-        batch * tokens * widest,
+        batch * tokens * widest // heads,
         _DECODER_MAPS * np.dtype(picture.dtype).itemsize * maps,
     )
 

@@ -92,13 +92,15 @@ def load_module(
     values: Any,
     weights: Weights = "dense",
     stored: Form | None = None,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Any:
-    """One part with its weights on the default device, in the dtypes its config asks for.
+    """One part with its weights in the dtypes its config asks for.
 
     weights: "stored" leaves kernels of linear maps in 8 bits where they are stored so; everything
     else (embeddings, vectors, convolutions, the text encoder) is made dense. "int8" and "fp8" round
     the matrices of a transformer's blocks, see `eight_bits`, without ever holding all of them in
-    full. stored: see `stored_form`; such matrices stay as they are.
+    full. stored: see `stored_form`; such matrices stay as they are. sharding: where weights are
+    restored to, None is the default device.
     """
     check_weights(weights)
     reader = checkpoint.part_reader(folder, part)
@@ -107,7 +109,7 @@ def load_module(
     if stored is not None:
         _require_form(folder, abstract, reader.shapes, weights, stored)
     elif weights in FORMS:
-        return _load_rounded(abstract, reader, weights)
+        return _load_rounded(abstract, reader, weights, sharding)
     keep: frozenset[str] = frozenset()
     if weights == "stored":
         before = checkpoint.abstract_parameters(abstract)
@@ -115,21 +117,26 @@ def load_module(
         after = checkpoint.abstract_parameters(abstract)
         keep = frozenset(path for path in before if after[path].dtype != before[path].dtype)
     shapes = checkpoint.abstract_parameters(abstract)
-    tree = checkpoint.load_part(folder, part, dtype=lambda path: shapes[path].dtype, keep=keep)
+    tree = checkpoint.load_part(
+        folder, part, dtype=lambda path: shapes[path].dtype, sharding=sharding, keep=keep
+    )
     return checkpoint.fill(abstract, tree)
 
 
-def _load_rounded(abstract: Any, reader: PartReader, form: Form) -> Any:
-    """The part with its large matrices rounded as they come.
+def _load_rounded(
+    abstract: Any, reader: PartReader, form: Form, sharding: jax.sharding.Sharding | None
+) -> Any:
+    """The part with its large matrices rounded as they come, on the default device.
 
     They are rounded from what is stored, whatever dtype is computed in, so that the result is the
-    same everywhere, and what was 8 bits before comes out as it was.
+    same everywhere, and what was 8 bits before comes out as it was. sharding: where they go then.
     """
     dtypes, shapes = eight_bits.kernels(abstract, form), checkpoint.abstract_parameters(abstract)
     arrays = checkpoint.load_batches(
         reader, dtype=lambda path: (reader.shapes if path in dtypes else shapes)[path].dtype
     )
-    flat = dict(eight_bits.rounded(arrays, dtypes))
+    made = eight_bits.rounded(arrays, dtypes)
+    flat = {path: jax.device_put(x, sharding) if sharding else x for path, x in made}
     eight_bits.narrow(abstract, dtypes)
     return checkpoint.fill(abstract, flat)
 

@@ -15,7 +15,7 @@ from sparvar_jax.models.family import How
 from sparvar_jax.models.sampling import Controls
 from sparvar_jax.models.vqvae import Tokenised
 from sparvar_jax.pipelines import asking, loading
-from sparvar_jax.pipelines.decoding import decode
+from sparvar_jax.pipelines.decoding import decode, look_at
 from sparvar_jax.pipelines.loading import Model
 from sparvar_jax.pipelines.numbers import image_keys
 from sparvar_jax.pipelines.parts import Weights
@@ -28,6 +28,7 @@ from sparvar_jax.plans.caches import Cache, check_cache, with_cache
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.schedule import Scale
 from sparvar_jax.runtime.bound import Bound, to_host
+from sparvar_jax.runtime.devices import Asked, Devices, devices_of
 from sparvar_jax.runtime.generate import Generator, ScaleOutput, State
 from sparvar_jax.runtime.progress import Progress
 
@@ -42,16 +43,29 @@ class Pipeline(Shared):
     Compiled steps and functions are kept, so the second call with the same plan, batch size and
     length bucket of the prompts compiles nothing. Weights are read at every call: what is changed
     in place, or put in by setting `model`, shows in the next picture.
+    devices: a number of devices, "auto" or devices, over which every call's work is divided; None
+    is the default device.
     """
 
-    def __init__(self, model: Model, *, text_encoder: bool = True, cache: Cache = "full"):
+    def __init__(
+        self,
+        model: Model,
+        *,
+        text_encoder: bool = True,
+        cache: Cache = "full",
+        devices: Asked | Devices = None,
+    ):
         """cache: how keys and values are kept; see `plans.caches`."""
         check_cache(cache)
-        self._model, self.cache = model, cache
-        look = Bound(lambda: self.model.tokenizer, lambda tokenizer, x: tokenizer.decode(x))
-        self.generator = Generator(model.transformer, model.codebook, decode=look)
-        self.subject = model.family.subject(lambda: self.model, text_encoder=text_encoder)
-        self._decode = Bound(lambda: self.model.tokenizer, decode)
+        if not isinstance(devices, Devices):
+            devices = devices_of(devices, model.transformer.config.heads)
+        self._model, self.cache, self.devices = model, cache, devices
+        look = Bound(lambda: self.model.tokenizer, look_at, devices)
+        self.generator = Generator(model.transformer, model.codebook, devices, look)
+        self.subject = model.family.subject(
+            lambda: self.model, text_encoder=text_encoder, devices=devices
+        )
+        self._decode = Bound(lambda: self.model.tokenizer, decode, devices, bands=True)
 
     @classmethod
     def from_checkpoint(
@@ -62,18 +76,26 @@ class Pipeline(Shared):
         text_encoder: bool = True,
         weights: Weights = "dense",
         cache: Cache = "full",
+        devices: Asked = None,
         progress: Progress | None = None,
     ) -> Pipeline:
         """Load a model directory of any family; None is the demo model.
 
         text_encoder: False loads none, for calls with features of a `TextEncoder` used before.
         cache: "lean" keeps the keys and values that a later scale reads, "int8" these in 8 bits,
-        "full" all of them. Other arguments as in `loading.load_model`.
+        "full" all of them. devices: weights are restored to all of them at once. Other arguments as
+        in `loading.load_model`.
         """
+        found = loading.devices_for(directory, devices)
         model = loading.load_model(
-            directory, dtype=dtype, text_encoder=text_encoder, weights=weights, progress=progress
+            directory,
+            dtype=dtype,
+            text_encoder=text_encoder,
+            weights=weights,
+            devices=found,
+            progress=progress,
         )
-        return cls(model, text_encoder=text_encoder, cache=cache)
+        return cls(model, text_encoder=text_encoder, cache=cache, devices=found)
 
     @property
     def model(self) -> Model:

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from sparvar_jax.pipelines import sample_parts
+from sparvar_jax.runtime.hosts import Host
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.weights.files import remove_temporaries, sync, whole_file
 from sparvar_jax.weights.json_file import read_json
@@ -113,13 +114,20 @@ def parse_classes(text: str, count: int) -> tuple[int, ...]:
     return tuple(classes)
 
 
-def run_job(job: SampleJob, draw: Draw, out: str | Path, progress: Progress | None = None) -> bool:
+def run_job(
+    job: SampleJob,
+    draw: Draw,
+    out: str | Path,
+    progress: Progress | None = None,
+    host: Host = Host(),  # noqa: B008
+) -> bool:
     """Draw what is missing of a job and write `out`; False where `out` was complete already.
 
     The npz holds `arr_0` (pictures, uint8 [total, height, width, 3]), `arr_1` (classes) and `job`.
     Until it is whole, batches wait in the folder `<out>.parts`, which goes away in the end; batches
     that are damaged are drawn again. `draw` always gets a full batch; what a short last batch
-    repeats is thrown away.
+    repeats is thrown away. host: of several processes that share the folder of `out`, each draws
+    its part, and the first joins them.
 
     Raises ValueError where `out` or its parts belong to another job, or another process is at it.
     """
@@ -135,21 +143,25 @@ def run_job(job: SampleJob, draw: Draw, out: str | Path, progress: Progress | No
         if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder, ignore_errors=True)
         return False
-    with _claim(folder, job):
+    with _claim(folder, job, host):
         found = sample_parts.find(folder, job.batches, lambda index: len(job.places(index)))
+        host.wait("found")  # damaged batches are gone before others are drawn
         shape = sample_parts.shared_shape(found)
-        missing = [index for index in range(job.batches) if index not in found]
+        missing = host.mine(index for index in range(job.batches) if index not in found)
         for done, index in enumerate(missing, job.batches - len(missing) + 1):
             pictures = _draw_batch(job, draw, index, shape)
             shape = shape or pictures.shape[1:]
             sample_parts.save(folder, index, pictures)
             if progress:
                 progress("sample", done, job.batches)
+        host.wait("drawn")
+        if not host.leads:
+            return True
         with whole_file(folder / _WHOLE) as temporary:
             _join(job, folder, temporary)
         os.replace(folder / _WHOLE, out)
         sync(out.parent)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=host.count > 1)  # the others remove their locks
     return True
 
 
@@ -178,8 +190,17 @@ def _draw_batch(
 
 
 @contextlib.contextmanager
-def _claim(folder: Path, job: SampleJob) -> Iterator[None]:
-    """Hold the parts folder for this process and this job; the lock ends with the process."""
+def _claim(folder: Path, job: SampleJob, host: Host) -> Iterator[None]:
+    """Hold the parts folder for this process and this job; the lock ends with the process.
+
+    The first of several processes tidies up before the others begin.
+    """
+    if not host.leads:
+        host.wait("claimed")
+        with locked(folder / f"{_LOCK}-{host.index}"):
+            _require_job(folder / _JOB, job)
+            yield
+        return
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except FileNotFoundError:
@@ -194,6 +215,7 @@ def _claim(folder: Path, job: SampleJob) -> Iterator[None]:
     with locked(folder / _LOCK):
         remove_temporaries(folder)
         _require_job(folder / _JOB, job)
+        host.wait("claimed")
         yield
 
 

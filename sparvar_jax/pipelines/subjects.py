@@ -15,6 +15,7 @@ from sparvar_jax.pipelines.prefix_text import PrefixEncoder, PrefixFeatures
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime.bound import Bound
+from sparvar_jax.runtime.devices import Devices
 from sparvar_jax.weights.told import shown
 
 Jobs = list[Callable[[], Any]]
@@ -24,17 +25,23 @@ class Prompted:
     """Pictures of prompts, or of the features that its kind of text encoder makes of them.
 
     model: a function that gives the model as it is now. text_encoder: False where calls bring
-    features.
+    features. devices: make what steps take of the prompts where it is used; None is the default.
     """
 
     draws, names = "prompts", ("prompt", "prompts")
     encoder: Any = TextEncoder
     features: Any = TextFeatures
 
-    def __init__(self, model: Callable[[], Any], *, text_encoder: bool = True):
+    def __init__(
+        self,
+        model: Callable[[], Any],
+        *,
+        text_encoder: bool = True,
+        devices: Devices | None = None,
+    ):
         self._text = self.encoder.of(model) if text_encoder else None
         self._conditions = {
-            learned: Bound(lambda: model().transformer, function)
+            learned: Bound(lambda: model().transformer, function, devices)
             for learned, function in ((True, _with_learned_guidance), (False, _with_guidance))
         }
 
@@ -129,17 +136,23 @@ class PrefixPrompted(Prompted):
 class Classes:
     """Pictures of classes; None draws without one, and guidance then does nothing.
 
-    model: a function that gives the model as it is now.
+    model: a function that gives the model as it is now. devices: as of `Prompted`.
     """
 
     draws, names = "classes", ("label", "labels")
     encoder = None
 
-    def __init__(self, model: Callable[[], Any], *, text_encoder: bool = True):
+    def __init__(
+        self,
+        model: Callable[[], Any],
+        *,
+        text_encoder: bool = True,
+        devices: Devices | None = None,
+    ):
         del text_encoder
         self._model = model
         self._conditions = {
-            guided: Bound(lambda: model().transformer, function)
+            guided: Bound(lambda: model().transformer, function, devices)
             for guided, function in ((True, _guided_classes), (False, _plain_classes))
         }
         sides = model().transformer.config.sides

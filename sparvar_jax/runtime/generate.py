@@ -21,8 +21,9 @@ from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.route import Decode, Route
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.runtime.controls import controls
+from sparvar_jax.runtime.devices import Devices, PlacedWeights
 from sparvar_jax.runtime.parameters import Parameters
-from sparvar_jax.runtime.placement import PlacedWeights, Placement
+from sparvar_jax.runtime.placement import Placement
 from sparvar_jax.runtime.pool import CachePool
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.runtime.step import ScaleOutput, State, empty_state
@@ -37,20 +38,21 @@ class Generator:
     model: a transformer, see `ScaleModel`. codebook: what turns tokens into codes where that needs
     weights (class-conditional VAR), else None. Their weights are read when a generation starts:
     what is changed in place, or set as `model`, shows in the next picture.
-    placement: the devices; None is the default one. decode: what plans with a route look at
-    pictures with, called with arrays.
+    placement: a mesh, or devices whose mesh suits every generation; None is the default device.
+    decode: what plans with a route look at pictures with, called with arrays.
     """
 
     def __init__(
         self,
         model: ScaleModel,
         codebook: Any = None,
-        placement: Placement | None = None,
+        placement: Placement | Devices | None = None,
         decode: Decode | None = None,
     ):
         self.model, self.codebook, self.placement = model, codebook, placement
         self.decode = decode
         self._steps: Steps | None = None
+        self._on_mesh: dict[Placement | None, Steps] = {}
         self._structure: Any = None
         self._pool, self._parameters = CachePool(), Parameters()
         self._reading = threading.Lock()
@@ -62,16 +64,25 @@ class Generator:
         Cache buffers of an earlier generation of the same shape are used again. Nothing clears
         them: a step reads rows only after writing them.
         """
+        placement = self.place(batch)
         buffers = self._pool.take(self._cache_name(plan, batch))
-        if self.placement is None:
+        if placement is None:
             return empty_state(self.model, plan, batch, buffers)
-        self.placement.check(batch, self.model.config.heads)
         if buffers is not None:
             state = empty_state(self.model, plan, batch, buffers)
-            return dataclasses.replace(state, code_sum=self.placement.put_rows(state.code_sum))
+            return dataclasses.replace(state, code_sum=placement.put_rows(state.code_sum))
         shapes = jax.eval_shape(lambda: empty_state(self.model, plan, batch))
-        where = jax.tree.map(lambda leaf: leaf.sharding, self.placement.state(shapes))
+        where = jax.tree.map(lambda leaf: leaf.sharding, placement.state(shapes))
         return jax.jit(lambda: empty_state(self.model, plan, batch), out_shardings=where)()
+
+    def place(self, batch: int) -> Placement | None:
+        """The mesh on which so many pictures are drawn; None is the default device.
+
+        Raises ValueError where pictures or heads cannot be divided.
+        """
+        if self.placement is None:
+            return None
+        return self.placement.place(batch, self.model.config.heads)
 
     def release(self) -> None:
         """Free the cache buffers kept for the next generation: one set, of the last shape drawn."""
@@ -91,7 +102,7 @@ class Generator:
 
         Of a plan with a route, those of every plan that may go on are compiled too.
         """
-        steps, _ = self._current()
+        steps, _ = self.current(batch)
         options: Any = {"how": how, "threads": threads, "progress": progress}
         if plan.route is not None:
             for other in plan.route.plans[1:]:
@@ -117,9 +128,9 @@ class Generator:
         lays them out. state: of `start`. forced: tokens to take instead of sampling. capture: also
         return the input, the hidden state after every block, raw and guided logits.
         """
-        steps, parameters = self._current()
-        condition, controls, keys = self._placed(condition, controls, keys)
-        forced = self._placed_tokens(forced)
+        steps, parameters = self.current(len(keys))
+        condition, controls, keys = _placed(steps.placement, condition, controls, keys)
+        forced = _placed_tokens(steps.placement, forced)
         spec = steps.spec(plan, index, how=how, capture=capture, forced=forced is not None)
         executable = steps.executable(spec, condition, state, controls, keys, forced)
         return steps.run(executable, parameters, condition, state, controls, keys, forced)
@@ -142,8 +153,8 @@ class Generator:
         generation: buffers are handed on. chosen: told which plan a route took.
         """
         batch = keys.shape[0]
-        steps, parameters = self._current()
-        condition, controls, keys = self._placed(condition, controls, keys)
+        steps, parameters = self.current(batch)
+        condition, controls, keys = _placed(steps.placement, condition, controls, keys)
         state = self.start(plan, batch)
         ahead: Any = None
         if forced is None and not capture:
@@ -152,7 +163,7 @@ class Generator:
         for index in range(len(plan.schedule)):
             if index == len(plan.steps):
                 break
-            tokens = None if forced is None else self._placed_tokens(forced[index])
+            tokens = None if forced is None else _placed_tokens(steps.placement, forced[index])
             if ahead is None:
                 spec = steps.spec(plan, index, how=how, capture=capture, forced=tokens is not None)
                 executable = steps.executable(spec, condition, state, controls, keys, tokens)
@@ -194,32 +205,42 @@ class Generator:
         features = route.chooser.features(before, now, schedule, self.decode)
         return route.plans[route.pick(features)]
 
-    def _current(self) -> tuple[Steps, list[Any]]:
-        """(steps for the model's structure as it is now, its weights as they are now)."""
+    def current(self, batch: int) -> tuple[Steps, list[Any]]:
+        """(steps for the model's structure as it is now, its weights as they are now).
+
+        batch: pictures, which decide the mesh.
+        """
+        placement = self.place(batch)
         with self._reading:
             parameters, structure = self._parameters.read((self.model, self.codebook))
-            if self._steps is None or structure is not self._structure:
-                self._steps = Steps((self.model, self.codebook), self.placement)
-                self._structure = structure
+            if structure is not self._structure:
+                self._on_mesh, self._structure = {}, structure
+            if placement not in self._on_mesh:
+                self._on_mesh[placement] = Steps((self.model, self.codebook), placement)
+            self._steps = steps = self._on_mesh[placement]
             if self._weights is not None:
                 parameters = self._weights.of(parameters)
-            return self._steps, parameters
-
-    def _placed(self, condition: Any, controls: Controls, keys: Any) -> tuple[Any, Controls, Any]:
-        """What a generation is given, where its steps expect it."""
-        if self.placement is None:
-            return condition, controls, keys
-        batch, put = keys.shape[0], self.placement.put_rows
-        self.placement.check(batch, self.model.config.heads)
-        groups = jax.tree.leaves(condition)[0].shape[0] // batch
-        return put(condition, groups), self.placement.put_parameters(controls), put(keys)
-
-    def _placed_tokens(self, tokens: Forced | jax.Array | None) -> Forced | None:
-        if tokens is not None and not isinstance(tokens, Forced):
-            tokens = Forced(tokens)
-        return tokens if self.placement is None else self.placement.put_rows(tokens)
+            return steps, parameters
 
     def _cache_name(self, plan: Plan, batch: int) -> Any:
         """What tells cache buffers apart that do not fit each other."""
         kept = tuple((plan.whole_rows(layer), plan.store(layer)) for layer in range(plan.depth))
-        return batch * plan.row_factor, kept, self.model.config.precision
+        where = self.place(batch)
+        return batch * plan.row_factor, kept, self.model.config.precision, where
+
+
+def _placed(
+    placement: Placement | None, condition: Any, controls: Controls, keys: Any
+) -> tuple[Any, Controls, Any]:
+    """What a generation is given, where its steps expect it."""
+    if placement is None:
+        return condition, controls, keys
+    groups = jax.tree.leaves(condition)[0].shape[0] // len(keys)
+    put = placement.put_rows
+    return put(condition, groups), placement.put_parameters(controls), put(keys)
+
+
+def _placed_tokens(placement: Placement | None, tokens: Forced | jax.Array | None) -> Forced | None:
+    if tokens is not None and not isinstance(tokens, Forced):
+        tokens = Forced(tokens)
+    return tokens if placement is None else placement.put_rows(tokens)

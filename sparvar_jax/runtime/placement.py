@@ -3,30 +3,40 @@
 Steps run under `jax.shard_map`, so that kernels see the arrays of one device. Along the axis of
 rows every device draws pictures of its own: with guidance it holds both rows of each, so that
 mixing them crosses no device. Along the axis of heads every device holds the keys and values of its
-own heads. Weights lie on every device.
+own heads, and at scales where that pays (`split.py`) its own part of the tokens outside of
+attention. Weights lie on every device.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sparvar_jax.models.bands import WHOLE, Bands
+from sparvar_jax.models.family import ScaleModel
 from sparvar_jax.plans.attend import HeadSplit
+from sparvar_jax.runtime import split
 from sparvar_jax.runtime.step import ScaleOutput, State
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh, and which of its axes divides rows and which heads; None leaves them whole."""
+    """A mesh, and which of its axes divides rows and which heads; None leaves them whole.
+
+    divide_from: the tokens of a scale from which on they are divided along the axis of heads;
+    None is where the cost model says that it pays.
+    """
 
     mesh: Mesh
     rows: str | None = "rows"
     heads: str | None = "heads"
+    divide_from: int | None = None
 
     def __post_init__(self):
         for name in (self.rows, self.heads):
@@ -48,20 +58,60 @@ class Placement:
             return HeadSplit()
         return HeadSplit(self.heads, self.mesh.shape[self.heads])
 
+    def divides(self, model: ScaleModel, tokens: int, rows: int) -> bool:
+        """Whether the tokens of a scale are divided along the axis of heads.
+
+        rows: of all devices, guidance included.
+        """
+        parts = self.head_split.parts
+        if parts == 1:
+            return False
+        if self.divide_from is not None:
+            return tokens >= self.divide_from
+        return split.pays(split.Layer.of(model), tokens * rows // self.row_parts, parts)
+
     def check(self, batch: int, heads: int) -> None:
         """Raise ValueError unless so many pictures and heads can be divided."""
-        parts = self.head_split.parts
+        parts = self.by_pictures(batch).head_split.parts
+        split.check(heads, parts)
+
+    def place(self, batch: int, heads: int) -> Placement:
+        """This placement, if so many pictures and heads can be divided; ValueError otherwise."""
+        self.check(batch, heads)
+        return self
+
+    def by_pictures(self, batch: int) -> Placement:
+        """This placement, if so many pictures can be divided; ValueError otherwise."""
         if batch % self.row_parts:
             raise ValueError(
                 f"{batch} pictures cannot be divided over {self.row_parts} devices: draw a "
                 f"multiple of {self.row_parts}"
             )
-        if heads % parts:
-            possible = [count for count in range(1, heads + 1) if heads % count == 0]
-            raise ValueError(
-                f"{heads} attention heads cannot be divided over {parts} devices: give one of "
-                f"{', '.join(map(str, possible))}"
-            )
+        return self
+
+    def bands(self, height: int) -> Bands:
+        """How maps so high are cut into bands over the axis of heads: not if they do not divide."""
+        split = self.head_split
+        return WHOLE if height % split.parts else Bands(split.axis, split.parts)
+
+    def divide(self, function: Callable[..., Any], bands: Bands = WHOLE) -> Callable[..., Any]:
+        """`function(weights, *rows)` on every device of the mesh, on that device's rows.
+
+        bands: where a result's second axis is cut into bands.
+        """
+        divided = jax.shard_map(
+            lambda weights, rows: function(weights, *rows),
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(), self._rows),
+            out_specs=PartitionSpec(self.rows, bands.axis) if bands.axis else self._rows,
+            check_vma=False,
+        )
+
+        def call(weights: Any, *rows: Any) -> Any:
+            return divided(weights, rows)
+
+        call.__name__ = function.__name__
+        return call
 
     def wrap(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """`draw_scale` on every device of the mesh, on that device's rows and heads."""
@@ -91,22 +141,25 @@ class Placement:
         kept, shared, left = _shaped((state.cache, state.shared, state.strategies), cache)
         return State(kept, shared, left, self.by_rows(state.code_sum), self.by_rows(state.codes))
 
+    @property
+    def whole(self) -> NamedSharding:
+        """Where arrays lie that every device has whole."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
     def put_parameters(self, parameters: Any) -> Any:
         """Weights on every device of the mesh; those that are there already stay."""
-        return jax.device_put(parameters, NamedSharding(self.mesh, PartitionSpec()))
+        return put(parameters, self.whole)
 
     def put_rows(self, tree: Any, groups: int = 1) -> Any:
         """Arrays whose rows are `groups` runs of pictures, such that a device holds its pictures.
 
-        Of [conditional | unconditional] rows each device gets both of every picture it draws.
+        Of [conditional | unconditional] rows each device gets both of every picture it draws. What
+        is divided over these devices already was made so: it stays as it is.
         """
         sharding = NamedSharding(self.mesh, self._rows)
-
-        def put(x: Any) -> jax.Array:
-            parted = x.reshape(groups, self.row_parts, -1, *x.shape[1:])
-            return jax.device_put(parted.swapaxes(0, 1).reshape(x.shape), sharding)
-
-        return jax.tree.map(put, tree)
+        if self.row_parts == 1 or _lies(tree, sharding):
+            return put(tree, sharding)
+        return put(tree if groups == 1 else _swapped(tree, (groups, self.row_parts)), sharding)
 
     def ordered(self, output: ScaleOutput, batch: int) -> ScaleOutput:
         """The output with captured and reported rows as one device has them: `put_rows` undone.
@@ -114,14 +167,13 @@ class Placement:
         batch: pictures. Arrays of at most so many rows are in order already.
         """
 
-        def back(x: jax.Array) -> jax.Array:
-            if len(x) <= batch:
-                return x
-            parted = x.reshape(self.row_parts, len(x) // batch, -1, *x.shape[1:])
-            return parted.swapaxes(0, 1).reshape(x.shape)
-
-        captured, reports = jax.tree.map(back, (output.captured, output.reports))
-        return ScaleOutput(output.tokens, captured, reports)
+        mixed, treedef = jax.tree.flatten((output.captured, output.reports))
+        if self.row_parts == 1 or not mixed:
+            return output
+        ordered = [
+            _swapped(x, (self.row_parts, len(x) // batch)) if len(x) > batch else x for x in mixed
+        ]
+        return ScaleOutput(output.tokens, *jax.tree.unflatten(treedef, ordered))
 
     @property
     def _rows(self) -> PartitionSpec:
@@ -129,27 +181,40 @@ class Placement:
 
     @property
     def _cache(self) -> PartitionSpec:
-        split = self.head_split
-        return PartitionSpec(self.rows, split.axis)
+        return PartitionSpec(self.rows, self.head_split.axis)
 
 
-class PlacedWeights:
-    """Weights on every device of a mesh, copied again where they changed and nowhere else."""
+@functools.partial(jax.jit, static_argnames="parts")
+def _swapped(tree: Any, parts: tuple[int, int]) -> Any:
+    """Arrays whose rows are `parts[0]` x `parts[1]` runs, as `parts[1]` x `parts[0]` ones."""
 
-    def __init__(self, placement: Placement):
-        self._placement = placement
-        self._given: list[Any] = []
-        self._placed: list[Any] = []
+    def swap(x: jax.Array) -> jax.Array:
+        return x.reshape(*parts, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
-    def of(self, parameters: Sequence[Any]) -> list[Any]:
-        """The weights on the mesh; those given before are there already."""
-        if len(parameters) != len(self._given):
-            self._given, self._placed = [None] * len(parameters), [None] * len(parameters)
-        new = [n for n, leaf in enumerate(parameters) if leaf is not self._given[n]]
-        copies = self._placement.put_parameters([parameters[n] for n in new])
-        for n, copy in zip(new, copies, strict=True):
-            self._given[n], self._placed[n] = parameters[n], copy
-        return list(self._placed)
+    return jax.tree.map(swap, tree)
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays where they are asked for; those that lie so already stay, whatever the mesh's name."""
+    leaves, treedef = jax.tree.flatten(tree)
+    there = [_lies(x, sharding) for x in leaves]
+    if all(there):
+        return tree
+    wrong = [x for x, lies in zip(leaves, there, strict=True) if not lies]
+    moved = iter(jax.device_put(wrong, sharding))
+    placed = [x if lies else next(moved) for x, lies in zip(leaves, there, strict=True)]
+    return jax.tree.unflatten(treedef, placed)
+
+
+def _lies(tree: Any, sharding: NamedSharding) -> bool:
+    """Whether all arrays of a tree lie so."""
+
+    def lies(x: Any) -> bool:
+        if not isinstance(x, jax.Array):
+            return False
+        return x.sharding == sharding or x.sharding.is_equivalent_to(sharding, x.ndim)
+
+    return all(map(lies, jax.tree.leaves(tree)))
 
 
 def _shaped(tree: Any, sharding: NamedSharding) -> Any:

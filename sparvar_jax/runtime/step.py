@@ -183,7 +183,10 @@ def split_state(state: State) -> tuple[Any, Any]:
 def draw_scale(
     parameters, condition, donated, read, controls, keys, forced, *, treedef, spec, heads
 ):
-    """Pure body of one compiled step; see `Generator.decode_scale`."""
+    """Pure body of one compiled step; see `Generator.decode_scale`.
+
+    heads: with `tokens` set, devices divide the tokens of the blocks.
+    """
     model, codebook = jax.tree.unflatten(treedef, parameters)
     (cache, shared, code_sum), (strategies, codes) = donated, read
     step, place, batch = spec.step, spec.places[0], code_sum.shape[0]
@@ -191,10 +194,12 @@ def draw_scale(
     body = _Body(model, condition, spec, heads, controls.guidance[place.index], codes)
     x = model.embed_codes(codes, condition)[:rows]
     left = _Left(list(cache), list(shared), [dict(state) for state in strategies])
-    captured, stream = {"input": x}, Stream(model.add_level(x, place))
+    captured, x = {"input": x}, model.add_level(x, place)
+    stream = Stream(heads.own_tokens(x))
     for segment in step.segments:
         stream = body.segment(segment, stream, left, captured)
-    x = stream.settled()
+    # The head and the draws of all tokens are a thousandth of the work: every device makes all.
+    x = heads.all_tokens(stream.settled())
     drawn_keys = None
     if spec.how != "greedy":
         drawn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, place.index)
@@ -251,7 +256,7 @@ class _Body:
             mixed = sampling.mix(stream.settled(), self.guidance)
             stream = Stream(jnp.concatenate([mixed, mixed]))
         if self.spec.capture:
-            captured[f"hidden.{last}"] = stream.settled()
+            captured[f"hidden.{last}"] = self.heads.all_tokens(stream.settled())
         return stream
 
     def tokens(self, segment: Any, stream: Stream, left: _Left, captured: dict) -> Stream:
@@ -260,32 +265,46 @@ class _Body:
         place, entry = self.spec.places[first], left.states[first]
         rule = segment.tokens
         positions = self.model.positions(self.condition, place)
-        kept, before = None, stream.x
-        if not isinstance(rule, AllTokens | BranchRule):
-            before = stream.settled()
+        kept, before, heads = None, stream.x, self.heads
+        if isinstance(rule, BranchRule):
+            # It looks at all tokens in every branch, so every device has them here.
+            stream, heads = Stream(heads.all_tokens(stream.settled())), heads.over(None)
+        elif not isinstance(rule, AllTokens):
+            before = heads.all_tokens(stream.settled())
             kept = rule.select(before, self.codes, place, entry)
             if isinstance(rule, Watches):
                 seen = rule.watch(before, self.codes, place)
                 left.states[first] |= {n: seen[n] for n in seen if n in self.spec.keep[first]}
         if kept is not None:
-            stream = Stream(_take(before, kept))
+            heads = heads if heads.tokens is None else heads.over(kept.shape[1])
+            stream = Stream(heads.own_tokens(_take(before, kept)))
             rows = len(before)
             positions = jax.tree.map(lambda table: _take(by_row(table)[:rows], kept), positions)
         for layer in range(first, last + 1):
-            stream = self.layer(layer, segment, stream, positions, left, kept)
+            stream = self.layer(layer, segment, stream, positions, heads, left, kept)
             if self.spec.capture and layer != last:
-                captured[f"hidden.{layer}"] = stream.settled()
+                captured[f"hidden.{layer}"] = heads.all_tokens(stream.settled())
         if kept is None:
-            return stream
-        x, more = segment.tokens.restore(before, stream.settled(), kept, place, entry)
+            return (
+                stream if heads == self.heads else Stream(self.heads.own_tokens(stream.settled()))
+            )
+        after = heads.all_tokens(stream.settled())
+        x, more = segment.tokens.restore(before, after, kept, place, entry)
         left.states[first] |= {n: more[n] for n in more if n in self.spec.keep[first]}
         if isinstance(rule, DrawsSome):
             halves = 1 if "cond" in (segment.rows, self.spec.step.rows) else 2
             left.counted = rule.drawn(kept, place, len(before) // halves)
-        return Stream(x)
+        return Stream(self.heads.own_tokens(x))
 
     def layer(
-        self, layer: int, segment: Any, stream: Stream, positions: Any, left: _Left, kept: Any
+        self,
+        layer: int,
+        segment: Any,
+        stream: Stream,
+        positions: Any,
+        heads: HeadSplit,
+        left: _Left,
+        kept: Any,
     ) -> Stream:
         """The residual stream after one block. kept: the tokens that run, None for all."""
         store = self.spec.stores[layer]
@@ -303,7 +322,7 @@ class _Body:
             place=self.spec.places[layer],
             segment=dataclasses.replace(segment, layers=(0, 0)),
             store=store,
-            heads=self.heads,
+            heads=heads,
         )
         left.cache[layer], left.shared[pool] = kept, shared
         keep = sorted(self.spec.keep[layer])

@@ -145,7 +145,17 @@ class Steps:
         return state, self.placement.ordered(output, len(keys)) if self.placement else output
 
     def spec(self, plan: Plan, index: int, **options: Any) -> StepSpec:
-        """The static part of a step for this model. options: as in `step_spec`."""
+        """The static part of a step for this model. options: as in `step_spec`.
+
+        Raises ValueError where a mesh cannot put together what the model captures.
+        """
+        parts = self.placement.row_parts if self.placement else 1
+        if options.get("capture") and parts > 1 and not getattr(self.model, "captures_rows", True):
+            raise ValueError(
+                f"inner arrays of {type(self.model).__name__} are not all led by pictures, which "
+                f"{parts} devices divide: they can be captured on one device, or on a mesh that "
+                "leaves pictures whole"
+            )
         return step_spec(plan, index, logit_bound=self.model.config.logit_bound, **options)
 
     def _job(self, spec: StepSpec, inputs: Any, state: Any, submit: Any) -> tuple[_Job, bool]:
@@ -165,7 +175,7 @@ class Steps:
 
     def _trace(self, spec: StepSpec, inputs: Any, state: Any) -> Any:
         condition, controls, keys, forced = inputs
-        heads = self.placement.head_split if self.placement else HeadSplit()
+        heads = self._heads(spec, len(keys))
         body = functools.partial(draw_scale, treedef=self._treedef, spec=spec, heads=heads)
         if self.placement:
             body = self.placement.wrap(body)
@@ -174,6 +184,14 @@ class Steps:
             return jax.jit(body, donate_argnums=(2,)).trace(
                 self._shapes, condition, donated, read, controls, keys, forced
             )
+
+    def _heads(self, spec: StepSpec, batch: int) -> HeadSplit:
+        """How heads, and tokens where that pays, lie over devices in a step."""
+        if not self.placement:
+            return HeadSplit()
+        tokens, heads = spec.step.scale.tokens, self.placement.head_split
+        divided = self.placement.divides(self.model, tokens, batch * spec.step.row_factor)
+        return heads.over(tokens) if divided else heads
 
     def _placed(self, state: State) -> State:
         """A state as shapes, on the devices where steps expect it."""

@@ -1,34 +1,70 @@
-"""Draws on a mesh of four host devices and on one; prints how they compare, as JSON.
+"""Draws on meshes of host devices and on one; prints how they compare, as JSON.
 
-A program of its own: the number of devices is fixed when jax starts.
+A program of its own: the number of devices is fixed when jax starts. Nearly all of its time goes
+into compiling, so that what has been drawn is compared with as much as it can be. With the word
+"every" it draws every plan of both families on every mesh instead.
 """
 
 import dataclasses
+import functools
 import json
+import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from sparvar_jax.models import eight_bits
+from sparvar_jax.models.bands import WHOLE
+from sparvar_jax.models.bsq_vae import BsqVae
+from sparvar_jax.models.hart import Hart, HartConfig
 from sparvar_jax.models.sampling import image_keys
 from sparvar_jax.models.var import Var, VarConfig
 from sparvar_jax.models.vqvae import Codebook, VqvaeConfig
+from sparvar_jax.pipelines.decoding import look_at
+from sparvar_jax.pipelines.pipeline import Pipeline
+from sparvar_jax.plans.caches import with_cache
 from sparvar_jax.plans.plan import dense_plan, map_attention
+from sparvar_jax.plans.route import Route
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.strategy import Dense, Output
-from sparvar_jax.policies import parse_plan
+from sparvar_jax.policies import parse_plan, preset_names
+from sparvar_jax.policies.per_head import PerHead
 from sparvar_jax.runtime import generate
+from sparvar_jax.runtime.bound import Bound
+from sparvar_jax.runtime.devices import Devices
 from sparvar_jax.runtime.generate import Generator
 from sparvar_jax.runtime.placement import Placement, mesh_of
 from tests.house import support
 from tests.house.support import lively
+from tests.tiny_model import TOKENIZER, write_tiny_model
 
 BATCH = 4
 SIDES = (1, 2, 4)
-SHORT = ScaleSchedule.of(support.SCHEDULE.sizes[:3])
-DENSE = dense_plan(SHORT, 2)
+SHORT = ScaleSchedule.of(((1, 1), (2, 2), (3, 5)))
 CLASSES = VarConfig(2, 64, 2, sides=SIDES, classes=5, vocab=48, code_width=8, dtype="float32")
+TEXT = HartConfig.preset(
+    "hart_tiny", depth=2, width=64, heads=2, sides=(1, 2, 3), text_tokens=7, residual_depth=1,
+    residual_steps=4, dtype="float32",
+)  # fmt: skip
 SPARSE = "sparvar-fast + drop_uncond(1)"
+NAMED = {
+    "branches": "fastvar(((-1, 0.5),), -2, 0, layers=(0, 2)) + drop_uncond(0, ((-1, 1),))",
+    "patches": "prune(0.5, (4, 4), scales=(2,), layers=(1, 2))",
+    "shared": "share_rows(1)",
+    "budget": "scalekv(keep=0.5)",
+}
+OTHERS = ("lean dense", "int8 dense", "lean branches", "lean patches", "shared", "budget",
+          "lean " + SPARSE)  # fmt: skip
+"""What `every` draws of Infinity beside the presets."""
+MESHES = ((1, 1), (2, 1), (1, 2), (2, 2))
+DIVIDED = (("infinity", "dense", (2, 2)), ("infinity", SPARSE, (1, 2)),
+           ("var", "sparvar-paper", (2, 2)), ("infinity", "lean branches", (1, 2)),
+           ("hart", "lean dense", (1, 2)))  # fmt: skip
+"""Drawn with the tokens of every scale divided: one, and Infinity's 15, leave a device padding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +76,34 @@ class Telling(Dense):
         return Output(out, report={"norm": jnp.linalg.norm(out, axis=-1).mean(-1)})
 
 
+TELLING = map_attention(dense_plan(SHORT, 2), lambda step, layer: Telling())
+"""A dense plan whose reports are compared as well."""
+SIGHTED = map_attention(
+    dense_plan(SHORT, 2), lambda step, layer: PerHead(((step.scale.index,),) * 2)
+)
+"""Every head sees its own scale alone."""
+
+
+def plan_of(family, text, schedule):
+    """A plan by its text, perhaps after a cache; the dense one of Infinity tells more."""
+    if (family, text) == ("infinity", "dense"):
+        return TELLING
+    cache, _, rest = text.partition(" ")
+    cache, text = (cache, rest) if cache in ("lean", "int8") else ("full", text)
+    return with_cache(parse_plan(NAMED.get(text, text), schedule, 2), cache)
+
+
 def families():
     """name -> (model, codebook, schedule, arguments of all pictures, pictures of a slice)."""
     text = support.model()
     classes, labels = lively(Var, CLASSES), jnp.array([1, 3, 0, 4])
     codebook = lively(Codebook, VqvaeConfig(48, 8, base_width=32, multipliers=(1, 1), blocks=1))
+    words, book = (
+        lively(Hart, TEXT),
+        lively(Codebook, VqvaeConfig(TEXT.vocab, TEXT.code_width, base_width=32)),
+    )
+    features = jax.random.normal(jax.random.key(2), (BATCH, TEXT.text_tokens, TEXT.text_width))
+    places = jnp.tile(jnp.arange(TEXT.text_tokens), (BATCH, 1))
     controls = generate.controls(len(SIDES), guidance=2.0, temperature=1.0)
     embed = jax.jit(lambda model, labels: model.embed_condition(labels))
 
@@ -56,9 +115,16 @@ def families():
         rows = np.arange(2 * BATCH).reshape(2, BATCH)[:, part].reshape(-1)
         return jax.tree.map(lambda x: x[rows], condition), controls, keys[part]
 
+    def of_words(part):
+        condition = jax.jit(lambda model, *one: model.embed_condition(*one, "learned"))(
+            words, features[part], places[part]
+        )
+        return condition, controls, image_keys(0, BATCH)[part]
+
     return {
         "infinity": (text, None, SHORT, of_text),
         "var": (classes, codebook, CLASSES.schedule, of_classes),
+        "hart": (words, book, TEXT.schedule, of_words),
     }
 
 
@@ -72,50 +138,65 @@ def furthest(ours, theirs):
     return distance
 
 
-def compare(one, four, plan, arguments):
-    """A plan on one device, on four, and the two pictures of each pair of devices alone."""
-    whole = slice(None)
-    theirs = one.run(plan, *arguments(whole), capture=True)
-    ours = four.run(plan, *arguments(whole), capture=True)
-    halves = [one.run(plan, *arguments(part)) for part in (slice(0, 2), slice(2, 4))]
-    alone = np.concatenate([np.asarray(code_sum) for code_sum, _ in halves])
-    captured = [[output.captured for output in drawn[1]] for drawn in (ours, theirs)]
-    tokens = [[output.tokens for output in drawn[1]] for drawn in (ours, theirs)]
-    return {
-        "devices": len(ours[0].sharding.device_set),
-        "tokens": furthest(tokens[0], tokens[1]),
-        "captured": furthest(*captured),
-        "sums": furthest(ours[0], theirs[0]),
-        "alone": furthest(ours[0], alone),
+def joined(halves):
+    """What one device draws of each half of the pictures, as if it had drawn all of them."""
+
+    def join(*parts):
+        groups = max(1, len(parts[0]) * 2 // BATCH)
+        runs = [np.split(np.asarray(part), groups) for part in parts]
+        return np.concatenate([run for group in zip(*runs, strict=True) for run in group])
+
+    return jax.tree.map(join, *halves)
+
+
+def distances(ours, theirs):
+    """How far two pictures are apart: of all devices, and of one."""
+    (one, outputs), (other, others) = ours, theirs
+    pairs = {
+        name: furthest([getattr(x, name) for x in outputs], [getattr(x, name) for x in others])
+        for name in ("tokens", "captured", "reports")
     }
+    return pairs | {"devices": len(one.sharding.device_set), "sums": furthest(one, other)}
 
 
-def by_hand(four, arguments, outputs):
-    """Scales drawn one by one, and with the tokens of an earlier picture."""
+def drawn(generator, plan, arguments, part=slice(None), capture=True):
+    return generator.run(plan, *arguments(part), capture=capture)
+
+
+def compare(one, four, plan, arguments):
+    """A plan on four devices, and the two pictures of each pair of devices on one."""
+    ours = drawn(four, plan, arguments)
+    theirs = joined([drawn(one, plan, arguments, part) for part in (slice(0, 2), slice(2, 4))])
+    return distances(ours, theirs) | {"alone": furthest(ours[0], theirs[0])}, ours, theirs
+
+
+def by_hand(four, arguments, code_sum, outputs):
+    """Scales drawn one by one, with tokens forced, and without capturing anything."""
     condition, controls, keys = arguments(slice(None))
-    state, wrong = four.start(DENSE, BATCH), []
+    state, wrong = four.start(TELLING, BATCH), []
     for index, output in enumerate(outputs):
-        state, again = four.decode_scale(DENSE, index, condition, state, controls, keys)
+        state, again = four.decode_scale(
+            TELLING, index, condition, state, controls, keys, capture=True
+        )
         wrong.append(furthest(again.tokens, output.tokens))
-    tokens = tuple(output.tokens for output in outputs)
-    other = image_keys(77, BATCH)
-    forced, _ = four.run(DENSE, condition, controls, other, forced=tokens)
-    captured, _ = four.run(DENSE, condition, controls, keys, capture=True)
-    return {"by scale": max(wrong), "forced": furthest(forced, state.code_sum),
-            "captured": furthest(captured, state.code_sum)}  # fmt: skip
+    tokens, other = tuple(output.tokens for output in outputs), image_keys(77, BATCH)
+    forced, _ = four.run(TELLING, condition, controls, other, forced=tokens)
+    plain, _ = four.run(TELLING, condition, controls, keys)
+    return {"by scale": max(wrong), "forced": furthest(forced, code_sum),
+            "captured": furthest(plain, code_sum)}  # fmt: skip
 
 
-def swapped(four, arguments):
+def swapped(one, four, arguments):
     """Which weights are copied to the mesh again: none, and after a change the changed one."""
-    first = four.run(DENSE, *arguments(slice(None)))[0]
+    first = drawn(four, TELLING, arguments)[0]
     before = list(four._weights._placed)
-    four.run(DENSE, *arguments(slice(None)))
+    drawn(four, TELLING, arguments)
     kept = all(a is b for a, b in zip(before, four._weights._placed, strict=True))
     bias = four.model.head.bias
     bias[...] = bias[...] + jnp.linspace(-1, 1, bias[...].shape[0])
-    other = four.run(DENSE, *arguments(slice(None)))[0]
+    other = drawn(four, TELLING, arguments)[0]
     new = sum(a is not b for a, b in zip(before, four._weights._placed, strict=True))
-    alone = Generator(four.model).run(DENSE, *arguments(slice(None)))[0]
+    alone = drawn(one, TELLING, arguments)[0]
     return {"kept": kept, "copied": new, "moved": furthest(first, other),
             "fresh": furthest(other, alone)}  # fmt: skip
 
@@ -126,42 +207,159 @@ def refusals(four, arguments):
     odd = dataclasses.replace(CLASSES, width=80, heads=5)
     placed = Generator(lively(Var, odd), placement=four.placement)
     calls = {
-        "start": lambda: four.start(DENSE, 3),
-        "run": lambda: four.run(DENSE, condition, controls, keys),
-        "compile": lambda: four.compile(DENSE, condition, 3),
-        "heads": lambda: placed.start(DENSE, 2),
-        "mesh": lambda: mesh_of(3, 2),
+        "start": lambda: four.start(TELLING, 3),
+        "run": lambda: four.run(TELLING, condition, controls, keys),
+        "compile": lambda: four.compile(TELLING, condition, 3),
+        "heads": lambda: placed.start(TELLING, 2),
+        "any": lambda: Devices(tuple(jax.devices()[:3])).place(1, 4),
+        "mesh": lambda: mesh_of(3, 3),
+        "sight": lambda: four.compile(SIGHTED, arguments(slice(None))[0], BATCH),
         "axis": lambda: Placement(four.placement.mesh, heads="columns"),
     }
-    told = {}
-    for name, call in calls.items():
-        try:
-            call()
-        except ValueError as error:
-            told[name] = str(error)
-    return told
+    return {name: refusal(call) for name, call in calls.items()}
 
 
-def main():
-    jax.config.update("jax_disable_most_optimizations", True)
-    told, placement = {}, Placement(mesh_of(2, 2))
+def refusal(call):
+    """The message of the ValueError that a call raises."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("it was not refused")
+
+
+def some():
+    """What the tests of every day ask for."""
+    told, placement, kept = {}, Placement(mesh_of(2, 2)), {}
     for name, (model, codebook, schedule, arguments) in families().items():
         one, four = Generator(model, codebook), Generator(model, codebook, placement)
-        for plan in ("dense", SPARSE):
-            told[f"{name} {plan}"] = compare(one, four, parse_plan(plan, schedule, 2), arguments)
+        for text in ("dense", SPARSE) if name != "hart" else ():
+            plan = plan_of(name, text, schedule)
+            told[f"{name} {text}"], ours, kept[name, text] = compare(one, four, plan, arguments)
+            if plan is TELLING:
+                told["whole"] = distances(ours, drawn(one, plan, arguments))
+                told["by hand"] = by_hand(four, arguments, *ours)
+        for family, text, shape in DIVIDED:
+            if family == name:
+                plan, whole = plan_of(name, text, schedule), kept.get((name, text))
+                told[f"divided {name} {text}"] = divided(one, arguments, plan, shape, whole)
         if name == "infinity":
-            outputs = four.run(DENSE, *arguments(slice(None)))[1]
-            told["by hand"] = by_hand(four, arguments, outputs)
-            telling = map_attention(DENSE, lambda step, layer: Telling())
-            reports = [
-                [output.reports for output in each.run(telling, *arguments(slice(None)))[1]]
-                for each in (four, one)
-            ]
-            told["reports"] = furthest(*reports)
             told["refusals"] = refusals(four, arguments)
-            told["swapped"] = swapped(four, arguments)
-    print(json.dumps(told))
+            told["swapped"] = swapped(one, four, arguments)
+        if name == "hart":
+            told["refusals"]["capture"] = refusal(
+                functools.partial(drawn, four, plan_of(name, "dense", schedule), arguments)
+            )
+    return told | {"bands": bands(), "pipeline": pipeline()}
+
+
+def divided(one, arguments, plan, shape, theirs=None):
+    """A plan with the tokens of every scale divided; theirs: all pictures, drawn on one device."""
+    many = Generator(one.model, one.codebook, Placement(mesh_of(*shape), divide_from=1))
+    theirs = drawn(one, plan, arguments) if theirs is None else theirs
+    if isinstance(one.model, Hart) and shape[0] > 1:
+        kept = tuple(dataclasses.replace(output, captured={}) for output in theirs[1])
+        return distances(drawn(many, plan, arguments, capture=False), (theirs[0], kept))
+    return distances(drawn(many, plan, arguments), theirs)
+
+
+def every():
+    """Every preset, and what else draws less or keeps less, in all families on every mesh."""
+    told, found = {}, families()
+    narrow = support.model()
+    eight_bits.narrow(narrow, eight_bits.kernels(narrow))
+    found["narrow"] = (narrow, *found["infinity"][1:])
+    for name, (model, codebook, schedule, arguments) in found.items():
+        one = Generator(model, codebook)
+        texts = {"infinity": (*preset_names(), *OTHERS), "narrow": ("dense",)}
+        for text in texts.get(name, (*preset_names(), SPARSE)):
+            plan = plan_of(name, text, schedule)
+            theirs = drawn(one, plan, arguments)
+            for shape in MESHES:
+                told[f"{name} {text} {shape}"] = divided(one, arguments, plan, shape, theirs)
+    model, _, _, arguments = found["infinity"]
+    return told | {"infinity route (4, 2)": route(model, arguments)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Brightest:
+    """Skips the last scale where a picture of the scale before is bright on average."""
+
+    name = "brightest"
+
+    def features(self, before, now, schedule, decode):
+        return decode(now - before).mean((1, 2))
+
+    def choose(self, features):
+        return [int(one.mean() > -1) for one in features]
+
+
+def route(model, arguments):
+    """How far a picture is, on two by two devices, whose plan is chosen on the way."""
+    plans = tuple(parse_plan(text, SHORT, 2) for text in ("dense", "skip_last_scales(1)"))
+    plan = with_cache(dataclasses.replace(plans[0], route=Route(1, Brightest(), plans)), "lean")
+    tokenizer = lively(BsqVae, dataclasses.replace(TOKENIZER, code_width=8))
+    pictures = []
+    for placed in (Devices(tuple(jax.devices()[:8])), None):
+        look = Bound(lambda: tokenizer, look_at, placed)
+        chosen = []
+        generator = Generator(model, placement=placed, decode=look)
+        condition, controls, keys = arguments(slice(None))
+        pictures.append(generator.run(plan, condition, controls, keys, chosen=chosen.append))
+        assert len(chosen[0].steps) == 2, "the plan that is chosen draws two scales"
+    return distances(*pictures)
+
+
+def bands():
+    """How far the bands of two and of three devices are from a picture decoded by one."""
+    tokenizer = lively(BsqVae, TOKENIZER)
+    codes = jax.random.normal(jax.random.key(0), (1, 6, 4, TOKENIZER.code_width))
+
+    def decode(tokenizer, codes, bands=WHOLE):
+        return tokenizer.decode_band(bands.own(codes), bands)
+
+    alone, told = Bound(lambda: tokenizer, decode)(codes), {}
+    for count in (2, 3):
+        placed = Devices(tuple(jax.devices()[:count]))
+        image = Bound(lambda: tokenizer, decode, placed, bands=True)(codes)
+        told[str(count)] = [furthest(image, alone), image.addressable_shards[0].data.shape[1]]
+    return told | {"spread": float(alone.std())}
+
+
+def pipeline():
+    """A model directory on two devices: where its weights lie, and how far the pictures are."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_tiny_model(Path(folder) / "model")
+        two, one = (Pipeline.from_checkpoint(model, devices=count) for count in (2, None))
+        weights = jax.tree.leaves(nnx.state(two.model.transformer))
+        asked = {"plan": "skip_last_scales(5)", "seed": 3}
+        pictures = [pipe("a red apple", **asked).astype(int) for pipe in (two, one)]
+        placed = two.generator._weights._placed
+        return {
+            "devices": [len(leaf.sharding.device_set) for leaf in weights],
+            "copied": sum(a is not b for a, b in zip(weights, placed, strict=False)),
+            "steps": int(np.abs(pictures[0] - pictures[1]).max()),
+            "spread": float(pictures[1].std()),
+            "narrow": narrow(model),
+        }
+
+
+def narrow(folder):
+    """On how many devices 8-bit matrices lie, and whether they are those of one device."""
+    two, one = (
+        Pipeline.from_checkpoint(folder, devices=count, text_encoder=False, weights="int8")
+        for count in (2, None)
+    )
+    ours, theirs = (jax.tree.leaves(nnx.state(pipe.model.transformer)) for pipe in (two, one))
+    small = [leaf for leaf in ours if leaf.dtype == jnp.int8]
+    (devices,) = {len(leaf.sharding.device_set) for leaf in (*ours, *small)}
+    return [devices, bool(small) and furthest(ours, theirs) == 0]
+
+
+def main(which):
+    jax.config.update("jax_disable_most_optimizations", True)
+    print(json.dumps(every() if which == ["every"] else some()))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

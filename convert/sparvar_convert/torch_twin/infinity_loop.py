@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparvar_convert.torch_twin.infinity import Grid, Infinity, rotary
+from sparvar_convert.torch_twin.infinity import Cache, Grid, Infinity, Text, rotary
 
 
 @dataclass
