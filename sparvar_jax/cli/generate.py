@@ -23,6 +23,7 @@ class Order:
     text_first: bool
     drawing: dict[str, Any]
     """Options of the pipeline's call."""
+    weights: Any = "dense"
 
     def load(self, report: Any) -> tuple[Any, Any, dict[str, Any]]:
         """The pipeline, what it draws (labels, prompts or text features), and with which options.
@@ -32,18 +33,17 @@ class Order:
         from sparvar_jax.pipelines import loading
         from sparvar_jax.pipelines.pipeline import Pipeline
 
+        how: Any = {"dtype": self.dtype, "weights": self.weights, "progress": report}
         folder = loading.model_folder(self.model)
         if loading.family_in(folder).draws == "classes":
             self._check_class_model()
-            pipe = Pipeline.from_checkpoint(folder, dtype=self.dtype, progress=report)
+            pipe = Pipeline.from_checkpoint(folder, **how)
             return pipe, [self.label] * self.num, self.drawing
         if self.label is not None or self.prompt is None:
             raise ValueError("Missing argument: this model draws prompts, give one and no --class")
         prompts = [self.prompt] * self.num
         text, drawing = self._text_features(prompts) if self.text_first else (prompts, {})
-        pipe = Pipeline.from_checkpoint(
-            self.model, dtype=self.dtype, text_encoder=not self.text_first, progress=report
-        )
+        pipe = Pipeline.from_checkpoint(self.model, text_encoder=not self.text_first, **how)
         return pipe, text, self.drawing | drawing
 
     def _check_class_model(self) -> None:
@@ -66,8 +66,10 @@ class Order:
 
     def describe(self, pipe: Any) -> dict[str, str]:
         """How the pictures were made, for their metadata."""
+        from sparvar_jax.models import eight_bits
         from sparvar_jax.pipelines import metadata
 
+        form = eight_bits.form_of(pipe.model.transformer)
         drawing, defaults = self.drawing, dataclasses.asdict(pipe.model.defaults)
         subject = {"class": str(self.label)} if self.prompt is None else {"prompt": self.prompt}
         settings = ("plan", "guidance", "temperature", "negative", "size", "aspect_ratio")
@@ -77,6 +79,7 @@ class Order:
             **{name: value for name, value in told.items() if value != "None"},
             "model": pipe.model.name,
             "dtype": pipe.model.transformer.config.dtype,
+            **({"matrices": form} if form else {}),
             "versions": ", ".join(f"{k} {v}" for k, v in metadata.versions().items()),
         }
 
@@ -105,6 +108,7 @@ def generate(
         typer.Option("--free-text-encoder", help="Run the text encoder first and free it."),
     ] = False,
     dtype: options.Precision = None,
+    weights: options.Weights = None,
 ) -> None:
     """Draw a prompt, or with a class-conditional model a class."""
     asked = {
@@ -116,7 +120,8 @@ def generate(
         "size": size,
     }
     drawing = {"seed": seed} | {name: value for name, value in asked.items() if value is not None}
-    _run(Order(prompt, label, model, num, options.name_of(dtype), text_first, drawing), out)
+    form = options.form_of(weights)
+    _run(Order(prompt, label, model, num, options.name_of(dtype), text_first, drawing, form), out)
 
 
 def _run(order: Order, out: Path) -> None:

@@ -16,6 +16,15 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Matrices(StrEnum):
+    """Forms of large matrices in memory that a user can ask for."""
+
+    dense = "dense"
+    stored = "stored"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 Model = Annotated[
     Path | None, typer.Option("--model", help="Model directory or name; without it the demo model.")
 ]
@@ -30,6 +39,10 @@ Size = Annotated[
 ]
 Precision = Annotated[
     Dtype | None, typer.Option("--dtype", help="Compute dtype; by default what suits the device.")
+]
+Weights = Annotated[
+    Matrices | None,
+    typer.Option("--weights", help="int8, fp8: products in 8 bits; stored: 8 bits on disk stay."),
 ]
 Num = Annotated[
     int, typer.Option("--num", min=1, max=4096, help="How many pictures, drawn as one batch.")
@@ -46,6 +59,11 @@ ClassModel = Annotated[
 def name_of(dtype: Dtype | None) -> str | None:
     """The dtype as the library names it."""
     return dtype.value if dtype else None
+
+
+def form_of(weights: Matrices | None) -> Any:
+    """The form of matrices as the library names it."""
+    return weights.value if weights else "dense"
 
 
 def given(**asked: Any) -> dict[str, Any]:

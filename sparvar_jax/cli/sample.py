@@ -35,6 +35,7 @@ def sample(
         float | None, typer.Option("--top-p", help="Kept probability; 1 keeps all.")
     ] = None,
     dtype: options.Precision = None,
+    weights: options.Weights = None,
 ) -> None:
     """Draw pictures of classes for evaluation; run again after a kill, it goes on."""
     drawing = {
@@ -44,7 +45,8 @@ def sample(
         "top_k": top_k,
         "top_p": top_p,
     }
-    asked = Asked(classes, per_class, batch, seed, options.name_of(dtype))
+    form = options.form_of(weights)
+    asked = Asked(classes, per_class, batch, seed, options.name_of(dtype), form)
     total, drew = _run(model, out, asked, drawing)
     state = "drawn" if drew else "was complete already"
     console.say(f"{out}: {total} pictures, {state}")
@@ -59,6 +61,7 @@ class Asked:
     batch: int
     seed: int
     dtype: str | None
+    weights: Any = "dense"
 
 
 def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple[int, bool]:
@@ -71,7 +74,9 @@ def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple
         options.check_draws(model, "classes")
         model = loading.model_folder(model)
         job = _job(model, asked, drawing)  # complains before the work
-        pipe = Pipeline.from_checkpoint(model, dtype=asked.dtype, progress=report)
+        pipe = Pipeline.from_checkpoint(
+            model, dtype=asked.dtype, weights=asked.weights, progress=report
+        )
 
         def draw(labels, seeds):
             return pipe(labels, seed=seeds, **drawing)
@@ -86,6 +91,7 @@ def _job(model: Path, asked: Asked, drawing: dict[str, Any]) -> Any:
 
     described = loading.describe_model(model)
     settings = {**drawing, "dtype": asked.dtype, "model": _fingerprint(model)}
+    settings |= {} if asked.weights == "dense" else {"weights": asked.weights}
     job = sampling_jobs.SampleJob(
         sampling_jobs.parse_classes(asked.classes, described.transformer.config.classes),
         asked.per_class,

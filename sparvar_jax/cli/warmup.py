@@ -23,6 +23,7 @@ def warmup(
         str | None, typer.Option("--negative", help="Also compile for a negative prompt.")
     ] = None,
     dtype: options.Precision = None,
+    weights: options.Weights = None,
 ) -> None:
     """Compile all programs of a plan into the compile cache; no weights are loaded."""
     from sparvar_jax.pipelines import loading
@@ -31,7 +32,7 @@ def warmup(
     cache, watch = console.use_compilation_cache(), console.Stopwatch()
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
-    pipe = Pipeline(loading.describe_model(folder, precision))
+    pipe = Pipeline(loading.describe_model(folder, precision, options.form_of(weights)))
     shown = {"negative": negative, "aspect_ratio": aspect, "size": size}
     drawing, subject = options.given(plan=plan, guidance=guidance, **shown), [prompt] * num
     if pipe.model.family.draws == "classes":

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from sparvar_jax.models import eight_bits
 from sparvar_jax.models.eight_bits import FORMS
 from sparvar_jax.pipelines import parts
 from sparvar_jax.pipelines.family import Family, families, family_of
@@ -88,7 +89,7 @@ def abstract_part(
     weights: parts.Weights = "dense",
 ) -> Any:
     """The module of one part with shapes and dtypes instead of arrays."""
-    kind, form = part_config(config, part, dtype), parts.stored_form(config, part)
+    kind, form = part_config(config, part, dtype), parts.stored_form(config, part, weights)
     if form is None and weights in FORMS:
         form = weights
     return parts.abstract_module(*kind, form)
@@ -102,7 +103,7 @@ def load_part(
     weights: parts.Weights = "dense",
 ) -> Any:
     """One part with its weights on the default device; see `parts.load_module`."""
-    kind, stored = part_config(config, part, dtype), parts.stored_form(config, part)
+    kind, stored = part_config(config, part, dtype), parts.stored_form(config, part, weights)
     return parts.load_module(folder, part, *kind, weights, stored)
 
 
@@ -142,6 +143,9 @@ def describe_model(
     config = checkpoint.read_config(folder)
     family = family_of(config)
     modules = {part: abstract_part(config, part, dtype, weights) for part in family.parts}
+    if weights in FORMS and eight_bits.form_of(modules["transformer"]) is None:
+        kind = config["transformer"]["kind"]
+        raise ValueError(f"a model of kind {kind} has no 8-bit products: leave out {weights}")
     return Model(
         family,
         modules["transformer"],
