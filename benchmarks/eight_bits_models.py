@@ -56,16 +56,17 @@ def planted(transformer: Any) -> Any:
     four channels behind the GELU are `TAIL` times theirs. What reads them is divided by as much, so
     that they matter as others do.
     """
-    made = nnx.merge(*nnx.split(transformer))
+    made = jax.tree.map(lambda leaf: leaf, transformer)  # parameters are changed in place
     draw = np.random.default_rng(0)
     levels = np.array(made.level_embed[...])
     channels = draw.permutation(levels.shape[1])[: 2 * len(levels)].reshape(len(levels), -1)
     for level, chosen in zip(levels, channels, strict=True):
         level[chosen] = OUTLIER
     made.level_embed[...] = jnp.asarray(levels)
+    readers = [layer for block in made.blocks for layer in (block.attn.qkv, block.ffn.fc1)]
+    for layer in (*readers, made.head):
+        layer.kernel[...] = layer.kernel[...].at[channels.ravel()].divide(OUTLIER)
     for block in made.blocks:
-        for layer in (block.attn.qkv, block.ffn.fc1):
-            layer.kernel[...] = layer.kernel[...].at[channels.ravel()].divide(OUTLIER)
         fc1, fc2 = block.ffn.fc1, block.ffn.fc2
         chosen = draw.choice(fc2.kernel[...].shape[0], 4, replace=False)
         fc1.kernel[...] = fc1.kernel[...].at[:, chosen].multiply(TAIL)

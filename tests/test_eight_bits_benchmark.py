@@ -3,16 +3,19 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from benchmarks import eight_bits
 from benchmarks import eight_bits_models as variants
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
+from sparvar_jax.pipelines import parts
 from sparvar_jax.plans.schedule import infinity_schedule
 from sparvar_jax.study.teacher import teacher_forced_logits
+from sparvar_jax.weights import checkpoint
 from sparvar_jax.weights.matrix import FEWEST_TOKENS
+from tests.tiny_model import random_parameters
 
 SCHEDULE = infinity_schedule(1.0, "0.06M")
 
@@ -20,7 +23,11 @@ SCHEDULE = infinity_schedule(1.0, "0.06M")
 @pytest.fixture(scope="module")
 def model():
     config = InfinityConfig(2, 128, 2, text_width=128, bits=8, dtype="float32")
-    return Infinity(config, rngs=nnx.Rngs(0))
+    values = {path: jnp.asarray(x) for path, x in random_parameters(Infinity, config, 0).items()}
+    for path in values:
+        if path.endswith("ada_gss"):  # gains near one, so that blocks matter
+            values[path] = values[path].at[:2].add(1.0)
+    return checkpoint.fill(parts.abstract_module(Infinity, config), values)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,7 @@ def logits():
 
     def of(model):
         def run(model):
-            condition = model.embed_condition(text, np.array([5]), "learned")
+            condition = model.embed_condition(text, jnp.array([5]), "learned")
             return teacher_forced_logits(model, condition, codes, SCHEDULE, scan=True)
 
         return [np.asarray(x) for x in jax.jit(run)(model)]
@@ -44,9 +51,9 @@ def logits():
 
 
 def test_outliers_break_one_scale_a_tensor_and_not_ours(model, logits):
-    """int8 rows with channels of 30 times the size of the others are off by 30 * 2^-8 / sqrt(3) of
-    these, 0.07, a product; e4m3 by 0.026 of everything. One scale a tensor leaves nothing of the
-    median behind the GELU: its step is 300 / 127 of it.
+    """A step of int8 with one scale a tensor is twice the median behind the GELU and more, so that
+    fc2 sees nothing of most values: off by their size, where e4m3 is off by 0.026 of it. Logits
+    dilute both by what the blocks add to the stream: ours are off by 0.03 at most.
     """
     model = variants.planted(model)
     truth = logits(model)
@@ -56,7 +63,7 @@ def test_outliers_break_one_scale_a_tensor_and_not_ours(model, logits):
             found = logits(variant.make(model))
         errors[variant.name] = max(map(eight_bits.relative, found, truth))
     naive = errors.pop(eight_bits.NAIVE.name)
-    assert max(errors.values()) < 0.1
+    assert max(errors.values()) < 0.04
     assert naive > 3 * max(errors.values())
 
 
