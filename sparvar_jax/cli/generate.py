@@ -20,6 +20,7 @@ class Order:
     model: Path | None
     num: int
     dtype: str | None
+    cache: Any
     text_first: bool
     drawing: dict[str, Any]
     """Options of the pipeline's call."""
@@ -33,7 +34,8 @@ class Order:
         from sparvar_jax.pipelines import loading
         from sparvar_jax.pipelines.pipeline import Pipeline
 
-        how: Any = {"dtype": self.dtype, "weights": self.weights, "progress": report}
+        how: Any = {"dtype": self.dtype, "weights": self.weights, "cache": self.cache}
+        how["progress"] = report
         folder = loading.model_folder(self.model)
         if loading.family_in(folder).draws == "classes":
             self._check_class_model()
@@ -80,6 +82,7 @@ class Order:
             "model": pipe.model.name,
             "dtype": pipe.model.transformer.config.dtype,
             **({"matrices": form} if form else {}),
+            "cache": pipe.cache,
             "versions": ", ".join(f"{k} {v}" for k, v in metadata.versions().items()),
         }
 
@@ -109,6 +112,7 @@ def generate(
     ] = False,
     dtype: options.Precision = None,
     weights: options.Weights = None,
+    cache: options.CacheKind = options.Cache.full,
 ) -> None:
     """Draw a prompt, or with a class-conditional model a class."""
     asked = {
@@ -120,8 +124,8 @@ def generate(
         "size": size,
     }
     drawing = {"seed": seed} | {name: value for name, value in asked.items() if value is not None}
-    form = options.form_of(weights)
-    _run(Order(prompt, label, model, num, options.name_of(dtype), text_first, drawing, form), out)
+    kind, form = (options.name_of(dtype), cache.value), options.form_of(weights)
+    _run(Order(prompt, label, model, num, *kind, text_first, drawing, form), out)
 
 
 def _run(order: Order, out: Path) -> None:

@@ -25,6 +25,14 @@ class Matrices(StrEnum):
     fp8 = "fp8"
 
 
+class Cache(StrEnum):
+    """Kinds of key/value cache a user can ask for."""
+
+    lean = "lean"
+    int8 = "int8"
+    full = "full"
+
+
 Model = Annotated[
     Path | None, typer.Option("--model", help="Model directory or name; without it the demo model.")
 ]
@@ -43,6 +51,10 @@ Precision = Annotated[
 Weights = Annotated[
     Matrices | None,
     typer.Option("--weights", help="int8, fp8: products in 8 bits; stored: 8 bits on disk stay."),
+]
+CacheKind = Annotated[
+    Cache,
+    typer.Option("--cache", help="Keys and values: lean keeps what is read later, int8 in 8 bits."),
 ]
 Num = Annotated[
     int, typer.Option("--num", min=1, max=4096, help="How many pictures, drawn as one batch.")

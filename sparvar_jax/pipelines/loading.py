@@ -88,7 +88,11 @@ def abstract_part(
     dtype: str | None = None,
     weights: parts.Weights = "dense",
 ) -> Any:
-    """The module of one part with shapes and dtypes instead of arrays."""
+    """The module of one part with shapes and dtypes instead of arrays.
+
+    Which matrices a file stores in 8 bits its config does not say, so "stored" gives dense ones.
+    """
+    parts.check_weights(weights)
     kind, form = part_config(config, part, dtype), parts.stored_form(config, part, weights)
     if form is None and weights in FORMS:
         form = weights
@@ -143,6 +147,9 @@ def describe_model(
     config = checkpoint.read_config(folder)
     family = family_of(config)
     modules = {part: abstract_part(config, part, dtype, weights) for part in family.parts}
+    if weights == "stored":
+        for part, module in modules.items():
+            eight_bits.keep_stored(module, checkpoint.part_reader(folder, part).scaled)
     if weights in FORMS and eight_bits.form_of(modules["transformer"]) is None:
         kind = config["transformer"]["kind"]
         raise ValueError(f"a model of kind {kind} has no 8-bit products: leave out {weights}")

@@ -85,6 +85,14 @@ def abstract_module(module: type, values: Any, form: Form | None = None) -> Any:
     return made
 
 
+def check_weights(weights: str) -> None:
+    """ValueError for a form of weights that there is not."""
+    if weights not in get_args(Weights):
+        raise ValueError(
+            f"weights must be 'dense', 'stored' or 'int8', or else 'fp8', got {weights!r}"
+        )
+
+
 def load_module(
     folder: Path,
     part: str,
@@ -100,10 +108,7 @@ def load_module(
     the matrices of a transformer's blocks, see `eight_bits`, without ever holding all of them in
     full. stored: see `stored_form`; such matrices stay as they are.
     """
-    if weights not in get_args(Weights):
-        raise ValueError(
-            f"weights must be 'dense', 'stored' or 'int8', or else 'fp8', got {weights!r}"
-        )
+    check_weights(weights)
     reader = checkpoint.part_reader(folder, part)
     abstract = abstract_module(module, values, stored)
     checkpoint.require_fit(abstract, reader.shapes)  # before anything of the file's sizes is read
