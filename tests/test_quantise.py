@@ -10,7 +10,7 @@ import pytest
 
 from sparvar_jax.cli import main
 from sparvar_jax.models import eight_bits
-from sparvar_jax.pipelines import quantising
+from sparvar_jax.pipelines import quantising, sharing
 from sparvar_jax.pipelines.loading import load_model
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.pipelines.quantising import quantise_model
@@ -75,6 +75,12 @@ def test_the_directory_says_what_it_is(dense, narrow, capsys):
         for folder in (dense, narrow)
     ]
     assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_a_saved_model_stays_what_it_is(dense, tmp_path):
+    model = load_model(dense, dtype="float32", weights="int8")
+    sharing.save(model, tmp_path / "saved")
+    same_leaves(load_model(tmp_path / "saved", dtype="float32"), model)
 
 
 def test_a_run_that_was_stopped_is_gone_on_with(dense, narrow, tmp_path, monkeypatch):
