@@ -124,7 +124,7 @@ def test_bad_input_is_one_line(dense, narrow, tmp_path, capsys, monkeypatch):
     config = json.loads((damaged / "config.json").read_text())
     config["transformer"]["matrices"] = "int4"
     (damaged / "config.json").write_text(json.dumps(config))
-    assert "'int4', expected int8 or fp8" in refused("info", "--model", damaged)
+    assert "form int4, expected int8 or fp8" in refused("info", "--model", damaged)
     config["transformer"]["matrices"] = "int8"
     (damaged / "config.json").write_text(json.dumps(config))
     assert "do not fit" in refused("generate", "a", "--model", damaged, "--out", tmp_path / "a.png")
