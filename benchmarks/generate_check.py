@@ -113,7 +113,7 @@ class Check:
 
 def tolerance(parts: Parts) -> Tolerance:
     """What rounding may do to the tokens and the cache of this model."""
-    narrow = eight_bits.is_narrow(parts.transformer)
+    narrow = eight_bits.form_of(parts.transformer) is not None
     if parts.draws_classes:
         return CLASSES_EIGHT if narrow else CLASSES
     if parts.begins_with_text:

@@ -12,6 +12,7 @@ import numpy as np
 from sparvar_jax.models import sampling
 from sparvar_jax.pipelines.pipeline import Request
 from sparvar_jax.plans.plan import Plan
+from sparvar_jax.runtime.generate import Generator
 
 
 class LogitComparison:
@@ -49,7 +50,8 @@ class LogitComparison:
         }
 
     def _run(self, plan: Plan) -> list[tuple[np.ndarray, np.ndarray]]:
-        return _logits_and_bits(self._drawing, plan, self._request, self._forced)
+        generator = self._drawing.pipe.generator
+        return logits_and_bits(generator, plan, self._request, self._forced)
 
 
 def _some(request: Request, chosen: np.ndarray) -> Request:
@@ -61,11 +63,10 @@ def _some(request: Request, chosen: np.ndarray) -> Request:
     return dataclasses.replace(request, condition=condition, keys=request.keys[chosen])
 
 
-def _logits_and_bits(
-    drawing: Any, plan: Plan, request: Request, forced: tuple[jax.Array, ...]
+def logits_and_bits(
+    generator: Generator, plan: Plan, request: Request, forced: tuple[jax.Array, ...]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(guided logits, bits drawn from them) of every scale under forced bits."""
-    generator = drawing.pipe.generator
     model, found = generator.model, []
     steps = generator.steps(
         plan, request.condition, request.controls, request.keys, forced=forced, capture=True

@@ -92,7 +92,8 @@ def test_random_models_are_rounded_as_they_are_drawn(peak):
 def test_a_model_without_such_matrices_is_not_called_rounded(tmp_path):
     tiny_model.write_tiny_model(tmp_path / "model", ("tokenizer",))
     described = loading.abstract_part(checkpoint.read_config(tmp_path / "model"), "tokenizer")
-    assert not eight_bits.is_narrow(described)
+    assert eight_bits.form_of(described) is None
     assert eight_bits.kernels(described) == {}
     config = dataclasses.replace(CONFIG, depth=1, chunks=1)
-    assert eight_bits.is_narrow(parts.abstract_module(Infinity, config, "fp8"))
+    for form in eight_bits.FORMS:
+        assert eight_bits.form_of(parts.abstract_module(Infinity, config, form)) == form

@@ -19,6 +19,7 @@ from sparvar_jax.cli.head_order import head_order
 from sparvar_jax.cli.info import info
 from sparvar_jax.cli.inspect import inspect
 from sparvar_jax.cli.plans import plans
+from sparvar_jax.cli.quantise import quantise
 from sparvar_jax.cli.sample import sample
 from sparvar_jax.cli.serve import serve, web
 from sparvar_jax.cli.warmup import warmup
@@ -31,8 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    generate, edit, sample, fetch, convert, compare, bench, info, inspect, plans, head_order, chart,
-    warmup, serve, web,
+    generate, edit, sample, fetch, convert, quantise, compare, bench, info, inspect, plans,
+    head_order, chart, warmup, serve, web,
 ):  # fmt: skip
     app.command()(command)
 

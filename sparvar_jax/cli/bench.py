@@ -35,6 +35,7 @@ def bench(
     ] = False,
     out: Annotated[Path, typer.Option("--out", help="HTML page to write.")] = Path("bench.html"),
     dtype: options.Precision = None,
+    weights: options.Weights = None,
 ) -> None:
     """Measure dense and sparse plans: seconds by part, memory, and likeness of the pictures."""
     from sparvar_jax.pipelines import loading
@@ -53,10 +54,11 @@ def bench(
         "seed": seed,
         "repeats": 1 if quick else repeats,
     }
-    _run(folder, options.name_of(dtype), out, asked | drawing)
+    how = {"dtype": options.name_of(dtype), "weights": options.form_of(weights)}
+    _run(folder, how, out, asked | drawing)
 
 
-def _run(folder: Path, dtype: str | None, out: Path, asked: dict[str, Any]) -> None:
+def _run(folder: Path, how: dict[str, Any], out: Path, asked: dict[str, Any]) -> None:
     from sparvar_jax.pipelines.pipeline import Pipeline
     from sparvar_jax.study import bench_page
     from sparvar_jax.study.bench import measure
@@ -67,7 +69,7 @@ def _run(folder: Path, dtype: str | None, out: Path, asked: dict[str, Any]) -> N
     console.use_compilation_cache()
     with whole_file(out) as opened:
         with console.progress() as report:
-            pipe = Pipeline.from_checkpoint(folder, dtype=dtype, progress=report)
+            pipe = Pipeline.from_checkpoint(folder, **how, progress=report)
             found = measure(pipe, progress=report, **asked)
         opened.write_text(bench_page.page(found), encoding="utf-8")
     table = Table(*bench_page.COLUMNS, box=None)

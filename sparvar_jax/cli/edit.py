@@ -40,6 +40,7 @@ def edit(
     guidance: options.Guidance = None,
     plan: options.Plan = None,
     dtype: options.Precision = None,
+    weights: options.Weights = None,
 ) -> None:
     """Redraw a part of a picture: in-painting, out-painting, editing by class."""
     drawing = {
@@ -50,7 +51,8 @@ def edit(
         "guidance": guidance,
         "plan": plan,
     }
-    asked = Asked(picture, model, region, mask, outside, label, options.name_of(dtype))
+    how = options.name_of(dtype), options.form_of(weights)
+    asked = Asked(picture, model, region, mask, outside, label, *how)
     side = _run(asked, out, drawing)
     console.say(f"{out}: {side}x{side}")
 
@@ -66,6 +68,7 @@ class Asked:
     outside: bool
     label: int | None
     dtype: str | None
+    weights: Any = "dense"
 
     def region(self, side: int, of: tuple[int, int]) -> Any:
         """True where to draw. of: (width, height) of the picture's file."""
@@ -86,7 +89,9 @@ def _run(asked: Asked, out: Path, drawing: dict[str, Any]) -> int:
         raise ValueError(f"--out must name a .png file, got {out}")
     with whole_files([out]) as (opened,), console.progress() as report:
         options.check_draws(asked.model, "classes")
-        pipe = Pipeline.from_checkpoint(asked.model, dtype=asked.dtype, progress=report)
+        pipe = Pipeline.from_checkpoint(
+            asked.model, dtype=asked.dtype, weights=asked.weights, progress=report
+        )
         side = pipe.picture_side
         picture = read_picture(asked.picture, side)
         region = asked.region(side, picture.size)

@@ -20,10 +20,9 @@ class Order:
     label: int | None
     model: Path | None
     num: int
-    dtype: str | None
-    cache: Any
+    kind: dict[str, Any]
+    """How it is loaded: dtype, weights, cache, devices."""
     text_first: bool
-    devices: str | None
     drawing: dict[str, Any]
     """Options of the pipeline's call."""
 
@@ -38,21 +37,14 @@ class Order:
         folder = loading.model_folder(self.model)
         if loading.family_in(folder).draws == "classes":
             self._check_class_model()
-            pipe = Pipeline.from_checkpoint(
-                folder, dtype=self.dtype, cache=self.cache, devices=self.devices, progress=report
-            )
+            pipe = Pipeline.from_checkpoint(folder, **self.kind, progress=report)
             return pipe, [self.label] * self.num, self.drawing
         if self.label is not None or self.prompt is None:
             raise ValueError("Missing argument: this model draws prompts, give one and no --class")
         prompts = [self.prompt] * self.num
         text, drawing = self._text_features(prompts) if self.text_first else (prompts, {})
         pipe = Pipeline.from_checkpoint(
-            self.model,
-            dtype=self.dtype,
-            text_encoder=not self.text_first,
-            cache=self.cache,
-            devices=self.devices,
-            progress=report,
+            self.model, text_encoder=not self.text_first, **self.kind, progress=report
         )
         return pipe, text, self.drawing | drawing
 
@@ -69,15 +61,17 @@ class Order:
         from sparvar_jax.pipelines import loading
 
         family = loading.family_in(loading.model_folder(self.model))
-        encoder = family.encoder.from_checkpoint(self.model, dtype=self.dtype)
+        encoder = family.encoder.from_checkpoint(self.model, dtype=self.kind["dtype"])
         texts = {name: self.drawing[name] for name in ("negative",) if name in self.drawing}
         others = {name: encoder([text] * self.num) for name, text in texts.items()}
         return encoder(prompts), others
 
     def describe(self, pipe: Any) -> dict[str, str]:
         """How the pictures were made, for their metadata."""
+        from sparvar_jax.models import eight_bits
         from sparvar_jax.pipelines import metadata
 
+        form = eight_bits.form_of(pipe.model.transformer)
         drawing, defaults = self.drawing, dataclasses.asdict(pipe.model.defaults)
         subject = {"class": str(self.label)} if self.prompt is None else {"prompt": self.prompt}
         settings = ("plan", "guidance", "temperature", "negative", "size", "aspect_ratio")
@@ -87,6 +81,7 @@ class Order:
             **{name: value for name, value in told.items() if value != "None"},
             "model": pipe.model.name,
             "dtype": pipe.model.transformer.config.dtype,
+            **({"matrices": form} if form else {}),
             "cache": pipe.cache,
             "versions": ", ".join(f"{k} {v}" for k, v in metadata.versions().items()),
         }
@@ -116,6 +111,7 @@ def generate(
         typer.Option("--free-text-encoder", help="Run the text encoder first and free it."),
     ] = False,
     dtype: options.Precision = None,
+    weights: options.Weights = None,
     cache: options.CacheKind = options.Cache.full,
     devices: options.Devices = None,
     prompts: Annotated[
@@ -139,15 +135,21 @@ def generate(
         "size": size,
     }
     drawing = {"seed": seed} | {name: value for name, value in asked.items() if value is not None}
-    kind, hosts = (options.name_of(dtype), cache.value), (coordinator, processes, process)
+    kind = {
+        "dtype": options.name_of(dtype),
+        "weights": options.form_of(weights),
+        "cache": cache.value,
+        "devices": devices,
+    }
+    hosts = (coordinator, processes, process)
     if prompts is not None:
         if prompt is not None or label is not None or text_first:
             raise ValueError("--prompts brings its own prompts: leave out what names others")
-        Job(prompts, out, model, num, *kind, devices, drawing, hosts).run()
+        Job(prompts, out, model, num, kind, drawing, hosts).run()
         return
     if hosts != (None, None, None):
         raise ValueError("several processes draw a file of prompts: give --prompts FILE")
-    _run(Order(prompt, label, model, num, *kind, text_first, devices, drawing), out)
+    _run(Order(prompt, label, model, num, kind, text_first, drawing), out)
 
 
 def _run(order: Order, out: Path) -> None:

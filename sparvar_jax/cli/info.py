@@ -22,6 +22,7 @@ def info(
     aspect: options.Aspect = None,
     size: options.Size = None,
     dtype: options.Precision = None,
+    weights: options.Weights = None,
     cache: options.CacheKind = options.Cache.full,
     devices: options.Devices = None,
 ) -> None:
@@ -32,7 +33,7 @@ def info(
 
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
-    described = loading.describe_model(folder, precision)
+    described = loading.describe_model(folder, precision, options.form_of(weights))
     if described.family.draws == "classes":
         options.refuse(folder, aspect=aspect, size=size)
     asked = options.given(plan=plan, aspect_ratio=aspect, size=size)
@@ -89,15 +90,17 @@ def _split(described: Any, plan: Any, num: int, parts: tuple[int, int]) -> str:
 
 def _parts(folder: Path, described: Any, weights: dict[str, int]) -> Table:
     """One line a part: kind, size and where it came from."""
+    from sparvar_jax.models import eight_bits
     from sparvar_jax.weights import checkpoint
 
-    table = Table("part", "kind", "parameters", "bytes", "from", box=None)
+    table = Table("part", "kind", "parameters", "bytes", "matrices", "from", box=None)
     config, manifest = checkpoint.read_config(folder), checkpoint.read_manifest(folder)
     for part, module in described.parts.items():
         shapes = checkpoint.abstract_parameters(module)
         count = sum(math.prod(leaf.shape) for leaf in shapes.values())
         source = Text(told(manifest.get(part, {}).get("source", "unknown"), 200))
-        table.add_row(part, config[part]["kind"], f"{count:,}", _gib(weights[part]), source)
+        size, form = _gib(weights[part]), eight_bits.form_of(module) or "dense"
+        table.add_row(part, config[part]["kind"], f"{count:,}", size, form, source)
     return table
 
 

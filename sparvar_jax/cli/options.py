@@ -17,6 +17,15 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Matrices(StrEnum):
+    """Forms of large matrices in memory that a user can ask for."""
+
+    dense = "dense"
+    stored = "stored"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 class Cache(StrEnum):
     """Kinds of key/value cache a user can ask for."""
 
@@ -39,6 +48,10 @@ Size = Annotated[
 ]
 Precision = Annotated[
     Dtype | None, typer.Option("--dtype", help="Compute dtype; by default what suits the device.")
+]
+Weights = Annotated[
+    Matrices | None,
+    typer.Option("--weights", help="int8, fp8: products in 8 bits; stored: 8 bits on disk stay."),
 ]
 CacheKind = Annotated[
     Cache,
@@ -69,6 +82,11 @@ ClassModel = Annotated[
 def name_of(dtype: Dtype | None) -> str | None:
     """The dtype as the library names it."""
     return dtype.value if dtype else None
+
+
+def form_of(weights: Matrices | None) -> Any:
+    """The form of matrices as the library names it."""
+    return weights.value if weights else "dense"
 
 
 def given(**asked: Any) -> dict[str, Any]:

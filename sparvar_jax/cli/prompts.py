@@ -17,9 +17,8 @@ class Job:
     out: Path
     model: Path | None
     batch: int
-    dtype: str | None
-    cache: Any
-    devices: str | None
+    kind: dict[str, Any]
+    """How the model is loaded: dtype, weights, cache, devices."""
     drawing: dict[str, Any]
     """Options of the pipeline's call."""
     hosts: tuple[str | None, int | None, int | None] = (None, None, None)
@@ -39,12 +38,12 @@ class Job:
         console.use_compilation_cache()
         folder = model_folder(self.model)
         options.check_draws(folder, "prompts")
-        kind = {"dtype": self.dtype, "cache": self.cache}
-        settings = {**drawing, **kind, "model": options.fingerprint(folder)}
+        settings = {**drawing, **self.kind, "model": options.fingerprint(folder)}
+        del settings["devices"]  # pictures do not depend on them
         told = tuple((name, str(value)) for name, value in sorted(settings.items()))
         job = prompt_jobs.PromptJob(entries, self.batch, told)
         with console.progress() as report:
-            pipe = Pipeline.from_checkpoint(folder, **kind, devices=self.devices, progress=report)
+            pipe = Pipeline.from_checkpoint(folder, **self.kind, progress=report)
             draw, describe = prompt_jobs.drawer(pipe, drawing)
             drawn = prompt_jobs.run_prompts(
                 job, draw, self.out, describe=describe, host=host, progress=report

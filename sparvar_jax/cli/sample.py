@@ -34,6 +34,7 @@ def sample(
         float | None, typer.Option("--top-p", help="Kept probability; 1 keeps all.")
     ] = None,
     dtype: options.Precision = None,
+    weights: options.Weights = None,
     devices: options.Devices = None,
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
@@ -47,8 +48,8 @@ def sample(
         "top_k": top_k,
         "top_p": top_p,
     }
-    hosts = (coordinator, processes, process)
-    asked = Asked(classes, per_class, batch, seed, options.name_of(dtype), devices, hosts)
+    form, hosts = options.form_of(weights), (coordinator, processes, process)
+    asked = Asked(classes, per_class, batch, seed, options.name_of(dtype), form, devices, hosts)
     total, drew = _run(model, out, asked, drawing)
     state = "drawn" if drew else "was complete already"
     console.say(f"{out}: {total} pictures, {state}")
@@ -63,6 +64,7 @@ class Asked:
     batch: int
     seed: int
     dtype: str | None
+    weights: Any
     devices: str | None
     hosts: tuple[str | None, int | None, int | None]
 
@@ -80,7 +82,11 @@ def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple
         model = loading.model_folder(model)
         job = _job(model, asked, drawing)  # complains before the work
         pipe = Pipeline.from_checkpoint(
-            model, dtype=asked.dtype, devices=asked.devices, progress=report
+            model,
+            dtype=asked.dtype,
+            weights=asked.weights,
+            devices=asked.devices,
+            progress=report,
         )
 
         def draw(labels, seeds):
@@ -96,6 +102,7 @@ def _job(model: Path, asked: Asked, drawing: dict[str, Any]) -> Any:
 
     described = loading.describe_model(model)
     settings = {**drawing, "dtype": asked.dtype, "model": options.fingerprint(model)}
+    settings |= {} if asked.weights == "dense" else {"weights": asked.weights}
     job = sampling_jobs.SampleJob(
         sampling_jobs.parse_classes(asked.classes, described.transformer.config.classes),
         asked.per_class,

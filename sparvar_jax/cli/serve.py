@@ -66,6 +66,7 @@ def serve(
     safety_filter: SafetyFilter = None,
     page: Annotated[bool, typer.Option("--page", help="Also serve the page.")] = False,
     dtype: options.Precision = None,
+    weights: options.Weights = None,
 ) -> None:
     """Serve the OpenAI images API: POST /v1/images/generations. Compiles, then opens the port."""
     from sparvar_jax.serve.settings import Settings
@@ -83,7 +84,7 @@ def serve(
         flagged=_filter(safety_filter),
         page=page,
     )
-    _run(model, options.name_of(dtype), settings, host, port)
+    _run(model, _how(dtype, weights), settings, host, port)
 
 
 def web(
@@ -98,6 +99,7 @@ def web(
         bool, typer.Option("--open/--no-open", help="Show the page in a browser.")
     ] = True,
     dtype: options.Precision = None,
+    weights: options.Weights = None,
 ) -> None:
     """Open a page that draws, compares plans and shows attention; the API is served beside it."""
     from sparvar_jax.serve.settings import Settings
@@ -110,12 +112,17 @@ def web(
         page=True,
         study=True,
     )
-    _run(model, options.name_of(dtype), settings, host, port, show=opened)
+    _run(model, _how(dtype, weights), settings, host, port, show=opened)
+
+
+def _how(dtype: options.Dtype | None, weights: options.Matrices | None) -> dict[str, Any]:
+    """How the model is loaded."""
+    return {"dtype": options.name_of(dtype), "weights": options.form_of(weights)}
 
 
 def _run(
     model: Path | None,
-    dtype: str | None,
+    how: dict[str, Any],
     settings: Settings,
     host: str,
     port: int,
@@ -125,14 +132,14 @@ def _run(
 
     # A port that is taken is found before the work.
     with running.bind(host, port) as bound:
-        _serve_at(bound, host, model, dtype, settings, show)
+        _serve_at(bound, host, model, how, settings, show)
 
 
 def _serve_at(
     bound: socket.socket,
     host: str,
     model: Path | None,
-    dtype: str | None,
+    how: dict[str, Any],
     settings: Settings,
     show: bool,
 ) -> None:
@@ -153,7 +160,7 @@ def _serve_at(
     console.use_compilation_cache()
     watch = console.Stopwatch()
     with console.progress() as report:
-        pipe = Pipeline.from_checkpoint(model, dtype=dtype, progress=report)
+        pipe = Pipeline.from_checkpoint(model, **how, progress=report)
         app = create_app(pipe, settings)
         watch.lap("loaded")
         warm_up(pipe, settings, report)

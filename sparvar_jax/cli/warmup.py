@@ -23,6 +23,7 @@ def warmup(
         str | None, typer.Option("--negative", help="Also compile for a negative prompt.")
     ] = None,
     dtype: options.Precision = None,
+    weights: options.Weights = None,
     cache: options.CacheKind = options.Cache.full,
     devices: options.Devices = None,
 ) -> None:
@@ -33,7 +34,8 @@ def warmup(
     programs, watch = console.use_compilation_cache(), console.Stopwatch()
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
-    pipe = Pipeline(loading.describe_model(folder, precision), cache=cache.value, devices=devices)
+    described = loading.describe_model(folder, precision, options.form_of(weights))
+    pipe = Pipeline(described, cache=cache.value, devices=devices)
     shown = {"negative": negative, "aspect_ratio": aspect, "size": size}
     drawing, subject = options.given(plan=plan, guidance=guidance, **shown), [prompt] * num
     if pipe.model.family.draws == "classes":

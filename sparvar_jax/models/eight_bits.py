@@ -33,9 +33,16 @@ def kernels(module: nnx.Module, form: Form = "int8") -> dict[str, EightBits]:
     return found
 
 
-def is_narrow(module: nnx.Module) -> bool:
-    """Whether any of its products takes 8-bit operands."""
-    return any(isinstance(part, Linear) and part.is_narrow for _, part in nnx.iter_modules(module))
+def form_of(module: nnx.Module) -> Form | None:
+    """The form of a model, with weights or abstract; None where no product takes 8 bits."""
+    found = {
+        part.narrow
+        for _, part in nnx.iter_modules(module)
+        if isinstance(part, Linear) and part.is_narrow
+    }
+    if not found:
+        return None
+    return "int8" if "int8" in found else "fp8"
 
 
 def narrow(module: nnx.Module, dtypes: Mapping[str, EightBits]) -> None:

@@ -93,8 +93,8 @@ def abstract_part(
 
     Which matrices a file stores in 8 bits its config does not say, so "stored" gives dense ones.
     """
-    kind, form = part_config(config, part, dtype), parts.stored_form(config, part)
     parts.check_weights(weights)
+    kind, form = part_config(config, part, dtype), parts.stored_form(config, part, weights)
     if form is None and weights in FORMS:
         form = weights
     return parts.abstract_module(*kind, form)
@@ -109,7 +109,7 @@ def load_part(
     sharding: jax.sharding.Sharding | None = None,
 ) -> Any:
     """One part with its weights, by default on the default device; see `parts.load_module`."""
-    kind, stored = part_config(config, part, dtype), parts.stored_form(config, part)
+    kind, stored = part_config(config, part, dtype), parts.stored_form(config, part, weights)
     return parts.load_module(folder, part, *kind, weights, stored, sharding)
 
 
@@ -163,6 +163,9 @@ def describe_model(
     if weights == "stored":
         for part, module in modules.items():
             eight_bits.keep_stored(module, checkpoint.part_reader(folder, part).scaled)
+    if weights in FORMS and eight_bits.form_of(modules["transformer"]) is None:
+        kind = config["transformer"]["kind"]
+        raise ValueError(f"a model of kind {kind} has no 8-bit products: leave out {weights}")
     return Model(
         family,
         modules["transformer"],

@@ -58,13 +58,21 @@ def part_config(
     return module, values if dtype is None else dataclasses.replace(values, dtype=dtype)
 
 
-def stored_form(config: Mapping[str, Any], part: str) -> Form | None:
-    """The form of `eight_bits` in which a part's large matrices are stored, None for dense ones."""
+def stored_form(config: Mapping[str, Any], part: str, weights: Weights = "dense") -> Form | None:
+    """The form of `eight_bits` in which a part's large matrices are stored, None for dense ones.
+
+    Raises ValueError for an unknown form, and for one that `weights` contradicts.
+    """
     found = config[part].get("matrices")
     if found is not None and found not in FORMS:
         raise ValueError(
             f"the matrices of {part} are in the form {told(found, 60)}, expected "
             f"{' or '.join(FORMS)}: make the model again or update sparvar_jax"
+        )
+    if found is not None and weights in FORMS and weights != found:
+        raise ValueError(
+            f"the matrices of {part} are stored as {found}, asked for was {weights}: leave that "
+            "out, or take the model that it was made from"
         )
     return found
 
@@ -107,7 +115,7 @@ def load_module(
     abstract = abstract_module(module, values, stored)
     checkpoint.require_fit(abstract, reader.shapes)  # before anything of the file's sizes is read
     if stored is not None:
-        _require_form(folder, abstract, reader.shapes, weights, stored)
+        _require_form(folder, abstract, reader.shapes, stored)
     elif weights in FORMS:
         return _load_rounded(abstract, reader, weights, sharding)
     keep: frozenset[str] = frozenset()
@@ -141,15 +149,8 @@ def _load_rounded(
     return checkpoint.fill(abstract, flat)
 
 
-def _require_form(
-    folder: Path, abstract: Any, shapes: Mapping[str, Any], weights: Weights, stored: Form
-) -> None:
-    """ValueError where 8-bit matrices are not what the directory says, or not what is asked for."""
-    if weights in FORMS and weights != stored:
-        raise ValueError(
-            f"the matrices of {folder} are stored as {stored}, asked for was {weights}: leave that "
-            "out, or take the model that it was made from"
-        )
+def _require_form(folder: Path, abstract: Any, shapes: Mapping[str, Any], stored: Form) -> None:
+    """ValueError where 8-bit matrices are not what the directory says that they are."""
     expected = checkpoint.abstract_parameters(abstract)
     for path, dtype in eight_bits.kernels(abstract, stored).items():
         if shapes[path].dtype != expected[path].dtype:

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from sparvar_jax import __version__
+from sparvar_jax.models import eight_bits
 from sparvar_jax.pipelines import released
 from sparvar_jax.weights import checkpoint, storage
 from sparvar_jax.weights.files import whole_file
@@ -116,13 +117,21 @@ def _save_part(model: Any, part: str, module: Any, folder: Path) -> None:
         )
     kinds = model.family.parts[part]
     kind = next(kind for kind, (cls, _) in kinds.items() if cls is type(module))
+    form = eight_bits.form_of(module)
     with checkpoint.new_part(folder, part) as new:
-        new.folder.mkdir()
-        arrays = {_stored_name(path, flat): np.asarray(leaf) for path, leaf in flat.items()}
-        storage.write_safetensors(new.folder / storage.SAFETENSORS, arrays)
+        if form is not None:  # whose layout and e4m3 values Orbax keeps as they are
+            writer = storage.OrbaxWriter(new.folder)
+            for path, leaf in flat.items():
+                writer.write(path, np.asarray(leaf))
+            writer.close()
+        else:
+            new.folder.mkdir()
+            arrays = {_stored_name(path, flat): np.asarray(leaf) for path, leaf in flat.items()}
+            storage.write_safetensors(new.folder / storage.SAFETENSORS, arrays)
         if part == "text" and model.text_tokenizer is not None:
             _copy_tokenizer(model.text_tokenizer.file, new.folder)
         new.config = {"kind": kind, **checkpoint.config_to_json(module.config)}
+        new.config |= {} if form is None else {"matrices": form}
         new.source = {"source": f"saved from {model.name}", "sparvar-jax": __version__}
         new.defaults = checkpoint.config_to_json(model.defaults)
 

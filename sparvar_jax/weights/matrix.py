@@ -103,17 +103,22 @@ def product_of_two(
 ) -> Float[Array, "R T O"]:
     """`x` as the sum of two 8-bit numbers times a matrix: with int8 good to 2^-15 of a row's
     largest value, with e4m3 to 2^-8 of every value."""
-    kind, tokens = weight.values.dtype, x.shape[1]
+    tokens, both = x.shape[1], _two_of(x, weight.values.dtype)
+    y: Any = eight_bit_product(both, weight, dtype=dtype, implementation=implementation)
+    return y[:, :tokens] + y[:, tokens:]
+
+
+@functools.partial(jax.jit, static_argnums=1)  # traced and lowered once for all layers
+def _two_of(x: Float[Array, "R T I"], kind: jnp.dtype) -> Eight:
+    """Tokens as 8-bit numbers, and behind them what these leave of them, as such numbers again."""
     # Behind a barrier, or XLA takes a conversion to e4m3 and back for nothing.
     first = jax.lax.optimization_barrier(pallas_kernels.quantise(x, kind))
     wide = first.values.astype(jnp.float32) * first.scale[0][..., None]
     second = pallas_kernels.quantise(x.astype(jnp.float32) - wide, kind)
-    both = Eight(
+    return Eight(
         jnp.concatenate([first.values, second.values], axis=1),
         jnp.concatenate([first.scale, second.scale], axis=2),
     )
-    y: Any = eight_bit_product(both, weight, dtype=dtype, implementation=implementation)
-    return y[:, :tokens] + y[:, tokens:]
 
 
 def product(

@@ -1,0 +1,204 @@
+"""What 8-bit products cost in quality: logits and bits under forced tokens, and pictures.
+
+    python -m benchmarks.eight_bits
+    python -m benchmarks.eight_bits MODEL_DIR --size 0.25M --prompts 2
+
+Every variant is fed the tokens that the model draws in float32. `int8 qkv` rounds one kind of layer
+alone, the rest computes in float32; `in bfloat16` says that all else does as well, as it is drawn
+on a GPU. The same with outliers planted (`eight_bits_models.planted`), and a naive scheme of one
+scale a tensor. Then pictures, drawn freely, against those in float32. Writes eight_bits.json, a
+table and sheets into benchmarks/results/DEVICE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import _record as record
+from benchmarks import eight_bits_models as variants
+from benchmarks.quality import DEMO_PROMPTS, read_prompts
+from benchmarks.quality_report import sheet
+from benchmarks.teacher_forcing import logits_and_bits
+from sparvar_jax.models import eight_bits
+from sparvar_jax.models.eight_bits import FORMS
+from sparvar_jax.pipelines.pipeline import Pipeline
+from sparvar_jax.study.compare_pictures import picture_measures
+from sparvar_jax.weights.matrix import FEWEST_TOKENS
+
+SEED = 0
+Row = dict[str, Any]
+Make = Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to compute a float32 model. naive: activations have one scale a tensor."""
+
+    name: str
+    make: Make
+    naive: bool = False
+
+
+def _form(form: Any, kinds: Any = variants.KINDS) -> Make:
+    return lambda model: variants.rounded(model, form, kinds)
+
+
+def _in_bfloat16(make: Make) -> Make:
+    return lambda model: make(variants.in_dtype(model, "bfloat16"))
+
+
+NAIVE = Variant("int8, one scale a tensor", variants.per_tensor, naive=True)
+WHOLE = [Variant(f"{form} all", _form(form)) for form in FORMS]
+# fc2 and cross are the same in both forms.
+ALONE = [
+    Variant(f"{form} {kind}", _form(form, (kind,)))
+    for form, kinds in zip(FORMS, (variants.KINDS, variants.KINDS[:3]), strict=True)
+    for kind in kinds
+]
+DRAWN = [
+    Variant("bfloat16", _in_bfloat16(lambda model: model)),
+    *(Variant(f"{form} all, in bfloat16", _in_bfloat16(_form(form))) for form in FORMS),
+]
+PLANTED = [*WHOLE, NAIVE]
+
+
+class Forced:
+    """Logits and bits of variants on the tokens that one float32 model draws."""
+
+    def __init__(self, pipe: Pipeline, prompts: list[str], options: dict[str, Any]):
+        self._pipe, self._asked = pipe, (prompts, {"seed": SEED, **options})
+        request = self._request(pipe)
+        _, outputs = pipe.generator.run(
+            request.plan, request.condition, request.controls, request.keys
+        )
+        self._forced = tuple(output.tokens for output in outputs)
+        self.tokens = [scale.tokens for scale in request.plan.schedule.scales]
+        self._truth = self._run(pipe)
+
+    def _request(self, pipe: Pipeline) -> Any:
+        return pipe.request(self._asked[0], **self._asked[1])
+
+    def _run(self, pipe: Pipeline) -> Any:
+        request = self._request(pipe)
+        return logits_and_bits(pipe.generator, request.plan, request, self._forced)
+
+    def row(self, variant: Variant) -> Row:
+        """Relative logit error and share of equal bits of every scale."""
+        with variants.one_scale() if variant.naive else contextlib.nullcontext():
+            found = self._run(with_transformer(self._pipe, variant.make))
+        pairs = list(zip(found, self._truth, strict=True))
+        return {
+            "variant": variant.name,
+            "logit_error_by_scale": [relative(ours[0], theirs[0]) for ours, theirs in pairs],
+            "equal_bits_by_scale": [float((a[1] == b[1]).mean()) for a, b in pairs],
+        }
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Relative Frobenius error."""
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def with_transformer(pipe: Pipeline, make: Make) -> Pipeline:
+    """A pipeline of its own whose transformer is made from this one's."""
+    return Pipeline(pipe.model.with_parts({"transformer": make(pipe.model.transformer)}))
+
+
+def pictures(pipe: Pipeline, prompts: list[str], options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Pictures drawn freely, in float32 and as they are drawn on a GPU."""
+    drawn = {"float32": pipe(prompts, seed=SEED, **options)}
+    for variant in DRAWN:
+        drawn[variant.name] = with_transformer(pipe, variant.make)(prompts, seed=SEED, **options)
+    return drawn
+
+
+def table(rows: list[Row], drawn: list[Row], tokens: list[int]) -> str:
+    """Markdown: error and equal bits at the last scale and over scales that are 8 bit."""
+    large = [index for index, count in enumerate(tokens) if count >= FEWEST_TOKENS]
+    lines = [
+        f"Scales of {FEWEST_TOKENS} tokens and more: {len(large)} of {len(tokens)}.\n",
+        "| model | variant | logit error, last scale | largest | equal bits, last scale | least |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        errors, bits = row["logit_error_by_scale"], row["equal_bits_by_scale"]
+        cells = f"{errors[-1]:.4f} | {max(errors):.4f} | {bits[-1]:.4f} | {min(bits):.4f}"
+        lines.append(f"| {row['model']} | {row['variant']} | {cells} |")
+    lines += ["", "| drawn freely | PSNR against float32, dB |", "| --- | --- |"]
+    lines += [f"| {row['variant']} | {row['psnr']:.2f} |" for row in drawn]
+    return "\n".join(lines) + "\n"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cpu = jax.default_backend() == "cpu"
+    parser.add_argument("model", nargs="?", help="directory or name, default: the demo model")
+    parser.add_argument("--size", default="0.25M" if cpu else "1M")
+    parser.add_argument("--prompts", type=int, default=2 if cpu else 8, help="of each subset")
+    parser.add_argument("--plan", default="dense")
+    parser.add_argument("--only", nargs="+", help="names of variants, default: all")
+    parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", help="folder, default benchmarks/results/DEVICE")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure all variants and write JSON, table and sheets."""
+    asked = parse(arguments)
+    pipe = Pipeline.from_checkpoint(asked.model, dtype="float32")
+    if not eight_bits.kernels(pipe.model.transformer):
+        raise SystemExit(f"{pipe.model.name} has no 8-bit products")
+    prompts = [prompt for _, prompt in read_prompts(DEMO_PROMPTS, asked.prompts)]
+    options = {"size": asked.size, "plan": asked.plan}
+    rows, tokens = [], []
+    models = {"as trained": (pipe, [*DRAWN, *ALONE, *WHOLE, NAIVE])}
+    models["outliers planted"] = with_transformer(pipe, variants.planted), PLANTED
+    for name, (model, wanted) in models.items():
+        chosen = [one for one in wanted if not asked.only or one.name in asked.only]
+        forced = Forced(model, prompts, options) if chosen else None
+        for variant in chosen if forced else ():
+            start, tokens = time.perf_counter(), forced.tokens
+            row = {"model": name, **forced.row(variant)}
+            rows.append(row)
+            print(
+                f"{name}, {variant.name}: logit error {row['logit_error_by_scale'][-1]:.4f}, "
+                f"equal bits {row['equal_bits_by_scale'][-1]:.4f} at the last scale "
+                f"({time.perf_counter() - start:.0f} s)",
+                flush=True,
+            )
+    _write(asked, rows, pictures(pipe, prompts, options) if asked.pictures else {}, tokens)
+
+
+def _write(
+    asked: argparse.Namespace, rows: list[Row], drawn: dict[str, np.ndarray], tokens: list[int]
+) -> None:
+    measure, likeness = picture_measures(None), []
+    for name, ours in drawn.items():
+        if name != "float32":
+            everywhere = np.ones(ours.shape[:3], np.float32)
+            found = measure(drawn["float32"], ours, everywhere)["psnr"]
+            likeness.append({"variant": name, "psnr": float(np.mean(found))})
+    about = {"size": asked.size, "plan": asked.plan, "prompts": asked.prompts, "tokens": tokens}
+    entries = {"about": about, "rows": rows, "pictures": likeness}
+    file = record.write_entries("eight_bits", entries, folder=asked.out)
+    file.with_suffix(".md").write_text(table(rows, likeness, tokens))
+    for row in likeness:
+        stem = "".join(c if c.isalnum() else "-" for c in row["variant"])
+        image = sheet(drawn["float32"], drawn[row["variant"]])
+        image.save(file.with_name(f"eight_bits-{stem}.webp"), quality=85)
+    print(file.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()
