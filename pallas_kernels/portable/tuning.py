@@ -61,11 +61,16 @@ def stages_that_fit(capability: Capability, head_dim: int, block_q: int, block_k
 def tiles(
     op: str, head_dim: int, bounded: bool, group: int, capability: Capability = None
 ) -> TileConfig:
-    """Tiles of "dense", "blocks", "windows" or "columns"; `group` queries share a list."""
+    """Tiles of "dense", "blocks", "windows", "windows-exact" or "columns".
+
+    `group` queries share a list.
+    """
     key = f"{op}/{head_dim}/{'bounded' if bounded else 'online'}/{group}"
     if (tuned := _tuned(family(capability)).get(key)) is not None:
         return TileConfig(**tuned)
-    block_q, block_k = min(group & -group, 128), 64
+    # Lists and masks take registers: with 64 keys of 128 channels a step some would be spilled.
+    narrow = head_dim > 64 and op in ("columns", "windows-exact")
+    block_q, block_k = min(group & -group, 128), 32 if narrow else 64
     stages = stages_that_fit(capability, head_dim, block_q, block_k)
     return TileConfig(block_q=block_q, block_k=block_k, warps=4 if block_q < 128 else 8,
                       stages=stages)  # fmt: skip
