@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(folder):
-    made = Bench(models.build(folder, dtype="float32"), 1)
+    made = Bench(models.build(folder, dtype="float32"), 1, cache="full")
     made.compile([made.plan("dense")])
     return made
 

@@ -20,6 +20,7 @@ class Order:
     model: Path | None
     num: int
     dtype: str | None
+    cache: Any
     text_first: bool
     drawing: dict[str, Any]
     """Options of the pipeline's call."""
@@ -35,15 +36,18 @@ class Order:
         folder = loading.model_folder(self.model)
         if loading.family_in(folder).draws == "classes":
             self._check_class_model()
-            pipe = Pipeline.from_checkpoint(folder, dtype=self.dtype, progress=report)
+            pipe = Pipeline.from_checkpoint(
+                folder, dtype=self.dtype, cache=self.cache, progress=report
+            )
             return pipe, [self.label] * self.num, self.drawing
         if self.label is not None or self.prompt is None:
             raise ValueError("Missing argument: this model draws prompts, give one and no --class")
         prompts = [self.prompt] * self.num
         text, drawing = self._text_features(prompts) if self.text_first else (prompts, {})
         pipe = Pipeline.from_checkpoint(
-            self.model, dtype=self.dtype, text_encoder=not self.text_first, progress=report
-        )
+            self.model, dtype=self.dtype, text_encoder=not self.text_first, cache=self.cache,
+            progress=report,
+        )  # fmt: skip
         return pipe, text, self.drawing | drawing
 
     def _check_class_model(self) -> None:
@@ -77,6 +81,7 @@ class Order:
             **{name: value for name, value in told.items() if value != "None"},
             "model": pipe.model.name,
             "dtype": pipe.model.transformer.config.dtype,
+            "cache": pipe.cache,
             "versions": ", ".join(f"{k} {v}" for k, v in metadata.versions().items()),
         }
 
@@ -105,6 +110,7 @@ def generate(
         typer.Option("--free-text-encoder", help="Run the text encoder first and free it."),
     ] = False,
     dtype: options.Precision = None,
+    cache: options.CacheKind = options.Cache.full,
 ) -> None:
     """Draw a prompt, or with a class-conditional model a class."""
     asked = {
@@ -116,7 +122,8 @@ def generate(
         "size": size,
     }
     drawing = {"seed": seed} | {name: value for name, value in asked.items() if value is not None}
-    _run(Order(prompt, label, model, num, options.name_of(dtype), text_first, drawing), out)
+    kind = options.name_of(dtype), cache.value
+    _run(Order(prompt, label, model, num, *kind, text_first, drawing), out)
 
 
 def _run(order: Order, out: Path) -> None:

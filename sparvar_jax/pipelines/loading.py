@@ -126,11 +126,16 @@ def load_model(
     return model.with_parts(loaded)
 
 
-def describe_model(folder: Path, dtype: str | None = None) -> Model:
+def describe_model(
+    folder: Path, dtype: str | None = None, weights: parts.Weights = "dense"
+) -> Model:
     """The model with shapes and dtypes in place of weights; dtype None is the stored one."""
     config = checkpoint.read_config(folder)
     family = family_of(config)
-    modules = {part: abstract_part(config, part, dtype) for part in family.parts}
+    modules = {
+        part: parts.described_module(folder, part, *part_config(config, part, dtype), weights)
+        for part in family.parts
+    }
     return Model(
         family,
         modules["transformer"],

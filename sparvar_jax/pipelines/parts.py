@@ -61,6 +61,25 @@ def abstract_module(module: type, values: Any) -> Any:
     return nnx.eval_shape(lambda: module(values, rngs=nnx.Rngs(0)))
 
 
+def check_weights(weights: str) -> None:
+    """ValueError for a form of weights that there is not."""
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be 'dense', 'stored' or 'int8', got {weights!r}")
+
+
+def described_module(
+    folder: Path, part: str, module: type, values: Any, weights: Weights = "dense"
+) -> Any:
+    """What `load_module` gives, with shapes and dtypes instead of arrays."""
+    check_weights(weights)
+    abstract = abstract_module(module, values)
+    if weights == "stored":
+        layers.in_eight_bits(abstract, checkpoint.part_reader(folder, part).scaled)
+    elif weights == "int8":
+        layers.narrow(abstract)
+    return abstract
+
+
 def load_module(
     folder: Path, part: str, module: type, values: Any, weights: Weights = "dense"
 ) -> Any:
@@ -70,8 +89,7 @@ def load_module(
     else (embeddings, vectors, convolutions, the text encoder) is made dense. "int8" rounds the
     matrices of a transformer's blocks, see `layers.narrow`.
     """
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights must be 'dense', 'stored' or 'int8', got {weights!r}")
+    check_weights(weights)
     abstract = abstract_module(module, values)
     reader = checkpoint.part_reader(folder, part)
     stored = dict(reader.shapes)
