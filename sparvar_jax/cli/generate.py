@@ -111,6 +111,9 @@ def generate(
     ] = False,
     dtype: options.Precision = None,
     cache: options.CacheKind = options.Cache.full,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say which kernels served the picture.")
+    ] = False,
 ) -> None:
     """Draw a prompt, or with a class-conditional model a class."""
     asked = {
@@ -123,10 +126,11 @@ def generate(
     }
     drawing = {"seed": seed} | {name: value for name, value in asked.items() if value is not None}
     kind = options.name_of(dtype), cache.value
-    _run(Order(prompt, label, model, num, *kind, text_first, drawing), out)
+    _run(Order(prompt, label, model, num, *kind, text_first, drawing), out, verbose)
 
 
-def _run(order: Order, out: Path) -> None:
+def _run(order: Order, out: Path, verbose: bool) -> None:
+    from pallas_kernels import backends
     from sparvar_jax.pipelines import metadata
     from sparvar_jax.pipelines.numbers import first_seed
     from sparvar_jax.weights.large_file import whole_files
@@ -135,7 +139,7 @@ def _run(order: Order, out: Path) -> None:
     seed, watch = first_seed(order.drawing["seed"], order.num), console.Stopwatch()
     targets = _targets(out, seed, order.num)
     # Opened before the work: a folder that cannot be written to is found now.
-    with whole_files(targets) as opened:
+    with whole_files(targets) as opened, backends.watch() as served:
         with console.progress() as report:
             pipe, subject, drawing = order.load(report)
             watch.lap("loaded")
@@ -147,6 +151,8 @@ def _run(order: Order, out: Path) -> None:
         for index, (path, picture) in enumerate(zip(opened, pictures, strict=True)):
             metadata.write_png(path, picture, {**told, "seed": str(seed + index)})
     watch.tell()
+    if verbose:
+        console.say(f"kernels: {backends.told(served)}")
     height, width = pictures.shape[1:3]
     for path in targets:
         console.say(f"{path}: {width}x{height}")

@@ -28,6 +28,7 @@ def info(
     from sparvar_jax.pipelines import loading
     from sparvar_jax.pipelines.memory import estimate
     from sparvar_jax.plans.caches import with_cache
+    from sparvar_jax.study import kernels
 
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
@@ -45,6 +46,8 @@ def info(
     console.say(f"\ndefaults {described.defaults}")
     console.say(f"\nplan {chosen.name}")
     console.say(chosen.describe())
+    transformer = described.parts["transformer"]
+    console.say(f"\nkernels {kernels.told(chosen, transformer.config, num)}")
     console.say(
         f"\nmemory of a batch of {num}, estimated: weights {_gib(sum(needed.weights.values()))}, "
         f"{cache.value} cache {_gib(needed.cache)}, {described.family.draws} "
