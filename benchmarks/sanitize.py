@@ -17,74 +17,94 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels as pk
+from pallas_kernels.sparsity import Gaps, visible_rows
 
 TOOLS = ("memcheck", "racecheck")
 _FOUND = 86  # what the tool exits with where it found something
 _RAN = "ran: "
 
 
+Calls = dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]]
+GAPS = ((121, 128), (300, 310))
+QUERIES, KEYS = 300, 601
+
+
 def run_all() -> None:
     """In the watched process: every kernel once, in bfloat16."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    import pallas_kernels as pk
-    from pallas_kernels.sparsity import visible_rows
-
-    def asked(function, *rest, **named):
-        return lambda *operands: function(*operands, *rest, **named, implementation="portable")
-
-    def draw(queries, keys, gaps=(), head_dim=128):
-        rng = np.random.default_rng(queries + keys)
-        cached = -(-keys // 8) * 8
-        q, k, v = (rng.standard_normal((1, 2, n, head_dim)) for n in (queries, cached, cached))
-        hidden = ~visible_rows(cached, keys, gaps)
-        k[:, :, hidden], v[:, :, hidden] = np.nan, np.nan
-        return tuple(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
-
-    gaps = ((121, 128), (300, 310))
-    geometry = pk.Geometry.aligned(((1, 1), (3, 5), (9, 21), (13, 19)))
-    where = geometry, (-1, 3, 3, 5), 1
-    table = pk.blocks_from_mask(np.random.default_rng(0).random((3, 5)) < 0.6, 601, gaps=gaps)
-    runs = {8: 76, 1: 601}
-    calls = {
-        "dense": (asked(pk.attention, 601, return_lse=True), draw(300, 601)),
-        "dense bounded": (asked(pk.attention, 601, logit_bound=100.0), draw(300, 601)),
-        "dense gaps": (asked(pk.attention, 601, gaps=gaps), draw(300, 601, gaps)),
-        "blocks": (asked(pk.block_sparse_attention, table), draw(300, 601, gaps)),
-        "sums": (asked(pk.attention_column_sums, 601, 192, gaps=gaps), draw(300, 601, gaps)),
-        "select": (asked(pk.select_columns, 77), (jnp.ones((1, 2, 3, 601)),)),
-    }
-    for exact in (False, True):
-        operands = draw(13 * 19, geometry.kv_length, geometry.gaps)
-        calls[f"boxes exact={exact}"] = (asked(pk.window_attention, *where, exact=exact), operands)
-    for size, count in runs.items():
-        lists = np.random.default_rng(size).permuted(
-            np.tile(np.arange(count), (1, 2, 2, 1)), axis=3
-        )
-        lists, numbers = jnp.asarray(lists[..., :41], jnp.int32), jnp.array([[[41, 0], [7, 40]]])
-        named = dict(kv_length=601, granularity=size, gaps=gaps)
-        call = asked(pk.column_sparse_attention, **named)
-        calls[f"columns of {size}"] = (call, (*draw(300, 601, gaps), lists, numbers))
-    x, vector = jnp.ones((2, 37, 384)), jnp.ones(384)
-    norm = lambda x, y: pk.residual_norm(  # noqa: E731
-        x, y, vector, vector, vector, bias=vector, implementation="portable"
-    )
-    calls["norm"] = (norm, (x, x.astype(jnp.bfloat16)))
-    half = {n: jnp.ones(n, jnp.bfloat16) for n in ((2, 63, 768), (256,), (4,), (2, 4, 96, 64))}
-    qkv, bias, temperature, cache = half.values()
-    angles, place = jnp.ones((63, 64)), dict(start=3, width=9, pitch=12, clear=5)
-    rotary = (qkv, bias, bias, temperature, angles, angles, cache, cache)
-    calls["rotary"] = (asked(pk.rotary_to_cache, **place), rotary)
-    text = jnp.ones((2, 4, 24, 64), jnp.bfloat16)
-    cross = (qkv[..., :256], text, text, jnp.zeros((2, 4, 24)))
-    calls["cross"] = (asked(pk.cross_attention), cross)
-    for name, (call, operands) in calls.items():
+    for name, (call, operands) in (attention_calls() | fused_calls()).items():
         out = jax.block_until_ready(jax.jit(call)(*operands))
         finite = all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(out))
         print(f"{_RAN}{name}{'' if finite else ' not finite'}", flush=True)
+
+
+def attention_calls() -> Calls:
+    """Attention and selection; rows without a key hold NaN."""
+    geometry = pk.Geometry.aligned(((1, 1), (3, 5), (9, 21), (13, 19)))
+    where = geometry, (-1, 3, 3, 5), 1
+    table = np.random.default_rng(0).random((3, 5)) < 0.6
+    blocks = pk.blocks_from_mask(table, KEYS, gaps=GAPS)
+    with_gaps = _draw(QUERIES, KEYS, GAPS)
+    calls: Calls = {
+        "dense": (_asked(pk.attention, KEYS, return_lse=True), _draw(QUERIES, KEYS)),
+        "dense bounded": (_asked(pk.attention, KEYS, logit_bound=100.0), _draw(QUERIES, KEYS)),
+        "dense gaps": (_asked(pk.attention, KEYS, gaps=GAPS), with_gaps),
+        "blocks": (_asked(pk.block_sparse_attention, blocks), with_gaps),
+        "sums": (_asked(pk.attention_column_sums, KEYS, 192, gaps=GAPS), with_gaps),
+        "select": (_asked(pk.select_columns, 77), (jnp.ones((1, 2, 3, KEYS)),)),
+    }
+    for exact in (False, True):
+        operands = _draw(13 * 19, geometry.kv_length, geometry.gaps)
+        call = _asked(pk.window_attention, *where, exact=exact)
+        calls[f"boxes exact={exact}"] = (call, operands)
+    for size in (1, 8):
+        runs = np.tile(np.arange(-(-KEYS // size)), (1, 2, 2, 1))
+        lists = np.random.default_rng(size).permuted(runs, axis=3)[..., :41]
+        lists, counts = jnp.asarray(lists, jnp.int32), jnp.array([[[41, 0], [7, 40]]])
+        named = dict(kv_length=KEYS, granularity=size, gaps=GAPS)
+        call = _asked(pk.column_sparse_attention, **named)
+        calls[f"columns of {size}"] = (call, (*with_gaps, lists, counts))
+    return calls
+
+
+def fused_calls() -> Calls:
+    """Norm, rotary positions and cross attention."""
+    x, vector = jnp.ones((2, 37, 384)), jnp.ones(384)
+    norm = _asked(
+        lambda x, y, **n: pk.residual_norm(x, y, vector, vector, vector, bias=vector, **n)
+    )
+    shapes = (2, 63, 768), (256,), (4,), (2, 4, 96, 64), (2, 4, 24, 64)
+    qkv, bias, temperature, cache, text = (jnp.ones(shape, jnp.bfloat16) for shape in shapes)
+    angles = jnp.ones((63, 64))
+    rotary = _asked(pk.rotary_to_cache, start=3, width=9, pitch=12, clear=5)
+    return {
+        "norm": (norm, (x, x.astype(jnp.bfloat16))),
+        "rotary": (rotary, (qkv, bias, bias, temperature, angles, angles, cache, cache)),
+        "cross": (
+            _asked(pk.cross_attention), (qkv[..., :256], text, text, jnp.zeros((2, 4, 24)))
+        ),
+    }  # fmt: skip
+
+
+def _asked(function: Callable[..., Any], *rest: Any, **named: Any) -> Callable[..., Any]:
+    return lambda *operands: function(*operands, *rest, **named, implementation="portable")
+
+
+def _draw(queries: int, keys: int, gaps: Gaps = (), head_dim: int = 128) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(queries + keys)
+    cached = -(-keys // 8) * 8
+    q, k, v = (rng.standard_normal((1, 2, n, head_dim)) for n in (queries, cached, cached))
+    hidden = ~visible_rows(cached, keys, gaps)
+    k[:, :, hidden], v[:, :, hidden] = np.nan, np.nan
+    return tuple(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
 
 
 def sanitizer() -> str | None:

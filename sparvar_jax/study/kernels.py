@@ -48,8 +48,7 @@ def implementations(plan: Plan, config: Any, batch: int = 1) -> dict[str, str]:
 def told(plan: Plan, config: Any, batch: int = 1) -> str:
     """`implementations` in one line, with the device and the path that was chosen for it."""
     device, path = support.device_of(), backends.path()
-    where = device.kind or device.platform
-    served = ", ".join(
-        f"{name} {used}" for name, used in implementations(plan, config, batch).items()
-    )
-    return f"{served or 'xla'} on {where}" + (f" (path {path})" if path else "")
+    used = implementations(plan, config, batch)
+    served = ", ".join(f"{name} {backend}" for name, backend in used.items())
+    chosen = f" (path {path})" if path else ""
+    return f"{served or 'unknown'} on {device.kind or device.platform}{chosen}"
