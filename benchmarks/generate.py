@@ -70,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fused", choices=("hopper", "portable", "xla"), help="the fused operations"
     )
-    parser.add_argument("--matrices", choices=("dense", "int8"), default="dense")
+    parser.add_argument("--matrices", choices=("dense", "int8", "fp8"), default="dense")
     parser.add_argument("--kernels", choices=backends.PATHS, help="the path, default: the best")
     parser.add_argument("--trace", action="store_true", help="also sum GPU time by kernel")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, help="compare with XLA")
