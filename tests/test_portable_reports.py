@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
-from benchmarks import assemble, expected, sanitize
+from benchmarks import assemble, expected, kernels, sanitize, tune
 from benchmarks.gpus import GPUS
+from pallas_kernels import support
+from pallas_kernels.portable import tuning
 
 SAID = """
 kernels: dense_attention
@@ -113,3 +115,31 @@ def test_a_result_that_is_not_finite_is_a_problem(tmp_path):
     )
     command.chmod(0o755)
     assert sanitize.watch("memcheck", str(command)) == ["ran: dense not finite"]
+
+
+def test_tiles_are_tried_where_the_table_says_and_put_back(monkeypatch):
+    """A call reads the candidate's tiles; wrong and failing ones are left out."""
+    device = support.Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0))
+    monkeypatch.setattr(support, "device_of", lambda *operands: device)
+    before = tuning.tiles("windows", 128, True, 128, (8, 0))
+
+    def run(case, rows, calls, batches):
+        config = tuning.tiles("windows", 128, True, 128, (8, 0))
+        if config.stages == 4:
+            raise RuntimeError("no room")
+        ms = config.block_q * config.block_k / 1000 + config.stages
+        error = 1.0 if config.block_k == 32 else 2e-3
+        named = dict(case=case.name, implementation="", dtype="", batch_rows=rows, median_ms=ms)
+        errors = dict(max_error=0.0, relative_error=error, tolerance=kernels.TOLERANCE)
+        return kernels.Row(
+            **named, **errors, implementation_used="portable", spread_ms=0.0, density=1.0,
+            tflops_kept=1.0,
+        )  # fmt: skip
+
+    monkeypatch.setattr(kernels, "run_ours", run)
+    found = tune.times("csla-boxes", 1, 1)
+    best = min(found, key=found.get)
+    assert (best.block_q, best.block_k, best.warps, best.stages) == (64, 64, 4, 2)
+    assert len(found) == 8
+    assert tuning.tiles("windows", 128, True, 128, (8, 0)) == before
+    assert all(192 % config.block_q == 0 for config in tune.candidates(192))

@@ -41,7 +41,8 @@ class TileConfig(Launch):
 
 
 @functools.cache
-def _tuned(family: str) -> dict[str, dict[str, Any]]:
+def measured(family: str) -> dict[str, dict[str, Any]]:
+    """What the JSON says of a family, by `key`; another entry counts from the next trace on."""
     table = json.loads(Path(__file__).with_name("tuning.json").read_text())
     return table.get(family, {})
 
@@ -58,6 +59,11 @@ def stages_that_fit(capability: Capability, head_dim: int, block_q: int, block_k
     return max(1, min(3, (room - block_q * row) // (2 * block_k * row)))
 
 
+def key(op: str, head_dim: int, bounded: bool, group: int) -> str:
+    """The name of a call's tiles in the JSON."""
+    return f"{op}/{head_dim}/{'bounded' if bounded else 'online'}/{group}"
+
+
 def tiles(
     op: str, head_dim: int, bounded: bool, group: int, capability: Capability = None
 ) -> TileConfig:
@@ -65,8 +71,8 @@ def tiles(
 
     `group` queries share a list.
     """
-    key = f"{op}/{head_dim}/{'bounded' if bounded else 'online'}/{group}"
-    if (tuned := _tuned(family(capability)).get(key)) is not None:
+    tuned = measured(family(capability)).get(key(op, head_dim, bounded, group))
+    if tuned is not None:
         return TileConfig(**tuned)
     # Lists and masks take registers: with 64 keys of 128 channels a step some would be spilled.
     narrow = head_dim > 64 and op in ("columns", "windows-exact")
@@ -78,7 +84,7 @@ def tiles(
 
 def column_sums(head_dim: int, capability: Capability = None) -> TileConfig:
     """Tiles of the column-sum pass: `block_q` queries a step, `block_k` keys a program."""
-    tuned = _tuned(family(capability)).get(f"column_sums/{head_dim}", {})
+    tuned = measured(family(capability)).get(f"column_sums/{head_dim}", {})
     return TileConfig(**(dict(block_q=64, block_k=128, warps=4, stages=3) | tuned))
 
 
