@@ -16,6 +16,7 @@ import dataclasses
 import fnmatch
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -169,8 +170,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Portable kernels, assembled for GPUs that are not here",
         "",
-        "Made by `python -m benchmarks.assemble`. Registers a thread, KiB of shared memory,",
-        "spilled bytes are named where there are any.",
+        "Made by `python -m benchmarks.assemble`. Registers a thread / KiB of shared memory a",
+        "block; spilled bytes are named where there are any.",
         "",
         f"| case | kernel | {' | '.join(head)} |",
         f"| --- | --- |{' --- |' * len(head)}",
@@ -185,6 +186,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _cell(row: dict[str, Any]) -> str:
     spilled = f", spills {row['spills']}" if row["spills"] else ""
     return f"{row['registers']} / {row['shared'] / 1024:.0f}{spilled}"
+
+
+def write(rows: list[dict[str, Any]], folder: Path) -> None:
+    """The results and their table. No device is asked for: there is none."""
+    versions = record.versions() | {ASSEMBLER: importlib.metadata.version(ASSEMBLER)}
+    header = {"device": "none", "versions": versions, "commit": record.commit()}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "assembled.json"
+    file.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+    file.with_suffix(".md").write_text(table(rows))
 
 
 def main() -> int:
@@ -202,7 +213,6 @@ def main() -> int:
         return 0
     if importlib.util.find_spec("jax_plugins") is None:
         parser.error("this needs jax's CUDA plugin and ptxas: pip install -e '.[assemble]'")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # of this process too: the plugin finds no GPU
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     for family in asked.families:
@@ -210,11 +220,7 @@ def main() -> int:
         rows += [dataclasses.asdict(row) for row in found]
         problems += wrong
         print(f"{family}: {len(found)} kernels, {len(wrong)} problems", flush=True)
-    folder = Path(asked.folder) if asked.folder else record.RESULTS
-    versions = record.versions() | {ASSEMBLER: importlib.metadata.version(ASSEMBLER)}
-    entries = {"device": "none", "versions": versions, "rows": rows}
-    file = record.write_entries("assembled", entries, folder=folder)
-    file.with_suffix(".md").write_text(table(rows))
+    write(rows, Path(asked.folder) if asked.folder else record.RESULTS)
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems or not rows else 0

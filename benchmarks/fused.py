@@ -1,6 +1,7 @@
-"""Fused element-wise operations: our Hopper kernels beside XLA, milliseconds and GB/s.
+"""Fused element-wise operations: our kernels beside XLA, milliseconds and GB/s.
 
-    python -m benchmarks.fused
+    python -m benchmarks.fused                      # the Hopper kernels
+    python -m benchmarks.fused --kernels portable   # those in Triton
 
 Both run on the same random inputs in one process, and their outputs must agree to bfloat16
 accuracy. Calls are chained inside one compiled program, so that launches are not measured.
@@ -98,9 +99,9 @@ def cross_case(model: str, tokens: int) -> Case:
     return Case(f"{model}/cross/{tokens}", step, (q,), 4 * q.size)
 
 
-def difference(case: Case) -> float:
+def difference(case: Case, kernels: str) -> float:
     """Largest relative difference (Frobenius) between the outputs of both implementations."""
-    outputs = [jax.jit(case.step(which))(*case.inputs) for which in ("hopper", "xla")]
+    outputs = [jax.jit(case.step(which))(*case.inputs) for which in (kernels, "xla")]
     pairs = [[np.asarray(x, np.float64) for x in pair] for pair in zip(*outputs, strict=True)]
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
 
@@ -124,19 +125,20 @@ def seconds(case: Case, implementation: str, repeats: int) -> list[float]:
     return times
 
 
-def rows_of(case: Case, repeats: int) -> list[dict[str, Any]]:
+def rows_of(case: Case, repeats: int, kernels: str) -> list[dict[str, Any]]:
     """One row an implementation; RuntimeError where the two disagree."""
-    error = difference(case)
+    error = difference(case, kernels)
     if not error <= TOLERANCE:
         raise RuntimeError(f"{case.name}: kernel and XLA differ by {error:.3g}")
     rows = []
-    for name, implementation in (("ours", "hopper"), ("xla", "xla")):
+    ours = "ours" if kernels == "hopper" else kernels
+    for name, implementation in ((ours, kernels), ("xla", "xla")):
         times = seconds(case, implementation, repeats)
         median = float(np.median(times))
         row = {"case": case.name, "implementation": name, "batch_rows": ROWS, "error": error}
         row |= {"median_ms": 1e3 * median, "spread_ms": 1e3 * float(np.ptp(times))}
         rows.append(row | {"gb_per_s": case.bytes / median / 1e9})
-        print(f"{case.name:16s} {name:5s} {1e3 * median:8.4f} ms {case.bytes / median / 1e9:6.0f}")
+        print(f"{case.name:16s} {name:8s} {1e3 * median:8.4f} ms {case.bytes / median / 1e9:6.0f}")
     return rows
 
 
@@ -144,14 +146,16 @@ def main() -> None:
     """Measure every operation at the shapes of Infinity-2B and 8B and write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--kernels", choices=("hopper", "portable"), default="hopper")
+    parser.add_argument("--name", default="fused", help="name of the results file")
     parser.add_argument("--out", default=None, help="folder, default benchmarks/results/DEVICE")
     arguments = parser.parse_args()
     rows = []
     for make in (norm_case, rotary_case, cross_case):
         for model in SHAPES:
             for tokens in TOKENS:
-                rows += rows_of(make(model, tokens), arguments.repeats)
-    record.write("fused", rows, folder=arguments.out)
+                rows += rows_of(make(model, tokens), arguments.repeats, arguments.kernels)
+    record.write(arguments.name, rows, folder=arguments.out)
 
 
 if __name__ == "__main__":

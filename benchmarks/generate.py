@@ -67,7 +67,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=math.inf)
     parser.add_argument("--repeats", type=int, default=Options.repeats)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--fused", choices=("hopper", "xla"), help="the fused operations")
+    parser.add_argument(
+        "--fused", choices=("hopper", "portable", "xla"), help="the fused operations"
+    )
     parser.add_argument("--matrices", choices=("dense", "int8", "fp8"), default="dense")
     parser.add_argument("--kernels", choices=backends.PATHS, help="the path, default: the best")
     parser.add_argument("--trace", action="store_true", help="also sum GPU time by kernel")

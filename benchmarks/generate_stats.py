@@ -11,26 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import pallas_kernels
 from benchmarks.generate_bench import Bench
 from benchmarks.models import bytes_of
 from sparvar_jax.models.cross_attention import FoldedText
 from sparvar_jax.pipelines.memory import cache_bytes
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.stores import CacheShape
+from sparvar_jax.study import kernels
 from sparvar_jax.weights import checkpoint
 
 GIB = 2**30
 KEY = jax.dtypes.prng_key
-OPS = {
-    "dense": "attention",
-    "cs4a decision": "attention_column_sums",
-    "cs4a": "column_sparse_attention",
-    "csla blocks 64": "block_sparse_attention",
-    "csla blocks 128": "block_sparse_attention",
-    "csla boxes": "window_attention",
-}
-"""Attention of a plan, by name -> the operation that computes it."""
 NOT_PER_TOKEN = re.compile(r"\b(ada|cross\.kv)\b")
 """Products of a block that run once a generation, not once a token."""
 FOLDED = re.compile(r"\bcross\.(q|proj)\b")
@@ -38,23 +29,11 @@ FOLDED = re.compile(r"\bcross\.(q|proj)\b")
 
 
 def implementations(bench: Bench, plan: Plan) -> dict[str, str]:
-    """Which implementation serves every attention of a plan: "hopper", "cudnn" or "xla".
+    """Which implementation serves every attention of a plan.
 
     Files recorded before that name call "hopper" "mosaic".
     """
-    config, used = bench.parts.transformer.config, {}
-    for index, step in enumerate(plan.steps):
-        dtype = config.precision.compute
-        for segment in step.segments:
-            name = segment.attention.name
-            place = plan.place(index, segment.layers[0])
-            rows = bench.batch * step.cached_rows(segment)
-            shape = (rows, config.heads, place.queries, config.head_dim)
-            query = jax.ShapeDtypeStruct(shape, dtype)
-            keys = jax.ShapeDtypeStruct((*shape[:2], place.rows.total, shape[3]), dtype)
-            if name in OPS:
-                used[name] = pallas_kernels.implementation_used(OPS[name], query, keys, keys)
-    return used
+    return kernels.implementations(plan, bench.parts.transformer.config, bench.batch)
 
 
 def custom_calls(bench: Bench, plan: Plan) -> dict[str, int]:

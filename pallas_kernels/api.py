@@ -2,12 +2,12 @@
 
 All take `q: [R', H, T, D]` and padded cache buffers `k, v: [R, H, S, D]` with R' <= R (the first
 rows are used), accumulate in float32 and return q's dtype. `implementation` names a backend:
-"hopper" (our kernels for that GPU), "portable" (for GPUs since Ampere), "cudnn" (dense attention
-only), "xla", or one that was added with `backends.register`. It fails loudly with
-NotImplementedError when it cannot serve the call, and with ValueError when nobody has heard of it;
-None takes the best backend that can serve, on the path that `backends.use` or SPARVAR_KERNELS has
-chosen. `implementation_used` tells which one that is. What the choice depends on is the call and
-the device that it will run on (`support.device_of`).
+"hopper" (our kernels for that GPU), "portable" (for GPUs since Ampere), "cudnn" (attention, sparse
+patterns as copies of their keys), "xla", or one that was added with `backends.register`. It fails
+loudly with NotImplementedError when it cannot serve the call, and with ValueError when nobody has
+heard of it; None takes the best backend that can serve, on the path that `backends.use` or
+SPARVAR_KERNELS has chosen. `implementation_used` tells which one that is. What the choice depends
+on is the call and the device that it will run on (`support.device_of`).
 
 `logit_bound` promises that absolute scaled logits stay below it, as those of cosine attention do
 (100), and that every query sees one key with a logit above `logit_bound - 156`. The kernels then

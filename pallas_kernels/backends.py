@@ -28,6 +28,7 @@ says the same to a process; it is read once, where the package fills this table.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ _chosen: dict[str, str | None] = {"path": None}
 _table: dict[str, tuple[Backend, ...]] = {op: () for op in OPS}
 _added: dict[tuple[str, str], Backend] = {}
 _found: dict[tuple[str, Backend, Hashable], str] = {}
+_watching: list[set[tuple[str, str]]] = []
 _warned: dict[tuple[str, Backend, str], object] = {}
 
 
@@ -175,6 +177,31 @@ def path() -> str | None:
     return _chosen["path"]
 
 
+@contextlib.contextmanager
+def watch() -> Iterator[set[tuple[str, str]]]:
+    """What serves in the meantime, in any thread: a set of (operation, name) that fills up.
+
+    Calls are served while a program is traced; one that jax has traced before is not seen again.
+    """
+    seen: set[tuple[str, str]] = set()
+    _watching.append(seen)
+    try:
+        yield seen
+    finally:
+        _watching[:] = [other for other in _watching if other is not seen]
+
+
+def told(seen: set[tuple[str, str]]) -> str:
+    """What `watch` has seen in one line, the operations in the order of `OPS`."""
+    served = {op: sorted(name for this, name in seen if this == op) for op in OPS}
+    return ", ".join(f"{op} {' and '.join(names)}" for op, names in served.items() if names)
+
+
+def _note(call: Call, backend: Backend) -> None:
+    for seen in _watching:
+        seen.add((call.op, backend.name))
+
+
 def registered() -> tuple[tuple[str, str], ...]:
     """(operation, name) of every backend added from outside of this package."""
     return tuple(_added)
@@ -220,7 +247,10 @@ def serve(call: Call, requested: Implementation | None = None) -> Any:
     Raises what `select` raises; errors of a backend that was asked for, or of the last one.
     """
     if requested is not None:
-        return select(call, requested).run(call)
+        chosen = select(call, requested)
+        out = chosen.run(call)
+        _note(call, chosen)
+        return out
     failed: list[tuple[Backend, Exception]] = []
     for backend in _able(call):
         try:
@@ -234,6 +264,7 @@ def serve(call: Call, requested: Implementation | None = None) -> Any:
         for other, error in failed:
             _found[call.op, other, signature(call)] = describe(error)
             _warn(call.op, other, describe(error))
+        _note(call, backend)
         return out
     raise failed[-1][1]
 

@@ -1,8 +1,9 @@
 """Public fused element-wise operations of a transformer block, with a choice of implementation.
 
 Each reads its inputs once and writes its outputs once. `implementation` names a backend, as in
-`api`: "hopper" fails with NotImplementedError where it cannot serve; "xla" is the reference, which
-leaves the fusion to the compiler; None takes the kernels for 16-bit results where they can serve.
+`api`: "hopper" and "portable" fail with NotImplementedError where they cannot serve; "xla" is the
+reference, which leaves the fusion to the compiler; None takes the kernels for 16-bit results where
+they can serve.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def rotary_to_cache(
 
     Queries and keys are unit vectors per head, turned by the token's angles in adjacent pairs;
     `sin` is negative at even channels; angles [R, T, D] are of every row's own tokens, which the
-    kernel does not take. Queries are multiplied by
+    Hopper kernel does not take. Queries are multiplied by
     `exp(min(log_temperature, max_log_temperature))`. The scale's tokens form a grid `width` wide;
     grid row y, column x goes to cache row `start + y * pitch + x` of the first R rows; rows between
     `width` and `pitch`, and `clear` rows after the grid, are zeroed. Donate the caches: they are

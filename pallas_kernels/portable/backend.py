@@ -48,7 +48,8 @@ def _block_sparse_attention(call: calls.BlockSparseAttention) -> Any:
 def _window_attention(call: calls.WindowAttention) -> Any:
     from pallas_kernels.portable import ops
 
-    return ops.attend_windows(call, _tiles("windows", call, 128))
+    op = "windows-exact" if call.exact else "windows"
+    return ops.attend_windows(call, _tiles(op, call, 128))
 
 
 def _attention_column_sums(call: calls.AttentionColumnSums) -> Any:

@@ -41,7 +41,8 @@ class TileConfig(Launch):
 
 
 @functools.cache
-def _tuned(family: str) -> dict[str, dict[str, Any]]:
+def measured(family: str) -> dict[str, dict[str, Any]]:
+    """What the JSON says of a family, by `key`; another entry counts from the next trace on."""
     table = json.loads(Path(__file__).with_name("tuning.json").read_text())
     return table.get(family, {})
 
@@ -58,14 +59,24 @@ def stages_that_fit(capability: Capability, head_dim: int, block_q: int, block_k
     return max(1, min(3, (room - block_q * row) // (2 * block_k * row)))
 
 
+def key(op: str, head_dim: int, bounded: bool, group: int) -> str:
+    """The name of a call's tiles in the JSON."""
+    return f"{op}/{head_dim}/{'bounded' if bounded else 'online'}/{group}"
+
+
 def tiles(
     op: str, head_dim: int, bounded: bool, group: int, capability: Capability = None
 ) -> TileConfig:
-    """Tiles of "dense", "blocks", "windows" or "columns"; `group` queries share a list."""
-    key = f"{op}/{head_dim}/{'bounded' if bounded else 'online'}/{group}"
-    if (tuned := _tuned(family(capability)).get(key)) is not None:
+    """Tiles of "dense", "blocks", "windows", "windows-exact" or "columns".
+
+    `group` queries share a list.
+    """
+    tuned = measured(family(capability)).get(key(op, head_dim, bounded, group))
+    if tuned is not None:
         return TileConfig(**tuned)
-    block_q, block_k = min(group & -group, 128), 64
+    # Lists and masks take registers: with 64 keys of 128 channels a step some would be spilled.
+    narrow = head_dim > 64 and op in ("columns", "windows-exact")
+    block_q, block_k = min(group & -group, 128), 32 if narrow else 64
     stages = stages_that_fit(capability, head_dim, block_q, block_k)
     return TileConfig(block_q=block_q, block_k=block_k, warps=4 if block_q < 128 else 8,
                       stages=stages)  # fmt: skip
@@ -73,7 +84,7 @@ def tiles(
 
 def column_sums(head_dim: int, capability: Capability = None) -> TileConfig:
     """Tiles of the column-sum pass: `block_q` queries a step, `block_k` keys a program."""
-    tuned = _tuned(family(capability)).get(f"column_sums/{head_dim}", {})
+    tuned = measured(family(capability)).get(f"column_sums/{head_dim}", {})
     return TileConfig(**(dict(block_q=64, block_k=128, warps=4, stages=3) | tuned))
 
 

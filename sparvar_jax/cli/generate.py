@@ -121,6 +121,9 @@ def generate(
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
     process: options.Process = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say which kernels served the picture.")
+    ] = False,
 ) -> None:
     """Draw a prompt, or with a class-conditional model a class; or a whole file of prompts.
 
@@ -143,16 +146,20 @@ def generate(
     }
     hosts = (coordinator, processes, process)
     if prompts is not None:
-        if prompt is not None or label is not None or text_first:
-            raise ValueError("--prompts brings its own prompts: leave out what names others")
+        if prompt is not None or label is not None or text_first or verbose:
+            raise ValueError(
+                "--prompts brings its own prompts: leave out what names others, "
+                "--free-text-encoder and --verbose"
+            )
         Job(prompts, out, model, num, kind, drawing, hosts).run()
         return
     if hosts != (None, None, None):
         raise ValueError("several processes draw a file of prompts: give --prompts FILE")
-    _run(Order(prompt, label, model, num, kind, text_first, drawing), out)
+    _run(Order(prompt, label, model, num, kind, text_first, drawing), out, verbose)
 
 
-def _run(order: Order, out: Path) -> None:
+def _run(order: Order, out: Path, verbose: bool) -> None:
+    from pallas_kernels import backends
     from sparvar_jax.pipelines import metadata
     from sparvar_jax.pipelines.numbers import first_seed
     from sparvar_jax.weights.large_file import whole_files
@@ -161,7 +168,7 @@ def _run(order: Order, out: Path) -> None:
     seed, watch = first_seed(order.drawing["seed"], order.num), console.Stopwatch()
     targets = _targets(out, seed, order.num)
     # Opened before the work: a folder that cannot be written to is found now.
-    with whole_files(targets) as opened:
+    with whole_files(targets) as opened, backends.watch() as served:
         with console.progress() as report:
             pipe, subject, drawing = order.load(report)
             watch.lap("loaded")
@@ -173,6 +180,8 @@ def _run(order: Order, out: Path) -> None:
         for index, (path, picture) in enumerate(zip(opened, pictures, strict=True)):
             metadata.write_png(path, picture, {**told, "seed": str(seed + index)})
     watch.tell()
+    if verbose:
+        console.say(f"kernels: {backends.told(served)}")
     height, width = pictures.shape[1:3]
     for path in targets:
         console.say(f"{path}: {width}x{height}")

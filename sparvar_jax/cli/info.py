@@ -30,6 +30,7 @@ def info(
     from sparvar_jax.pipelines import loading
     from sparvar_jax.pipelines.memory import estimate
     from sparvar_jax.plans.caches import with_cache
+    from sparvar_jax.study import kernels
 
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
@@ -48,6 +49,8 @@ def info(
     console.say(f"\ndefaults {described.defaults}")
     console.say(f"\nplan {chosen.name}")
     console.say(chosen.describe())
+    transformer = described.parts["transformer"]
+    console.say(f"\nkernels {kernels.told(chosen, transformer.config, num)}")
     if parts != (1, 1):
         console.say(_split(described, chosen, num, parts))
     console.say(
