@@ -12,6 +12,7 @@ from sparvar_jax.cli.bench import bench
 from sparvar_jax.cli.chart import chart
 from sparvar_jax.cli.compare import compare
 from sparvar_jax.cli.convert import convert
+from sparvar_jax.cli.demo import demo
 from sparvar_jax.cli.edit import edit
 from sparvar_jax.cli.fetch import fetch
 from sparvar_jax.cli.generate import generate
@@ -31,8 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    generate, edit, sample, fetch, convert, compare, bench, info, inspect, plans, head_order, chart,
-    warmup, serve, web,
+    generate, demo, edit, sample, fetch, convert, compare, bench, info, inspect, plans, head_order,
+    chart, warmup, serve, web,
 ):  # fmt: skip
     app.command()(command)
 

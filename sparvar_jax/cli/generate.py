@@ -21,6 +21,7 @@ class Order:
     num: int
     dtype: str | None
     text_first: bool
+    compare: bool
     drawing: dict[str, Any]
     """Options of the pipeline's call."""
 
@@ -104,6 +105,10 @@ def generate(
         bool,
         typer.Option("--free-text-encoder", help="Run the text encoder first and free it."),
     ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Draw the dense picture as well, and say how long it took."),
+    ] = False,
     dtype: options.Precision = None,
 ) -> None:
     """Draw a prompt, or with a class-conditional model a class."""
@@ -116,12 +121,14 @@ def generate(
         "size": size,
     }
     drawing = {"seed": seed} | {name: value for name, value in asked.items() if value is not None}
-    _run(Order(prompt, label, model, num, options.name_of(dtype), text_first, drawing), out)
+    precision = options.name_of(dtype)
+    _run(Order(prompt, label, model, num, precision, text_first, compare, drawing), out)
 
 
 def _run(order: Order, out: Path) -> None:
     from sparvar_jax.pipelines import metadata
     from sparvar_jax.pipelines.numbers import first_seed
+    from sparvar_jax.study import beside
     from sparvar_jax.weights.large_file import whole_files
 
     console.use_compilation_cache()
@@ -132,10 +139,12 @@ def _run(order: Order, out: Path) -> None:
         with console.progress() as report:
             pipe, subject, drawing = order.load(report)
             watch.lap("loaded")
+            if order.compare:
+                beside.sparse_plan(pipe, drawing)  # complains before the work
             pipe.warm_up(subject, progress=report, **drawing)
             watch.lap("compiled")
             pictures = pipe(subject, progress=report, **drawing)
-            watch.lap("drawn")
+            seconds = watch.lap("drawn")
         told = order.describe(pipe)
         for index, (path, picture) in enumerate(zip(opened, pictures, strict=True)):
             metadata.write_png(path, picture, {**told, "seed": str(seed + index)})
@@ -143,6 +152,21 @@ def _run(order: Order, out: Path) -> None:
     height, width = pictures.shape[1:3]
     for path in targets:
         console.say(f"{path}: {width}x{height}")
+    console.say(_told_of_plan(pipe, drawing, order.compare))
+    if order.compare:  # the picture asked for is there already, whatever becomes of the other
+        found = beside.beside_dense(pipe, subject, drawn=(pictures, seconds), **drawing)
+        console.say(found.line())
+
+
+def _told_of_plan(pipe: Any, drawing: dict[str, Any], compare: bool) -> str:
+    """Which plan drew, and how much of the dense plan's work it is: counted, not timed."""
+    from sparvar_jax.study.bench import DENSE
+
+    plan, _ = pipe.model.family.asked(pipe.model.name, drawing).resolve(pipe.model)
+    if plan.name == DENSE:
+        return "plan dense"
+    more = "" if compare else "; --compare draws by dense too and says how long that takes"
+    return f"plan {plan.name}: {100 * plan.work():.0f} % of the tokens x rows of dense{more}"
 
 
 def _targets(out: Path, seed: int, num: int) -> list[Path]:
