@@ -1,4 +1,4 @@
-"""A plan beside dense: what is measured, the sheet, `sparvar demo`, `sparvar generate --compare`."""
+"""A plan beside dense: measures, the sheet, `sparvar demo` and `sparvar generate --compare`."""
 
 import re
 
