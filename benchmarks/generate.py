@@ -16,22 +16,25 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from typing import get_args
 
 from benchmarks import _record as record
 from benchmarks.generate_run import Options, Row, run
-from benchmarks.generate_suites import SUITES
+from benchmarks.generate_suites import SUITES, Text
 from pallas_kernels import backends
 from sparvar_jax.cli import console
+from sparvar_jax.plans.caches import CACHES
 
-KEY = ("model", "plan", "batch", "size", "text", "dtype", "fused", "matrices", "path")
+KEY = (
+    "model", "plan", "batch", "size", "text", "dtype", "fused", "matrices", "path", "cache",
+)  # fmt: skip
 TRACED_KERNELS = 30
 
 
 def line(row: Row) -> str:
     """One row in one line of text."""
     head = f"{row['model']} x{row['batch']} {row['size'] or ''} {row['text']} {row['plan']}"
-    if "matrices" in row:
-        head += f" {row['matrices']}"
+    head += "".join(f" {name} {row[name]}" for name in ("matrices", "cache") if name in row)
     if "failed" in row:
         return f"{head}: {row['failed']}"
     if row.get("check"):
@@ -59,11 +62,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plans", nargs="+")
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--sizes", nargs="+", help="0.25M is 512 px, 1M 1024, 2.25M 1536")
+    parser.add_argument("--caches", nargs="+", choices=tuple(CACHES), help="key/value caches")
+    parser.add_argument("--texts", nargs="+", choices=get_args(Text), help="features is fastest")
     parser.add_argument("--budget-seconds", type=float, default=math.inf)
     parser.add_argument("--repeats", type=int, default=Options.repeats)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--fused", choices=("hopper", "xla"), help="the fused operations")
-    parser.add_argument("--matrices", choices=("dense", "int8"), default="dense")
+    parser.add_argument("--matrices", choices=("dense", "int8", "fp8"), default="dense")
     parser.add_argument("--kernels", choices=backends.PATHS, help="the path, default: the best")
     parser.add_argument("--trace", action="store_true", help="also sum GPU time by kernel")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, help="compare with XLA")
@@ -76,7 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parse(arguments)
     backends.use(asked.kernels or backends.path())
     console.use_compilation_cache()
-    suite = SUITES[asked.suite].asked(asked.models, asked.plans, asked.batches, asked.sizes)
+    suite = SUITES[asked.suite].asked(
+        asked.models, asked.plans, asked.batches, asked.sizes, asked.caches, asked.texts
+    )
     check = suite.check if asked.check is None else asked.check
     options = Options(asked.repeats, asked.dtype, asked.fused, asked.matrices, asked.trace, check)
 

@@ -17,14 +17,16 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from benchmarks import models
 from benchmarks.models import Parts
-from sparvar_jax.models import bsq_vae, hart_parts, sampling
+from sparvar_jax.models import hart_parts, sampling
 from sparvar_jax.models.family import How
 from sparvar_jax.models.var_parts import guidance_ramp
 from sparvar_jax.pipelines.class_requests import ClassDefaults
+from sparvar_jax.pipelines.decoding import decode
 from sparvar_jax.pipelines.pipeline import code_sum_shape
 from sparvar_jax.pipelines.prefix_requests import PrefixDefaults
 from sparvar_jax.pipelines.prefix_text import PrefixEncoder, PrefixFeatures
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
+from sparvar_jax.plans.caches import Cache, with_cache
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
 from sparvar_jax.policies import parse_plan
@@ -98,6 +100,7 @@ class Bench:
         batch: int,
         size: str | None = None,
         text: TextFeatures | PrefixFeatures | TextEncoder | PrefixEncoder | None = None,
+        cache: Cache = "full",
     ):
         self.parts, self.batch, self.setting = parts, batch, setting_of(parts, size)
         self.keys = sampling.image_keys(0, batch)
@@ -106,14 +109,16 @@ class Bench:
         self._text = text
         self._embedding = _embed_classes if parts.draws_classes else _embed_text
         self._embed = Bound(lambda: parts.transformer, self._embedding)
-        self._decode = Bound(lambda: parts.tokenizer, _decode)
+        self._decode = Bound(lambda: parts.tokenizer, decode)
+        self._cache = cache
         self._specs: set[StepSpec] = set()
 
     def plan(self, name: str) -> Plan:
         """A plan of this model's depth, with guidance wherever its weight is not one."""
         flags = tuple(weight != 1 for weight in self.setting.guidance)
         depth = self.parts.transformer.config.depth
-        return parse_plan(name, self.setting.schedule, depth, guidance=flags)
+        plan = parse_plan(name, self.setting.schedule, depth, guidance=flags)
+        return with_cache(plan, self._cache)
 
     def new_programs(self, plans: Sequence[Plan]) -> int:
         """How many steps of these plans are not compiled yet."""
@@ -167,8 +172,9 @@ class Bench:
         tick("start", None)
         condition = self.condition()
         tick("text", condition)
-        code_sum = None
-        for index, (state, _) in enumerate(self.steps(plan, condition)):
+        code_sum, steps = None, self.steps(plan, condition)
+        del condition  # freed before the decoder runs, as in the pipeline
+        for index, (state, _) in enumerate(steps):
             code_sum = state.code_sum
             tick(f"scale {index}", state)
         image = to_host(self._decode(code_sum))
@@ -231,10 +237,6 @@ def _embed_text(model: Any, text: Float[Array, "B M Ct"], ends: Int[Array, "B ..
 
 def _embed_classes(model: Any, labels: Int[Array, "B"]) -> Any:
     return model.embed_condition(labels, True)
-
-
-def _decode(tokenizer: Any, codes: Float[Array, "B h w Cd"]) -> UInt8[Array, "B height width 3"]:
-    return bsq_vae.to_uint8(tokenizer.decode(codes))
 
 
 def measure(bench: Bench, plan: Plan, repeats: int) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Loader:
             self._model = group.model
         if group.text == "encoder":
             text = models.text_encoder(group.model, dtype=self._options.dtype)
-        self._bench = Bench(self._parts, group.batch, group.size, text)
+        self._bench = Bench(self._parts, group.batch, group.size, text, group.cache)
         self._group = group.bench
         return self._bench
 
@@ -118,7 +118,7 @@ def run(
     pace, loader, problems = Pace(budget), Loader(options), []
     ceiling = stats.matmul_ceiling()
     for group in groups:
-        label = f"{group.model} x{group.batch} {group.size or ''} {group.text}"
+        label = f"{group.model} x{group.batch} {group.size or ''} {group.text} {group.cache}"
         if pace.left < MEASURE_SECONDS:
             problems.append(f"left out for time: {label} {', '.join(group.plans)}")
             continue
@@ -169,6 +169,7 @@ def _base_row(group: Group, bench: Bench, options: Options, weights_seconds: flo
         "fused": options.fused or "default",
         **({} if options.matrices == "dense" else {"matrices": options.matrices}),
         **({} if backends.path() is None else {"path": backends.path()}),
+        **({} if group.cache == "full" else {"cache": group.cache}),
         "weights": bench.parts.weights,
         "weights_seconds": weights_seconds,
     }

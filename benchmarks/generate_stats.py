@@ -75,7 +75,7 @@ def memory(bench: Bench, plan: Plan) -> dict[str, float]:
     *steps, decode = bench.programs(plan)
     shape = CacheShape(rows, config.heads, config.head_dim, config.precision.compute)
     cache = cache_bytes(plan, shape)
-    peak = cache + tree_bytes(decode.args_info[0][1:]) + program_bytes(decode)
+    peak = cache + tree_bytes(decode.args_info[0][1:]) + program_bytes(decode)  # no condition
     for program in steps:
         _, *rest = program.args_info[0]
         peak = max(peak, tree_bytes(rest) + program_bytes(program))

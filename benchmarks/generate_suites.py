@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from sparvar_jax.pipelines.loading import DEMO
+from sparvar_jax.plans.caches import Cache
 
 Text = Literal["features", "encoder", "encoder freed"]
 
@@ -34,11 +35,12 @@ class Group:
     size: str | None
     text: Text
     plans: tuple[str, ...]
+    cache: Cache = "full"
 
     @property
-    def bench(self) -> tuple[str, int, str | None, Text]:
+    def bench(self) -> tuple[str, int, str | None, Text, Cache]:
         """What two groups share if they can share compiled steps."""
-        return self.model, self.batch, self.size, self.text
+        return self.model, self.batch, self.size, self.text, self.cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Suite:
     rounds: batches in the order of their importance; every round goes through all models.
     waves: plans compiled together; the first rows are there before the second wave compiles.
     texts: in this order, because a resident text encoder raises the process's peak for good.
+    caches: kinds of key/value cache.
     check: compare every row with XLA.
     """
 
@@ -56,16 +59,17 @@ class Suite:
     rounds: tuple[tuple[int, ...], ...] = ((1,),)
     sizes: tuple[str | None, ...] = (None,)
     texts: tuple[Text, ...] = ("features",)
+    caches: tuple[Cache, ...] = ("full",)
     check: bool = False
 
     def groups(self) -> tuple[Group, ...]:
         """The groups in order."""
         return tuple(
-            Group(model, batch, size, text, plans)
+            Group(model, batch, size, text, plans, cache)
             for batches in self.rounds
             for model in self.models
-            for size, batch, text, plans in itertools.product(
-                self.sizes, batches, self.texts, self.waves
+            for size, batch, text, cache, plans in itertools.product(
+                self.sizes, batches, self.texts, self.caches, self.waves
             )
         )
 
@@ -75,6 +79,8 @@ class Suite:
         plans: Sequence[str] | None,
         batches: Sequence[int] | None,
         sizes: Sequence[str] | None,
+        caches: Sequence[Cache] | None = None,
+        texts: Sequence[Text] | None = None,
     ) -> Suite:
         """The suite with what was asked for in place of its own; None keeps that."""
         return dataclasses.replace(
@@ -83,6 +89,8 @@ class Suite:
             waves=(tuple(plans),) if plans else self.waves,
             rounds=(tuple(batches),) if batches else self.rounds,
             sizes=tuple(sizes or self.sizes),
+            caches=tuple(caches or self.caches),
+            texts=tuple(texts or self.texts),
         )
 
 
@@ -104,6 +112,6 @@ SUITES = {
     "policies": Suite(INFINITY[::-1], waves=(("dense",), PRESETS, WAYS)),
     "throughput": Suite(INFINITY, rounds=((1, 8), (4,), (2,)), check=True),
     "sizes": Suite(("infinity_2b",), sizes=("0.25M", "2.25M", "1M"), check=True),
-    "memory": Suite(("infinity_8b", "infinity_2b"), texts=("encoder freed", "encoder")),
+    "memory": Suite(("infinity_8b", "infinity_2b"), texts=("encoder freed", "encoder"), check=True),
     "classes": Suite(("var_d30", "var_d36", "var_d16"), rounds=((1,), (64,), (8,)), check=True),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from sparvar_jax.models import layers
+from sparvar_jax.models import eight_bits, layers
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
 from sparvar_jax.models.hart import Hart, HartConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
@@ -93,13 +94,14 @@ def build(
     """A released shape by name with random weights, or a model directory without text encoder.
 
     dtype: None is what suits the device. fused: implementation of the fused operations, None for
-    the default. matrices: "int8" rounds those of the transformer's blocks, with their inputs.
+    the default. matrices: "int8" and "fp8" round those of the transformer's blocks, with inputs.
     Raises ValueError for an unknown name.
     """
     folder, dtype = Path(name), loading.compute_dtype(dtype)
-    parts = _from_directory(folder, dtype) if folder.is_dir() else _from_preset(name, dtype)
-    if matrices == "int8":
-        layers.narrow(parts.transformer)
+    if folder.is_dir():
+        parts = _from_directory(folder, dtype, matrices)
+    else:
+        parts = _from_preset(name, dtype, matrices)
     if fused is not None:
         parts.transformer.config = _fused(parts.transformer.config, fused)
     jax.block_until_ready((nnx.state(parts.transformer), nnx.state(parts.tokenizer)))
@@ -113,7 +115,7 @@ def _fused(config: Any, implementation: str) -> Any:
     return dataclasses.replace(config, fused=implementation)
 
 
-def _from_preset(name: str, dtype: str) -> Parts:
+def _from_preset(name: str, dtype: str, matrices: Any = "dense") -> Parts:
     if name.startswith("var_"):
         kinds: Any = ((Var, VarConfig.preset(name)), (Vqvae, VqvaeConfig()))
     elif name.startswith("hart_"):
@@ -123,16 +125,16 @@ def _from_preset(name: str, dtype: str) -> Parts:
         codes = BsqVaeConfig.preset(TOKENIZERS.get(name, "f16_d32"))
         kinds = ((Infinity, InfinityConfig.preset(name)), (BsqVae, codes))
     modules = [
-        randomise(abstract(kind, dataclasses.replace(config, dtype=dtype)), seed)
-        for seed, (kind, config) in enumerate(kinds)
+        randomise(abstract(kind, dataclasses.replace(config, dtype=dtype)), seed, form)
+        for seed, ((kind, config), form) in enumerate(zip(kinds, (matrices, "dense"), strict=True))
     ]
     for block in modules[0].blocks if isinstance(modules[0], Hart) else ():
         block.attn.qkv.kernel[...] = PEAKED * block.attn.qkv.kernel[...]
     return Parts(name, *modules, weights="random")
 
 
-def _from_directory(folder: Path, dtype: str) -> Parts:
-    model = loading.load_model(folder, dtype=dtype, text_encoder=False)
+def _from_directory(folder: Path, dtype: str, matrices: Any) -> Parts:
+    model = loading.load_model(folder, dtype=dtype, text_encoder=False, weights=matrices)
     parts = Parts(folder.name, model.transformer, model.tokenizer, "checkpoint")
     if parts.one_size:
         return parts
@@ -200,20 +202,27 @@ def without_kernels(model: Any) -> Any:
     return plain
 
 
-def randomise(module: nnx.Module, seed: int) -> nnx.Module:
-    """An abstract module (`abstract`) with random parameters on the default device."""
-    leaves = nnx.to_flat_state(nnx.state(module))
-    wanted = {path: _distribution(str(path[-1]), leaf) for path, leaf in leaves}
+def randomise(module: nnx.Module, seed: int, matrices: Any = "dense") -> nnx.Module:
+    """An abstract module (`abstract`) with random parameters on the default device.
+
+    matrices: as in `build`; each is rounded before the next is drawn.
+    """
+    leaves = checkpoint.abstract_parameters(module)
+    wanted = {path: _distribution(path.rsplit(".", 1)[-1], leaf) for path, leaf in leaves.items()}
     programs = sorted(set(wanted.values()), key=str)
     # A model has some forty different shapes: compiled one by one they take longer than they run.
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(programs, pool.map(_compile_normal, programs), strict=True))
-    values = []
-    for path, leaf in leaves:
-        key = jax.random.key(seed ^ zlib.crc32("/".join(map(str, path)).encode()))
-        values.append((path, leaf.replace(compiled[wanted[path]](key))))
-    nnx.update(module, nnx.from_flat_state(values))
-    return module
+    dtypes = {} if matrices == "dense" else eight_bits.kernels(module, matrices)
+
+    def drawn() -> Iterator[tuple[str, jax.Array]]:
+        for path in leaves:
+            key = jax.random.key(seed ^ zlib.crc32(path.replace(".", "/").encode()))
+            yield path, compiled[wanted[path]](key)
+
+    values = dict(eight_bits.rounded(drawn(), dtypes))
+    eight_bits.narrow(module, dtypes)
+    return checkpoint.fill(module, values)
 
 
 def _distribution(name: str, leaf: Any) -> Distribution:

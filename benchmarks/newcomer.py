@@ -50,7 +50,7 @@ def install(place: pathlib.Path, extra: str | None) -> tuple[float, pathlib.Path
     return time.perf_counter() - start, programs
 
 
-def path(place: pathlib.Path, programs: pathlib.Path, options: list[str]) -> list[dict[str, Any]]:
+def path(place: pathlib.Path, program: list[Any], options: list[str]) -> list[dict[str, Any]]:
     """One row a picture: what was asked for and how long it took."""
     other = ["--plan", OTHER_PLAN]
     steps = (
@@ -61,7 +61,7 @@ def path(place: pathlib.Path, programs: pathlib.Path, options: list[str]) -> lis
     )
     rows = []
     for name, asked in steps:
-        command = [programs / "sparvar", "generate", *asked, *options]
+        command = [*program, "generate", *asked, *options]
         rows.append(
             {
                 "step": name,
@@ -87,12 +87,14 @@ def main() -> None:
     options += ["--model", asked.model] if asked.model else []
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        place, programs = pathlib.Path(folder), pathlib.Path(sys.executable).parent
+        # Not the script beside the interpreter: a checkout that is only on the path has none.
+        place, program = pathlib.Path(folder), [sys.executable, "-m", "sparvar_jax"]
         if not asked.installed:
             seconds, programs = install(place, asked.extra)
+            program = [programs / "sparvar"]
             named = f".[{asked.extra}]" if asked.extra else "."
             rows.append({"step": "install", "command": f"pip install {named}", "seconds": seconds})
-        rows += path(place, programs, options)
+        rows += path(place, program, options)
         told = metadata.read_metadata(place / "sparvar.png")["versions"]
     common = {"cores": os.cpu_count(), "load": _load()}
     entries = {"versions": versions_of(told), "rows": [{**row, **common} for row in rows]}

@@ -148,6 +148,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("plan", _text("plan")),
         ("images", _text("batch")),
         ("from", _text("text")),
+        ("cache", lambda row: str(row.get("cache", "full"))),
         ("peak GiB", _number("peak_gib", 1)),
         ("weights GiB, text encoder apart", _planned("weights")),
         ("cache GiB", _planned("cache")),

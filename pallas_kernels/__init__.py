@@ -4,7 +4,6 @@ import os as _os
 
 from pallas_kernels import backends as _backends
 from pallas_kernels import calls as _calls
-from pallas_kernels import cudnn as _cudnn
 from pallas_kernels.api import (
     attention,
     attention_column_sums,
@@ -14,6 +13,7 @@ from pallas_kernels.api import (
     select_columns,
     window_attention,
 )
+from pallas_kernels.cudnn import backend as _cudnn
 from pallas_kernels.fused import (
     cross_attention,
     residual_norm,
@@ -37,9 +37,11 @@ from pallas_kernels.sparsity import (
 from pallas_kernels.xla import backend as _xla
 
 # The best one first. Filled here, so that no module of the package sees the table without them.
-# Where cuDNN can serve dense attention it goes before Triton, which is slower there.
+# cuDNN is faster than Triton at dense attention, and slower where it has to copy keys first.
 for _op in _calls.OPS:
-    _rooms = (_hopper.SERVED, _cudnn.SERVED, _portable.SERVED, _xla.SERVED)
+    _kernels = (_portable.SERVED, _cudnn.SERVED)
+    _kernels = _kernels[::-1] if _op == "attention" else _kernels
+    _rooms = (_hopper.SERVED, *_kernels, _xla.SERVED)
     _backends.declare(_op, *(_room[_op] for _room in _rooms if _op in _room))
 # The one place that reads it; `backends.use` is the same choice in Python.
 _backends.use(_os.environ.get("SPARVAR_KERNELS") or None)

@@ -35,11 +35,11 @@ def select_top(
     bits = jnp.where(real, bits, -1)
     threshold = (find or find_thresholds)(bits, count)[:, None]
     above, equal = bits > threshold, bits == threshold
-    above_before, equal_before = _prefix(above), _prefix(equal)
+    above_before, equal_before = prefix_counts(above), prefix_counts(equal)
     room = count - above_before[:, -1:]
     kept = above | (equal & (equal_before <= room))
     rank = above_before + jnp.minimum(equal_before, room) - 1
-    return _compact(kept, rank, count).reshape(*sums.shape[:-1], count)
+    return compact(kept, rank, count).reshape(*sums.shape[:-1], count)
 
 
 def find_thresholds(bits: Int[Array, "m X"], count: int) -> Int[Array, " m"]:
@@ -53,7 +53,7 @@ def find_thresholds(bits: Int[Array, "m X"], count: int) -> Int[Array, " m"]:
     return jax.lax.fori_loop(0, 31, narrow, jnp.zeros(bits.shape[0], jnp.int32))
 
 
-def _prefix(flags: Bool[Array, "m X"]) -> Int[Array, "m X"]:
+def prefix_counts(flags: Bool[Array, "m X"]) -> Int[Array, "m X"]:
     """Inclusive count of true flags, as two triangular products: exact, and far faster than a scan.
 
     Factors are 0, 1 or at most 128, so that reduced-precision products are exact too.
@@ -65,9 +65,7 @@ def _prefix(flags: Bool[Array, "m X"]) -> Int[Array, "m X"]:
     return (within + before[..., None]).reshape(flags.shape).astype(jnp.int32)
 
 
-def _compact(
-    kept: Bool[Array, "m X"], rank: Int[Array, "m X"], count: int
-) -> Int[Array, "m count"]:
+def compact(kept: Bool[Array, "m X"], rank: Int[Array, "m X"], count: int) -> Int[Array, "m count"]:
     """Positions of the `count` kept entries of every row."""
     target = jnp.where(kept, rank, count)
     source = jnp.broadcast_to(jnp.arange(kept.shape[1], dtype=jnp.int32), kept.shape)

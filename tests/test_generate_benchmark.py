@@ -10,13 +10,22 @@ from flax import nnx
 from PIL import Image
 
 from benchmarks import _record as record
-from benchmarks import cold_start, generate, generate_run, models, report, sizes_chart
+from benchmarks import (
+    cold_start,
+    generate,
+    generate_check,
+    generate_run,
+    models,
+    report,
+    sizes_chart,
+)
 from benchmarks import generate_stats as stats
 from benchmarks.generate_bench import Bench, schedule_of
 from benchmarks.generate_check import check
 from benchmarks.generate_suites import SUITES, Group
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.runtime.generate import Generator
+from sparvar_jax.weights.matrix import FEWEST_TOKENS
 from tests import tiny_model, tiny_var
 from tests.tiny_model import random_parameters
 
@@ -42,7 +51,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(folder):
-    made = Bench(models.build(folder, dtype="float32"), 1)
+    made = Bench(models.build(folder, dtype="float32"), 1, cache="full")
     made.compile([made.plan("dense")])
     return made
 
@@ -123,6 +132,25 @@ def test_the_check_sees_other_weights_and_only_them(bench):
     wrong = Bench(bench.parts, 1)
     wrong.generator = Generator(jax.tree.map(lambda leaf: 1.05 * leaf, bench.parts.transformer))
     assert "keys and values differ" in str(check(wrong, plan).problem)
+
+
+def test_eight_bit_products_have_a_tolerance_of_their_own(folder):
+    """The reference multiplies the same 8-bit numbers: on a CPU both programs are XLA's."""
+    parts = models.build(folder, dtype="float32", matrices="int8")
+    narrow = Bench(dataclasses.replace(parts, weights="random"), 1)
+    plan = narrow.plan("dense")
+    assert plan.schedule.scales[-1].tokens >= FEWEST_TOKENS
+    done = check(narrow, plan)
+    assert done.problem is None
+    assert done.tolerance == generate_check.INFINITY_EIGHT
+    assert done.cache_error < 1e-4
+    assert generate_check.tolerance(parts) == generate_check.TRAINED_EIGHT
+    other = Bench(narrow.parts, 1)
+    kernel = nnx.merge(*nnx.split(narrow.parts.transformer))
+    proj = kernel.blocks[0].attn.proj
+    proj.kernel_scale = nnx.data(nnx.Param(0.5 * proj.kernel_scale[...]))
+    other.generator = Generator(kernel)
+    assert "keys and values differ" in str(check(other, plan).problem)
 
 
 def test_without_time_everything_is_left_out(folder):

@@ -6,7 +6,9 @@ import pytest
 from sparvar_jax.pipelines import loading
 from sparvar_jax.pipelines.memory import estimate
 from sparvar_jax.pipelines.requests import resolve_plan, resolve_schedule
+from sparvar_jax.plans.caches import with_cache
 from sparvar_jax.runtime.generate import Generator
+from tests import tiny_hart
 from tests.tiny_model import write_tiny_model
 
 
@@ -40,3 +42,23 @@ def test_bfloat16_halves_the_cache_and_dropped_rows_the_step(folder):
     assert estimate(half, plan, 1).cache * 2 == estimate(single, plan, 1).cache
     dropped = resolve_plan(single, "dense+drop_uncond(1)", schedule)
     assert estimate(single, dropped, 1).step < estimate(single, plan, 1).step
+
+
+def test_8_bit_matrices_and_lean_caches_are_told_before_anything_is_loaded(folder):
+    described = loading.describe_model(folder, "float32", "int8")
+    plan = with_cache(resolve_plan(described, "dense", resolve_schedule(described)), "lean")
+    needed, loaded = estimate(described, plan, 2), loading.load_model(folder, weights="int8")
+    state = jax.eval_shape(lambda: Generator(loaded.transformer).start(plan, 2))
+    assert needed.weights["transformer"] == bytes_of(loaded.transformer)
+    assert needed.weights["transformer"] < bytes_of(loading.load_model(folder).transformer)
+    assert needed.cache == bytes_of((state.cache, state.shared))
+
+
+def test_a_model_with_its_text_in_the_cache():
+    pipe = tiny_hart.tiny_pipe()
+    request = pipe.request(["a red apple"] * 2)
+    needed = estimate(loading.describe_model(tiny_hart.tiny_model(), "float32"), request.plan, 2)
+    state = jax.eval_shape(lambda: pipe.generator.start(request.plan, 2))
+    assert needed.cache == bytes_of(state.cache)
+    assert needed.condition == bytes_of(request.condition)
+    assert needed.weights["transformer"] == bytes_of(pipe.model.transformer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,24 +38,30 @@ def call(
     grid: tuple[int, ...],
     launch: Launch,
     *operands: Array,
+    in_place: Mapping[int, int] | None = None,
     interpret: bool = False,
 ) -> Any:
-    """Run a kernel whose references are whole arrays, in the order of operands and results."""
+    """Run a kernel whose references are whole arrays, in the order of operands and results.
+
+    in_place: operands by number -> the results that are written over them.
+    """
     params = pltriton.CompilerParams(num_warps=launch.warps, num_stages=launch.stages)
     return pl.pallas_call(
-        kernel, out_shape=out_shape, grid=grid, compiler_params=params, interpret=interpret
-    )(*operands)
+        kernel, out_shape=out_shape, grid=grid, compiler_params=params, interpret=interpret,
+        input_output_aliases=dict(in_place or {}), name=kernel.__qualname__.partition(".")[0],
+    )(*operands)  # fmt: skip
 
 
 def load_rows(
-    ref: Any, lead: tuple[Any, ...], rows: Int[Array, " N"], seen: Bool[Array, " N"] | None = None
-) -> Float[Array, "N D"]:
-    """Rows of the last two axes of a reference, zero where not `seen`."""
+    ref: Any, lead: tuple[Any, ...], rows: Int[Array, " N"], seen: Bool[Array, " N"] | None = None,
+    tail: tuple[Any, ...] = (),
+) -> Float[Array, "N D"]:  # fmt: skip
+    """Rows of a reference, zero where not `seen`; `tail` indexes axes between rows and columns."""
     columns = jnp.arange(ref.shape[-1], dtype=jnp.int32)
-    at = ref.at[(*lead, rows[:, None], columns[None, :])]
+    at = ref.at[(*lead, rows[:, None], *tail, columns[None, :])]
     if seen is None:
         return pltriton.load(at)
-    return pltriton.load(at, mask=_spread(seen, ref.shape[-1]), other=0.0)
+    return pltriton.load(at, mask=spread(seen, ref.shape[-1]), other=0.0)
 
 
 def load_block(ref: Any, lead: tuple[Any, ...], start: Any, size: int) -> Float[Array, "N D"]:
@@ -70,7 +76,7 @@ def store_rows(
     """Write the rows that are `seen`; `tail` indexes axes between rows and columns."""
     columns = jnp.arange(ref.shape[-1], dtype=jnp.int32)
     at = ref.at[(*lead, rows[:, None], *tail, columns[None, :])]
-    pltriton.store(at, value.astype(ref.dtype), mask=_spread(seen, ref.shape[-1]))
+    pltriton.store(at, value.astype(ref.dtype), mask=spread(seen, ref.shape[-1]))
 
 
 def product(a: Array, b: Array, axis: int) -> Float[Array, "M N"]:
@@ -79,7 +85,7 @@ def product(a: Array, b: Array, axis: int) -> Float[Array, "M N"]:
     return lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
 
 
-def _spread(flags: Bool[Array, " N"], width: int) -> Bool[Array, "N D"]:
+def spread(flags: Bool[Array, " N"], width: int) -> Bool[Array, "N D"]:
     return lax.broadcast_in_dim(flags, (flags.shape[0], width), (0,))
 
 

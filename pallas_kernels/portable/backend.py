@@ -16,11 +16,15 @@ from pallas_kernels.probing import lowering_reason
 NAME = "portable"
 
 
-def _backend(reason: Callable[[Any], str], run: Callable[[Any], Any]) -> Backend:
+def _backend(
+    reason: Callable[[Any], str],
+    run: Callable[[Any], Any],
+    unasked: Callable[[Any], str] = nothing,
+) -> Backend:
     def probe(call: calls.Call) -> str:
         return lowering_reason(run, call)
 
-    return Backend(NAME, reason, run, probe=nothing if reasons.jax_is_tested() else probe)
+    return Backend(NAME, reason, run, unasked, nothing if reasons.jax_is_tested() else probe)
 
 
 def _tiles(op: str, call: Any, group: int) -> tuning.TileConfig:
@@ -65,6 +69,24 @@ def _select_columns(call: calls.SelectColumns) -> Any:
     return ops.select_columns(call)
 
 
+def _residual_norm(call: calls.ResidualNorm) -> Any:
+    from pallas_kernels.portable import fused
+
+    return fused.residual_norm(call)
+
+
+def _rotary_to_cache(call: calls.RotaryToCache) -> Any:
+    from pallas_kernels.portable import fused
+
+    return fused.rotary_to_cache(call)
+
+
+def _cross_attention(call: calls.CrossAttention) -> Any:
+    from pallas_kernels.portable import fused
+
+    return fused.cross_attention(call)
+
+
 SERVED = {
     "attention": _backend(reasons.cache_reason, _attention),
     "block_sparse_attention": _backend(reasons.blocks_reason, _block_sparse_attention),
@@ -72,5 +94,8 @@ SERVED = {
     "attention_column_sums": _backend(reasons.group_reason, _attention_column_sums),
     "column_sparse_attention": _backend(reasons.group_reason, _column_sparse_attention),
     "select_columns": _backend(reasons.select_reason, _select_columns),
+    "residual_norm": _backend(reasons.norm_reason, _residual_norm, reasons.norm_unasked),
+    "rotary_to_cache": _backend(reasons.rotary_reason, _rotary_to_cache),
+    "cross_attention": _backend(reasons.cross_reason, _cross_attention),
 }
 """The backend of every operation that it has."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import calls
-from pallas_kernels.operands import operands_reason
+from pallas_kernels.operands import HALVES, operands_reason
 from pallas_kernels.support import Device
+from pallas_kernels.xla.quantised import LARGEST
 
 # The tests lower every kernel with these releases; jax has announced that Triton will leave it.
 _FIRST, _LAST_TESTED = (0, 10), (0, 12)
@@ -77,3 +79,54 @@ def select_reason(call: calls.SelectColumns) -> str:
 
 
 _WIDEST = 32768
+
+
+def norm_reason(call: calls.ResidualNorm) -> str:
+    """Device, dtypes and width of the residual stream."""
+    width = call.x.shape[-1]
+    if reason := device_reason(call.device):
+        return reason
+    if call.x.dtype != jnp.float32:
+        return f"the fused norm takes a float32 residual stream; got {call.x.dtype}"
+    if width > _WIDEST_NORM:
+        return f"the fused norm takes widths up to {_WIDEST_NORM}; got {width}"
+    if call.dtype in LARGEST:
+        return f"the fused norm gives 16 or 32 bits; got {call.dtype}"
+    return ""
+
+
+_WIDEST_NORM = 8192
+
+
+def norm_unasked(call: calls.ResidualNorm) -> str:
+    """Wide results."""
+    if call.dtype == jnp.float32:
+        return "float32 results are left to the compiler, which rounds as everywhere else"
+    return ""
+
+
+def rotary_reason(call: calls.RotaryToCache) -> str:
+    """Device, dtypes and head dim."""
+    qkv, k, v = call.qkv, call.k_cache, call.v_cache
+    if reason := device_reason(call.device):
+        return reason
+    if qkv.dtype not in HALVES or not qkv.dtype == k.dtype == v.dtype:
+        return f"the fused rotary takes one 16-bit dtype; got {qkv.dtype} and {k.dtype}"
+    if qkv.shape[4] not in (64, 128):
+        return f"the fused rotary takes head dims 64 and 128; got {qkv.shape[4]}"
+    return ""
+
+
+def cross_reason(call: calls.CrossAttention) -> str:
+    """Device, dtypes, and the size of the text."""
+    keys, head_dim = call.k.shape[2:]
+    if reason := device_reason(call.device):
+        return reason
+    if call.q.dtype not in HALVES or not call.q.dtype == call.k.dtype == call.v.dtype:
+        return f"fused cross attention takes one 16-bit dtype; got {call.q.dtype}, {call.k.dtype}"
+    if head_dim not in (64, 128) or keys > 128:
+        return (
+            "fused cross attention takes up to 128 keys and head dims 64 and 128; got "
+            f"{keys} keys of {head_dim}"
+        )
+    return ""

@@ -38,6 +38,8 @@ def quantised_matmul(
     """Sums of int8 are exact; those of e4m3 are of float32 products of its values, as they are."""
     exact = values.dtype == jnp.int8
     kind = jnp.int32 if exact else jnp.float32
+    if not exact:  # or XLA may take the rounding to e4m3 before and the way back for nothing
+        values = lax.optimization_barrier(values)
 
     def product(x: Array, w: Array) -> Array:
         if not exact:

@@ -26,8 +26,9 @@ FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 OUT_OF_MEMORY = (
-    "out of device memory; what helps: a smaller --size, --num 1, --dtype bfloat16, "
-    "--free-text-encoder, --guidance 1, or a plan with fewer rows or scales (see `sparvar plans`)"
+    "out of device memory; what helps: --cache int8, a smaller --size or --num, --dtype bfloat16, "
+    "--free-text-encoder, --guidance 1, or a plan with fewer rows or scales (see `sparvar plans`); "
+    "`sparvar info` with the same options tells what a call takes"
 )
 STAGES = {
     "load": "loading",

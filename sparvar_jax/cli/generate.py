@@ -20,6 +20,7 @@ class Order:
     model: Path | None
     num: int
     dtype: str | None
+    cache: Any
     text_first: bool
     compare: bool
     drawing: dict[str, Any]
@@ -36,15 +37,18 @@ class Order:
         folder = loading.model_folder(self.model)
         if loading.family_in(folder).draws == "classes":
             self._check_class_model()
-            pipe = Pipeline.from_checkpoint(folder, dtype=self.dtype, progress=report)
+            pipe = Pipeline.from_checkpoint(
+                folder, dtype=self.dtype, cache=self.cache, progress=report
+            )
             return pipe, [self.label] * self.num, self.drawing
         if self.label is not None or self.prompt is None:
             raise ValueError("Missing argument: this model draws prompts, give one and no --class")
         prompts = [self.prompt] * self.num
         text, drawing = self._text_features(prompts) if self.text_first else (prompts, {})
         pipe = Pipeline.from_checkpoint(
-            self.model, dtype=self.dtype, text_encoder=not self.text_first, progress=report
-        )
+            self.model, dtype=self.dtype, text_encoder=not self.text_first, cache=self.cache,
+            progress=report,
+        )  # fmt: skip
         return pipe, text, self.drawing | drawing
 
     def _check_class_model(self) -> None:
@@ -78,6 +82,7 @@ class Order:
             **{name: value for name, value in told.items() if value != "None"},
             "model": pipe.model.name,
             "dtype": pipe.model.transformer.config.dtype,
+            "cache": pipe.cache,
             "versions": ", ".join(f"{k} {v}" for k, v in metadata.versions().items()),
         }
 
@@ -110,6 +115,7 @@ def generate(
         typer.Option("--compare", help="Draw the dense picture as well, and say how long it took."),
     ] = False,
     dtype: options.Precision = None,
+    cache: options.CacheKind = options.Cache.full,
 ) -> None:
     """Draw a prompt, or with a class-conditional model a class."""
     asked = {
@@ -121,8 +127,8 @@ def generate(
         "size": size,
     }
     drawing = {"seed": seed} | {name: value for name, value in asked.items() if value is not None}
-    precision = options.name_of(dtype)
-    _run(Order(prompt, label, model, num, precision, text_first, compare, drawing), out)
+    kind = options.name_of(dtype), cache.value
+    _run(Order(prompt, label, model, num, *kind, text_first, compare, drawing), out)
 
 
 def _run(order: Order, out: Path) -> None:

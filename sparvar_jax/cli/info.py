@@ -22,10 +22,12 @@ def info(
     aspect: options.Aspect = None,
     size: options.Size = None,
     dtype: options.Precision = None,
+    cache: options.CacheKind = options.Cache.full,
 ) -> None:
     """Show a model's parts, its plan scale by scale, and an estimate of device memory."""
     from sparvar_jax.pipelines import loading
     from sparvar_jax.pipelines.memory import estimate
+    from sparvar_jax.plans.caches import with_cache
 
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
@@ -34,6 +36,7 @@ def info(
         options.refuse(folder, aspect=aspect, size=size)
     asked = options.given(plan=plan, aspect_ratio=aspect, size=size)
     chosen, _ = described.family.asked(described.name, asked).resolve(described)
+    chosen = with_cache(chosen, cache.value)
     needed = estimate(described, chosen, num)
 
     height, width = (side * described.stride for side in chosen.schedule.final)
@@ -44,7 +47,8 @@ def info(
     console.say(chosen.describe())
     console.say(
         f"\nmemory of a batch of {num}, estimated: weights {_gib(sum(needed.weights.values()))}, "
-        f"cache {_gib(needed.cache)}, largest step {_gib(needed.step)}, "
+        f"{cache.value} cache {_gib(needed.cache)}, {described.family.draws} "
+        f"{_gib(needed.condition)}, largest step {_gib(needed.step)}, "
         f"decoding {_gib(needed.decode)}; peak about {_gib(needed.peak)}"
     )
     if "text" in needed.weights:

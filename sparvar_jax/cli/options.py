@@ -16,6 +16,14 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Cache(StrEnum):
+    """Kinds of key/value cache a user can ask for."""
+
+    lean = "lean"
+    int8 = "int8"
+    full = "full"
+
+
 Model = Annotated[
     Path | None, typer.Option("--model", help="Model directory or name; without it the demo model.")
 ]
@@ -30,6 +38,10 @@ Size = Annotated[
 ]
 Precision = Annotated[
     Dtype | None, typer.Option("--dtype", help="Compute dtype; by default what suits the device.")
+]
+CacheKind = Annotated[
+    Cache,
+    typer.Option("--cache", help="Keys and values: lean keeps what is read later, int8 in 8 bits."),
 ]
 Num = Annotated[
     int, typer.Option("--num", min=1, max=4096, help="How many pictures, drawn as one batch.")

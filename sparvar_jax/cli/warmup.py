@@ -23,15 +23,16 @@ def warmup(
         str | None, typer.Option("--negative", help="Also compile for a negative prompt.")
     ] = None,
     dtype: options.Precision = None,
+    cache: options.CacheKind = options.Cache.full,
 ) -> None:
     """Compile all programs of a plan into the compile cache; no weights are loaded."""
     from sparvar_jax.pipelines import loading
     from sparvar_jax.pipelines.pipeline import Pipeline
 
-    cache, watch = console.use_compilation_cache(), console.Stopwatch()
+    programs, watch = console.use_compilation_cache(), console.Stopwatch()
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
-    pipe = Pipeline(loading.describe_model(folder, precision))
+    pipe = Pipeline(loading.describe_model(folder, precision), cache=cache.value)
     shown = {"negative": negative, "aspect_ratio": aspect, "size": size}
     drawing, subject = options.given(plan=plan, guidance=guidance, **shown), [prompt] * num
     if pipe.model.family.draws == "classes":
@@ -41,4 +42,4 @@ def warmup(
         pipe.warm_up(subject, progress=report, **drawing)
     watch.lap("compiled")
     watch.tell()
-    console.say(f"programs of {pipe.model.name} are in {cache or 'memory alone'}")
+    console.say(f"programs of {pipe.model.name} are in {programs or 'memory alone'}")

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 import pallas_kernels
 from pallas_kernels.api import Implementation
 from sparvar_jax.models import layers
-from sparvar_jax.models.layers import Precision
+from sparvar_jax.models.layers import EightBits, Precision
 from sparvar_jax.weights.matrix import dense_of
 
 FOLDED_SHARE = 4
@@ -50,10 +50,12 @@ class CrossAttention(nnx.Module):
 
     def __init__(self, width: int, heads: int, precision: Precision, rngs: nnx.Rngs):
         self.heads = heads
-        self.q = layers.linear(width, width, precision, rngs)
-        self.kv = layers.linear(width, 2 * width, precision, rngs, bias=False)
+        # Their products are folded into short texts, and then run once a picture.
+        kept: EightBits = "int8 weights"
+        self.q = layers.linear(width, width, precision, rngs, narrow=kept)
+        self.kv = layers.linear(width, 2 * width, precision, rngs, bias=False, narrow=kept)
         self.v_bias = nnx.Param(jnp.zeros((width,), precision.compute))
-        self.proj = layers.linear(width, width, precision, rngs)
+        self.proj = layers.linear(width, width, precision, rngs, narrow=kept)
 
     def text(
         self,

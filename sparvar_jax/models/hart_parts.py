@@ -95,6 +95,11 @@ class HartConfig:
         return None
 
     @property
+    def mlp_maps(self) -> int:
+        """Activations of `mlp_width` that a feed-forward layer holds at once: gate and values."""
+        return 2
+
+    @property
     def precision(self) -> Precision:
         return Precision(self.dtype)
 

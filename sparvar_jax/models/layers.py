@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection
 from typing import Any, Literal
 
 import jax
@@ -21,7 +20,9 @@ from sparvar_jax.weights import matrix
 from sparvar_jax.weights.matrix import Dense, Narrow, Scaled, Weight
 
 DtypeName = Literal["bfloat16", "float32"]
-EightBits = Literal["int8", "float8_e4m3fn"]
+EightBits = Literal["int8", "float8_e4m3fn", "int8 weights"]
+"""What a matrix becomes in a model of 8 bits: operands of 8-bit products, or 8-bit values that meet
+activations as they are."""
 MAX_LOG_TEMPERATURE = 4.605170185988092  # ln 100, the clamp of cosine attention's temperature
 NORM_EPSILON = 1e-6
 
@@ -52,9 +53,9 @@ class Precision:
 class Linear(nnx.Module):
     """A linear map whose matrix [inputs, outputs] is dense, or 8-bit values with scales.
 
-    dtype: of products and results. weights: of the parameters. narrow: the 8-bit dtype that the
-    matrix takes when its model is made one of 8-bit products, None for one that stays as it is.
-    implementation: of such products, None for the best one.
+    dtype: of products and results. weights: of the parameters. narrow: what the matrix becomes when
+    its model is made one of 8 bits, None for one that stays as it is. implementation: of 8-bit
+    products, None for the best one.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros((outputs,), weights))
         self.dtype, self.precision = jnp.dtype(dtype), precision
-        self.narrow, self.is_narrow = narrow, False
+        self.narrow: EightBits | None = narrow
+        self.is_narrow = False
         self.implementation: Implementation | None = None
 
     @property
@@ -162,41 +164,6 @@ def bias_of(linear: Linear) -> Float[Array, "O"]:
     """The bias that `product` leaves out."""
     assert linear.bias is not None
     return linear.bias[...]
-
-
-def in_eight_bits(module: nnx.Module, paths: Collection[str]) -> None:
-    """Make the linear maps whose kernels have these dotted paths expect 8-bit values with scales.
-
-    module: abstract, about to be filled. A kernel of anything else is left as it is.
-    """
-    for path, part in nnx.iter_modules(module):
-        name = ".".join(map(str, (*path, "kernel")))
-        if isinstance(part, Linear) and name in paths:
-            (kernel,) = jax.tree.leaves(part.kernel)
-            shape = kernel.shape
-            values: Any = nnx.Param(jax.ShapeDtypeStruct(shape, jnp.int8))
-            scale: Any = nnx.Param(jax.ShapeDtypeStruct(shape[-1:], jnp.float32))
-            part.kernel, part.kernel_scale = values, nnx.data(scale)
-
-
-def narrow(module: nnx.Module) -> None:
-    """Round the matrices that say how (`Linear.narrow`) to 8 bits, one after the other, in place.
-
-    module: with weights, or abstract.
-    """
-    for _, part in nnx.iter_modules(module):
-        if not isinstance(part, Linear) or part.narrow is None or part.is_narrow:
-            continue
-        (kernel,) = jax.tree.leaves(part.kernel)
-        if isinstance(kernel, jax.ShapeDtypeStruct):
-            made = jax.eval_shape(functools.partial(matrix.narrow, dtype=part.narrow), kernel)
-        else:
-            made = _narrow(kernel, dtype=part.narrow)
-        part.kernel, part.kernel_scale = nnx.Param(made.values), nnx.data(nnx.Param(made.scale))
-        part.is_narrow = True
-
-
-_narrow = jax.jit(matrix.narrow, static_argnames="dtype")
 
 
 class Scale(nnx.Module):

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from sparvar_jax.models import eight_bits
+from sparvar_jax.models.eight_bits import FORMS
 from sparvar_jax.pipelines import parts
 from sparvar_jax.pipelines.family import Family, families, family_of
 from sparvar_jax.pipelines.parts import DEMO, compute_dtype, model_folder
@@ -80,9 +82,21 @@ def part_config(config: dict[str, Any], part: str, dtype: str | None = None) -> 
     return parts.part_config(config, part, kinds, dtype)
 
 
-def abstract_part(config: dict[str, Any], part: str, dtype: str | None = None) -> Any:
-    """The module of one part with shapes and dtypes instead of arrays."""
-    return parts.abstract_module(*part_config(config, part, dtype))
+def abstract_part(
+    config: dict[str, Any],
+    part: str,
+    dtype: str | None = None,
+    weights: parts.Weights = "dense",
+) -> Any:
+    """The module of one part with shapes and dtypes instead of arrays.
+
+    Which matrices a file stores in 8 bits its config does not say, so "stored" gives dense ones.
+    """
+    kind, form = part_config(config, part, dtype), parts.stored_form(config, part)
+    parts.check_weights(weights)
+    if form is None and weights in FORMS:
+        form = weights
+    return parts.abstract_module(*kind, form)
 
 
 def load_part(
@@ -93,7 +107,8 @@ def load_part(
     weights: parts.Weights = "dense",
 ) -> Any:
     """One part with its weights on the default device; see `parts.load_module`."""
-    return parts.load_module(folder, part, *part_config(config, part, dtype), weights)
+    kind, stored = part_config(config, part, dtype), parts.stored_form(config, part)
+    return parts.load_module(folder, part, *kind, weights, stored)
 
 
 def load_model(
@@ -107,8 +122,7 @@ def load_model(
     """Load a model directory, or the demo model.
 
     dtype: of all parts, see `compute_dtype`. text_encoder: False leaves its weights on disk; the
-    model then holds their shapes alone. weights: "stored" leaves matrices in 8 bits where the
-    checkpoint has them so, see `parts.load_module`.
+    model then holds their shapes alone. weights: see `parts.load_module`.
     """
     dtype = compute_dtype(dtype)
     if unused := unused_gpu.advice(platforms=jax.config.values.get("jax_platforms")):
@@ -116,7 +130,7 @@ def load_model(
     folder = model_folder(directory)
     config = checkpoint.read_config(folder)
     # Everything cheap first: a model that does not fit together is found before any weights.
-    model = describe_model(folder, dtype)
+    model = describe_model(folder, dtype, weights)
     wanted = [part for part in model.parts if text_encoder or part != "text"]
     loaded = {}
     for done, part in enumerate(wanted, 1):
@@ -126,11 +140,16 @@ def load_model(
     return model.with_parts(loaded)
 
 
-def describe_model(folder: Path, dtype: str | None = None) -> Model:
+def describe_model(
+    folder: Path, dtype: str | None = None, weights: parts.Weights = "dense"
+) -> Model:
     """The model with shapes and dtypes in place of weights; dtype None is the stored one."""
     config = checkpoint.read_config(folder)
     family = family_of(config)
-    modules = {part: abstract_part(config, part, dtype) for part in family.parts}
+    modules = {part: abstract_part(config, part, dtype, weights) for part in family.parts}
+    if weights == "stored":
+        for part, module in modules.items():
+            eight_bits.keep_stored(module, checkpoint.part_reader(folder, part).scaled)
     return Model(
         family,
         modules["transformer"],

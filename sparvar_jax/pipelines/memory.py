@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparvar_jax.pipelines.decoding import pictures_at_once
 from sparvar_jax.pipelines.loading import Model
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.rows import Slot
@@ -20,20 +21,26 @@ from sparvar_jax.runtime.step import empty_buffers, pools
 from sparvar_jax.weights import checkpoint
 
 _DECODER_MAPS = 4  # a residual block holds its input, its branch and two temporaries
+_STREAM, _WIDE = 4, 3  # bytes of the residual stream; its norm, a branch and what a product leaves
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes by use. The largest of `step` and `decode` comes on top of weights and cache."""
+    """Bytes by use; `step` with `condition`, or `decode`, comes on top of weights and cache.
+
+    condition: what every step reads of prompts or classes; it is freed before the decoder runs.
+    """
 
     weights: dict[str, int]
     cache: int
+    condition: int
     step: int
     decode: int
 
     @property
     def peak(self) -> int:
-        return sum(self.weights.values()) + self.cache + max(self.step, self.decode)
+        late = max(self.condition + self.step, self.decode)
+        return sum(self.weights.values()) + self.cache + late
 
     @property
     def peak_text_freed(self) -> int:
@@ -46,7 +53,8 @@ def estimate(model: Model, plan: Plan, batch: int) -> Estimate:
     """What drawing `batch` pictures with a plan holds at once; `model` may be abstract.
 
     step: the widest activations of the largest scale. decode: the tokenizer's maps at full size.
-    XLA's own workspace is not counted.
+    XLA's own workspace is not counted, nor are scores where no kernel serves attention. Prompts
+    are taken to be short.
     """
     config, picture = model.transformer.config, model.tokenizer.config
     item = np.dtype(config.precision.compute).itemsize
@@ -54,19 +62,29 @@ def estimate(model: Model, plan: Plan, batch: int) -> Estimate:
         batch * plan.row_factor, config.heads, config.head_dim, config.precision.compute
     )
     tokens = max(step.scale.tokens * step.row_factor for step in plan.steps)
-    # The residual stream and its norm in float32, and the feed-forward layer beside its input.
-    widest = 2 * 4 * config.width + (config.mlp_width + config.width) * item
+    hidden = config.mlp_width * getattr(config, "mlp_maps", 1)  # gated layers hold more than one
+    widest = _STREAM * config.width + (hidden + _WIDE * config.width) * item
     pixels = math.prod(plan.schedule.final) * model.stride**2
     weights = {
         part: parameter_bytes(checkpoint.abstract_parameters(module))
         for part, module in model.parts.items()
     }
+    maps = pictures_at_once(batch, pixels) * pixels * picture.full_width
     return Estimate(
         weights,
         cache_bytes(plan, shape),
+        condition_bytes(model, plan, batch),
         batch * tokens * widest,
-        _DECODER_MAPS * 4 * batch * pixels * picture.full_width,
+        _DECODER_MAPS * np.dtype(picture.dtype).itemsize * maps,
     )
+
+
+def condition_bytes(model: Model, plan: Plan, batch: int) -> int:
+    """Bytes of what all steps read of a batch of short prompts, or of classes."""
+    subject = model.family.subject(lambda: model, text_encoder=True)
+    one = subject.listed("a picture" if model.family.draws == "prompts" else 0)
+    shapes, _ = subject.shape(subject.repeated(one, batch), model.family.options(), plan)
+    return tree_bytes(shapes)
 
 
 def cache_bytes(plan: Plan, shape: CacheShape) -> int:
@@ -76,7 +94,7 @@ def cache_bytes(plan: Plan, shape: CacheShape) -> int:
     """
     kept, shared = jax.eval_shape(lambda: empty_buffers(plan, shape))
     left = {(plan.store(layer), plan.whole_rows(layer)): kept[layer] for layer in range(plan.depth)}
-    sizes = [_bytes(kept)]
+    sizes = [tree_bytes(kept)]
     for index in range(len(plan.steps)):
         after: dict[Any, Any] = {}
         total = 0
@@ -86,10 +104,10 @@ def cache_bytes(plan: Plan, shape: CacheShape) -> int:
                 pool = shared[pools(plan).index(plan.store(layer))]
                 work = functools.partial(_scale, place=plan.place(index, layer), store=name[0])
                 after[name] = jax.eval_shape(work, left[name], pool)
-            total += _bytes(after[name])
+            total += tree_bytes(after[name])
         sizes.append(total)
         left = after
-    return max(sizes) + _bytes(shared)
+    return max(sizes) + tree_bytes(shared)
 
 
 def _scale(kept: Any, shared: Any, *, place: Place, store: Store) -> Any:
@@ -104,7 +122,8 @@ def _scale(kept: Any, shared: Any, *, place: Place, store: Store) -> Any:
     return store.keep(held, q, place)[0]
 
 
-def _bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
+    """Bytes of arrays, or of their shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

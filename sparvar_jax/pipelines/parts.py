@@ -10,14 +10,16 @@ from typing import Any, Literal, get_args
 import jax
 from flax import nnx
 
-from sparvar_jax.models import layers
+from sparvar_jax.models import eight_bits
+from sparvar_jax.models.eight_bits import FORMS, Form
 from sparvar_jax.pipelines import released
 from sparvar_jax.weights import checkpoint
+from sparvar_jax.weights.storage import PartReader
 from sparvar_jax.weights.told import told
 
-Weights = Literal["dense", "stored", "int8"]
+Weights = Literal["dense", "stored", "int8", "fp8"]
 """How matrices lie in memory: in the model's dtype; in 8 bits where they are stored so; or, for a
-transformer's large products, in 8 bits with activations rounded to 8 bits as well."""
+transformer's large products, in a form of `eight_bits`, with activations rounded to 8 bits too."""
 Kind = tuple[type, Any]
 """A module class with its configuration, or configuration class."""
 DEMO = Path(__file__).parents[1] / "demo"
@@ -56,47 +58,98 @@ def part_config(
     return module, values if dtype is None else dataclasses.replace(values, dtype=dtype)
 
 
-def abstract_module(module: type, values: Any) -> Any:
-    """A module with shapes and dtypes instead of arrays."""
-    return nnx.eval_shape(lambda: module(values, rngs=nnx.Rngs(0)))
+def stored_form(config: Mapping[str, Any], part: str) -> Form | None:
+    """The form of `eight_bits` in which a part's large matrices are stored, None for dense ones."""
+    found = config[part].get("matrices")
+    if found is not None and found not in FORMS:
+        raise ValueError(
+            f"the matrices of {part} are in the form {told(found, 60)}, expected "
+            f"{' or '.join(FORMS)}: make the model again or update sparvar_jax"
+        )
+    return found
+
+
+def abstract_module(module: type, values: Any, form: Form | None = None) -> Any:
+    """A module with shapes and dtypes instead of arrays, its large matrices perhaps in 8 bits."""
+    made = nnx.eval_shape(lambda: module(values, rngs=nnx.Rngs(0)))
+    if form is not None:
+        eight_bits.narrow(made, eight_bits.kernels(made, form))
+    return made
+
+
+def check_weights(weights: str) -> None:
+    """ValueError for a form of weights that there is not."""
+    if weights not in get_args(Weights):
+        raise ValueError(
+            f"weights must be 'dense', 'stored' or 'int8', or else 'fp8', got {weights!r}"
+        )
 
 
 def load_module(
-    folder: Path, part: str, module: type, values: Any, weights: Weights = "dense"
+    folder: Path,
+    part: str,
+    module: type,
+    values: Any,
+    weights: Weights = "dense",
+    stored: Form | None = None,
 ) -> Any:
     """One part with its weights on the default device, in the dtypes its config asks for.
 
     weights: "stored" leaves kernels of linear maps in 8 bits where they are stored so; everything
-    else (embeddings, vectors, convolutions, the text encoder) is made dense. "int8" rounds the
-    matrices of a transformer's blocks, see `layers.narrow`.
+    else (embeddings, vectors, convolutions, the text encoder) is made dense. "int8" and "fp8" round
+    the matrices of a transformer's blocks, see `eight_bits`, without ever holding all of them in
+    full. stored: see `stored_form`; such matrices stay as they are.
     """
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights must be 'dense', 'stored' or 'int8', got {weights!r}")
-    abstract = abstract_module(module, values)
+    check_weights(weights)
     reader = checkpoint.part_reader(folder, part)
-    stored = dict(reader.shapes)
-    checkpoint.require_fit(abstract, stored)  # before anything of the sizes in the file is read
+    abstract = abstract_module(module, values, stored)
+    checkpoint.require_fit(abstract, reader.shapes)  # before anything of the file's sizes is read
+    if stored is not None:
+        _require_form(folder, abstract, reader.shapes, weights, stored)
+    elif weights in FORMS:
+        return _load_rounded(abstract, reader, weights)
     keep: frozenset[str] = frozenset()
     if weights == "stored":
         before = checkpoint.abstract_parameters(abstract)
-        layers.in_eight_bits(abstract, reader.scaled)
+        eight_bits.keep_stored(abstract, reader.scaled)
         after = checkpoint.abstract_parameters(abstract)
         keep = frozenset(path for path in before if after[path].dtype != before[path].dtype)
     shapes = checkpoint.abstract_parameters(abstract)
-    # Rounded from what is stored: in 8 bits again, values that are so come out as they were.
-    exact = reader.scaled if weights == "int8" else frozenset()
-    tree = checkpoint.load_part(
-        folder,
-        part,
-        dtype=lambda path: (
-            (stored[path] if path in exact else shapes.get(path, stored[path])).dtype
-        ),
-        keep=keep,
+    tree = checkpoint.load_part(folder, part, dtype=lambda path: shapes[path].dtype, keep=keep)
+    return checkpoint.fill(abstract, tree)
+
+
+def _load_rounded(abstract: Any, reader: PartReader, form: Form) -> Any:
+    """The part with its large matrices rounded as they come.
+
+    They are rounded from what is stored, whatever dtype is computed in, so that the result is the
+    same everywhere, and what was 8 bits before comes out as it was.
+    """
+    dtypes, shapes = eight_bits.kernels(abstract, form), checkpoint.abstract_parameters(abstract)
+    arrays = checkpoint.load_batches(
+        reader, dtype=lambda path: (reader.shapes if path in dtypes else shapes)[path].dtype
     )
-    filled = checkpoint.fill(abstract, tree)
-    if weights == "int8":
-        layers.narrow(filled)
-    return filled
+    flat = dict(eight_bits.rounded(arrays, dtypes))
+    eight_bits.narrow(abstract, dtypes)
+    return checkpoint.fill(abstract, flat)
+
+
+def _require_form(
+    folder: Path, abstract: Any, shapes: Mapping[str, Any], weights: Weights, stored: Form
+) -> None:
+    """ValueError where 8-bit matrices are not what the directory says, or not what is asked for."""
+    if weights in FORMS and weights != stored:
+        raise ValueError(
+            f"the matrices of {folder} are stored as {stored}, asked for was {weights}: leave that "
+            "out, or take the model that it was made from"
+        )
+    expected = checkpoint.abstract_parameters(abstract)
+    for path, dtype in eight_bits.kernels(abstract, stored).items():
+        if shapes[path].dtype != expected[path].dtype:
+            raise ValueError(
+                f"{folder} is damaged: {told(path, 80)} is {shapes[path].dtype}, expected {dtype}; "
+                "make the model again"
+            )
 
 
 def compute_dtype(dtype: str | None) -> str:

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from sparvar_jax.models import bsq_vae
 from sparvar_jax.models.family import How
+from sparvar_jax.models.sampling import Controls
 from sparvar_jax.models.vqvae import Tokenised
 from sparvar_jax.pipelines import asking, loading
+from sparvar_jax.pipelines.decoding import decode
 from sparvar_jax.pipelines.loading import Model
 from sparvar_jax.pipelines.numbers import image_keys
 from sparvar_jax.pipelines.parts import Weights
@@ -23,6 +24,7 @@ from sparvar_jax.pipelines.results import Pictures, Result, require_output_type,
 from sparvar_jax.pipelines.sharing import Shared
 from sparvar_jax.pipelines.subjects import Jobs
 from sparvar_jax.pipelines.text_encoder import TextEncoder, TextFeatures
+from sparvar_jax.plans.caches import Cache, check_cache, with_cache
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.schedule import Scale
 from sparvar_jax.runtime.bound import Bound, to_host
@@ -42,12 +44,14 @@ class Pipeline(Shared):
     in place, or put in by setting `model`, shows in the next picture.
     """
 
-    def __init__(self, model: Model, *, text_encoder: bool = True):
-        self._model = model
+    def __init__(self, model: Model, *, text_encoder: bool = True, cache: Cache = "full"):
+        """cache: how keys and values are kept; see `plans.caches`."""
+        check_cache(cache)
+        self._model, self.cache = model, cache
         look = Bound(lambda: self.model.tokenizer, lambda tokenizer, x: tokenizer.decode(x))
         self.generator = Generator(model.transformer, model.codebook, decode=look)
         self.subject = model.family.subject(lambda: self.model, text_encoder=text_encoder)
-        self._decode = Bound(lambda: self.model.tokenizer, _decode)
+        self._decode = Bound(lambda: self.model.tokenizer, decode)
 
     @classmethod
     def from_checkpoint(
@@ -57,17 +61,19 @@ class Pipeline(Shared):
         dtype: str | None = None,
         text_encoder: bool = True,
         weights: Weights = "dense",
+        cache: Cache = "full",
         progress: Progress | None = None,
     ) -> Pipeline:
         """Load a model directory of any family; None is the demo model.
 
         text_encoder: False loads none, for calls with features of a `TextEncoder` used before.
-        Other arguments as in `loading.load_model`.
+        cache: "lean" keeps the keys and values that a later scale reads, "int8" these in 8 bits,
+        "full" all of them. Other arguments as in `loading.load_model`.
         """
         model = loading.load_model(
             directory, dtype=dtype, text_encoder=text_encoder, weights=weights, progress=progress
         )
-        return cls(model, text_encoder=text_encoder)
+        return cls(model, text_encoder=text_encoder, cache=cache)
 
     @property
     def model(self) -> Model:
@@ -114,14 +120,15 @@ class Pipeline(Shared):
         request = self.request(subject, **options)
         self._compile(request, progress)
         code_sum: Any = None
-        steps = request.plan.steps
-        for done, (state, _) in enumerate(self.steps(request), 1):
+        scales, steps = request.plan.steps, self.steps(request)
+        del request  # the condition is freed before the decoder runs
+        for done, (state, _) in enumerate(steps, 1):
             code_sum = state.code_sum
             if callback:
-                callback(done - 1, steps[done - 1].scale, code_sum)
+                callback(done - 1, scales[done - 1].scale, code_sum)
             if progress:
                 jax.block_until_ready(code_sum)
-                progress("draw", done, len(steps))
+                progress("draw", done, len(scales))
         return result(self.decode(code_sum), output_type)
 
     def stream(
@@ -146,7 +153,7 @@ class Pipeline(Shared):
         Raises ValueError for anything that cannot be drawn.
         """
         subject, asked = self._asked(subject, options)
-        plan, controls = asked.resolve(self.model)
+        plan, controls = self._resolved(asked)
         keys = image_keys(asked.seed, self.subject.count(subject))
         condition = self.subject.condition(subject, asked, plan)
         return Request(plan, condition, controls, keys, asked.how(self.model))
@@ -160,7 +167,7 @@ class Pipeline(Shared):
         without weights as well.
         """
         subject, asked = self._asked(subject, options)
-        plan, _ = asked.resolve(self.model)
+        plan, _ = self._resolved(asked)
         batch = self.subject.count(subject)
         image_keys(asked.seed, batch)  # complains before the work
         condition, jobs = self.subject.shape(subject, asked, plan)
@@ -213,6 +220,11 @@ class Pipeline(Shared):
         """What is drawn, and the options by our own names."""
         return asking.asked(self.model, self.subject, subject, options, lambda: self.picture_side)
 
+    def _resolved(self, asked: Any) -> tuple[Plan, Controls]:
+        """The plan with this pipeline's cache, and the controls."""
+        plan, controls = asked.resolve(self.model)
+        return with_cache(plan, self.cache), controls
+
     def _compile(self, request: Request, progress: Progress | None) -> None:
         batch = request.keys.shape[0]
         self.generator.compile(
@@ -240,7 +252,3 @@ def compile_all(
 def code_sum_shape(transformer: Any, plan: Plan, batch: int) -> Any:
     """What the tokenizer decodes, as shape and dtype."""
     return jax.eval_shape(lambda: transformer.start_codes(batch, plan.schedule))
-
-
-def _decode(tokenizer: Any, code_sum: Array) -> UInt8[Array, "B height width 3"]:
-    return bsq_vae.to_uint8(tokenizer.decode(code_sum))

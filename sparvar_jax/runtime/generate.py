@@ -25,7 +25,7 @@ from sparvar_jax.runtime.parameters import Parameters
 from sparvar_jax.runtime.placement import PlacedWeights, Placement
 from sparvar_jax.runtime.pool import CachePool
 from sparvar_jax.runtime.progress import Progress
-from sparvar_jax.runtime.step import ScaleOutput, State, empty_state, pools
+from sparvar_jax.runtime.step import ScaleOutput, State, empty_state
 from sparvar_jax.runtime.steps import Steps
 
 __all__ = ["Generator", "Progress", "ScaleOutput", "State", "controls"]
@@ -221,5 +221,5 @@ class Generator:
 
     def _cache_name(self, plan: Plan, batch: int) -> Any:
         """What tells cache buffers apart that do not fit each other."""
-        rows = tuple(plan.whole_rows(layer).total for layer in range(plan.depth))
-        return batch * plan.row_factor, rows, pools(plan), self.model.config.precision
+        kept = tuple((plan.whole_rows(layer), plan.store(layer)) for layer in range(plan.depth))
+        return batch * plan.row_factor, kept, self.model.config.precision

@@ -7,7 +7,8 @@ the training example write through the same functions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,6 +40,7 @@ __all__ = [
     "config_from_json",
     "config_to_json",
     "fill",
+    "load_batches",
     "load_part",
     "new_part",
     "part_reader",
@@ -48,6 +50,7 @@ __all__ = [
     "write_part",
 ]
 
+LOAD_BYTES = 1 << 30
 Module = TypeVar("Module", bound=nnx.Module)
 Config = TypeVar("Config")
 
@@ -94,6 +97,29 @@ def load_part(
     """
     reader = part_reader(model, part)
     return storage.nest(reader.restore_to_devices(dtype=dtype, sharding=sharding, keep=keep))
+
+
+def load_batches(
+    reader: storage.PartReader, *, dtype: DtypeRule = None, batch_bytes: int | None = None
+) -> Iterator[tuple[str, jax.Array]]:
+    """Parameters of a part on the default device, one by one, with few bytes of others loaded.
+
+    dtype: as in `load_part`. batch_bytes: stored bytes that are read in one go,
+    by default `LOAD_BYTES`.
+    """
+    most = batch_bytes or LOAD_BYTES
+    batches: list[list[str]] = [[]]
+    size = 0
+    for path, shape in reader.shapes.items():
+        size += math.prod(shape.shape) * shape.dtype.itemsize
+        if size > most and batches[-1]:
+            batches.append([])
+            size = math.prod(shape.shape) * shape.dtype.itemsize
+        batches[-1].append(path)
+    for paths in batches:
+        loaded = reader.restore_to_devices(dtype=dtype, paths=paths)
+        while loaded:
+            yield loaded.popitem()
 
 
 def abstract_parameters(module: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:

@@ -93,6 +93,8 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
 The largest released models have depth 48, width 4608 and vocabularies of 32,128; the bounds leave
 room for models ten times as large, and keep what is built from a damaged file small.
 """
+ABOUT = ("kind", "matrices")
+"""What an entry of a part says besides its configuration."""
 LENGTHS: Mapping[str, int] = {
     "sides": 32,
     "multipliers": 16,
@@ -166,14 +168,14 @@ def place_of(values: Mapping[str, Any]) -> str:
 
 
 def build(cls: type[Config], values: Mapping[str, Any], place: str | None = None) -> Config:
-    """A dataclass from a JSON object; lists become tuples and `kind` is not a field.
+    """A dataclass from a JSON object; lists become tuples, and what `ABOUT` names is no field.
 
     Raises ValueError with the place and the field for an unknown or missing field, one of another
     type than its annotation, and a number or a length outside its bounds.
     """
     place = place or place_of(values)
     fields = {entry.name: entry for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    given = {key: value for key, value in values.items() if key != "kind"}
+    given = {key: value for key, value in values.items() if key not in ABOUT}
     unknown = sorted(told(key, 60) for key in set(given) - set(fields))
     if unknown:
         raise ValueError(f"{place}: {cls.__name__} has no fields {', '.join(unknown[:6])}")

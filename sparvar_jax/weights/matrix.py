@@ -64,6 +64,12 @@ def narrow(kernel: Float[Array, "I O"], dtype: DTypeLike) -> Narrow:
     return Narrow(rows.values[0], rows.scale[0, 0])
 
 
+def scaled(kernel: Float[Array, "I O"]) -> Scaled:
+    """A matrix rounded to int8, for activations that stay as they are."""
+    rows = narrow(kernel, jnp.int8)
+    return Scaled(rows.values.T, rows.scale)
+
+
 def takes_eight_bits(x: Float[Array, "... I"], weight: Weight) -> bool:
     """Whether activations are to meet this matrix as one 8-bit number each."""
     return isinstance(weight, Narrow) and x.ndim == 3 and x.shape[1] >= FEWEST_TOKENS

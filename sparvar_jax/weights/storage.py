@@ -175,13 +175,15 @@ class PartReader:
         dtype: DtypeRule = None,
         sharding: ShardingRule = None,
         keep: Collection[str] = (),
+        paths: Iterable[str] | None = None,
     ) -> dict[str, Array]:
-        """All parameters as device arrays by dotted path, cast and sharded as asked.
+        """Parameters, all by default, as device arrays by dotted path, cast and sharded as asked.
 
         keep: paths of `scaled` that stay int8; their scales are beside them as `PATH_scale`.
         """
+        paths = list(self.shapes if paths is None else paths)
         if self._orbax is None:
-            arrays = self._read_safetensors([path for path in self.shapes if path not in keep])
+            arrays = self._read_safetensors([path for path in paths if path not in keep])
             placed = {
                 path: jax.device_put(
                     array.astype(self._dtype(path, dtype)), self._sharding(path, sharding)
@@ -199,7 +201,7 @@ class PartReader:
                 dtype=self._dtype(path, dtype),
                 sharding=self._sharding(path, sharding),
             )
-            for path in self.shapes
+            for path in paths
         }
         return self._restore_orbax(args)
 

@@ -146,7 +146,7 @@ def test_a_path_leaves_better_kernels_out(on):
     halves = [jax.ShapeDtypeStruct((2, 2, 128, 128), jnp.bfloat16)] * 3
     served = {
         "portable": {op: "portable" for op in ATTENTION},
-        "cudnn": {op: "xla" for op in ATTENTION} | {"attention": "cudnn"},
+        "cudnn": {op: "cudnn" for op in ATTENTION},
         "xla": {op: "xla" for op in ATTENTION},
     }
     before = {op: pk.implementation_used(op, *halves) for op in ATTENTION}
@@ -196,10 +196,9 @@ def test_cudnn_says_what_it_cannot_do(on):
     assert pk.implementation_used("attention", q, k, v) == "cudnn"
     assert pk.implementation_used("attention", q, k, v, gaps=((1, 2),)) == "xla"
     assert pk.implementation_used("attention", q, k, v, return_lse=True) == "xla"
-    with pytest.raises(NotImplementedError, match="gaps"):
-        pk.attention(q, k, v, 72, gaps=((1, 2),), implementation="cudnn")
+    blocks = pk.dense_blocks(40, 72)
     with pytest.raises(NotImplementedError, match="log-sum-exp"):
-        pk.attention_column_sums(q, k, v, 72, implementation="cudnn")
+        pk.block_sparse_attention(q, k, v, blocks, return_lse=True, implementation="cudnn")
     with pytest.raises(NotImplementedError, match="16-bit"):
         pk.attention(*operands(), 72, implementation="cudnn")
     on(CPU)
