@@ -19,6 +19,7 @@ from examples.gallery import PROMPTS, contact_sheet
 from sparvar_jax.pipelines.pipeline import Pipeline
 
 SKIPPED = 2
+PLAN = "dense"  # figures of the model, not of a plan
 SHEET_COLUMNS = 8
 LISTS = ("single", "scenes", "retrieval")
 
@@ -38,7 +39,7 @@ def draw(
         part = prompts[start : start + batch]
         # Padded to the one batch size that is compiled.
         padded = part + part[-1:] * (batch - len(part))
-        stages = list(pipeline.stream(padded, seed=start, **options))
+        stages = list(pipeline.stream(padded, seed=start, plan=PLAN, **options))
         full += list(stages[-1][: len(part)])
         skipped += list(stages[-1 - SKIPPED][: len(part)])
     return np.stack(full), np.stack(skipped)

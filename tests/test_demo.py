@@ -91,6 +91,6 @@ def test_it_draws_the_stored_bits_nearly_everywhere(pipe, stored):
 
 
 def test_the_picture_is_no_plain_area(pipe):
-    picture = pipe(demo_case.PROMPT, size=demo_case.SIZE)[0]
+    picture = pipe(demo_case.PROMPT, size=demo_case.SIZE, plan=demo_case.PLAN)[0]
     assert picture.shape == (64, 64, 3)
     assert picture.std() > 10

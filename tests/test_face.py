@@ -9,6 +9,7 @@ import pytest
 import sparvar_jax
 from sparvar_jax import cli
 from sparvar_jax.policies import registry
+from tests.tiny_model import write_tiny_model
 
 POLICY = '''
 """An attention policy of a user: every key but the sinks is seen through a window of one scale."""
@@ -89,8 +90,9 @@ def test_a_policy_of_one_file_is_used_by_name_from_the_command_line(file, tmp_pa
     call = ["--policies-from", str(file)]
     assert cli.main([*call, "plans", "own-scale(last=2)", "--size", "0.06M", "--depth", "2"]) == 0
     assert capsys.readouterr().out.count("own scale") == 2
-    out = tmp_path / "picture.png"
+    out, model = tmp_path / "picture.png", str(write_tiny_model(tmp_path / "model"))
     drawing = ["generate", "a red apple", "--size", "0.06M", "--plan", "own-scale+drop_uncond(1)"]
+    drawing += ["--model", model]
     assert cli.main([*call, *drawing, "--out", str(out)]) == 0
     assert out.stat().st_size > 100
 

@@ -215,11 +215,11 @@ def test_forced_tokens_of_any_dtype(generator, text):
     np.testing.assert_array_equal(*codes)
 
 
-def test_more_scales_than_the_model_has_levels_are_refused(generator, text):
-    long = ScaleSchedule.of(tuple((side, side) for side in range(1, 18)))
-    condition, plan = embed(generator, text, "learned"), dense_plan(long, 2)
-    with pytest.raises(ValueError, match=r"scale 15.* 15 levels"):
-        generator.compile(plan, condition, 2)
+def test_more_scales_than_the_model_has_levels_are_refused(text):
+    few = generate.Generator(Infinity(dataclasses.replace(CONFIG, levels=2), rngs=nnx.Rngs(0)))
+    condition, plan = embed(few, text, "learned"), dense_plan(SCHEDULE, 2)
+    with pytest.raises(ValueError, match=r"scale 2.* 2 levels"):
+        few.compile(plan, condition, 2)
 
 
 def test_controls_take_numbers_of_any_library():

@@ -17,7 +17,7 @@ from sparvar_jax.weights import checkpoint
 
 KINDS = {"transformer": "infinity", "tokenizer": "bsq_vae", "text": "t5"}
 DEFAULTS = {
-    "plan": "dense",
+    "plan": "almost-lossless",
     "guidance": 3.0,
     "temperature": 0.5,
     "top_p": 0.97,

@@ -12,6 +12,7 @@ from sparvar_jax.cli.bench import bench
 from sparvar_jax.cli.chart import chart
 from sparvar_jax.cli.compare import compare
 from sparvar_jax.cli.convert import convert
+from sparvar_jax.cli.demo import demo
 from sparvar_jax.cli.edit import edit
 from sparvar_jax.cli.fetch import fetch
 from sparvar_jax.cli.generate import generate
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    generate, edit, sample, fetch, convert, quantise, compare, bench, info, inspect, plans,
+    generate, demo, edit, sample, fetch, convert, quantise, compare, bench, info, inspect, plans,
     head_order, chart, warmup, serve, web,
 ):  # fmt: skip
     app.command()(command)

@@ -152,11 +152,13 @@ class Stopwatch:
         self._laps: list[tuple[str, float]] = []
         self._start, self._before = time.perf_counter(), count_programs()
 
-    def lap(self, stage: str) -> None:
-        """A stage ends now."""
+    def lap(self, stage: str) -> float:
+        """A stage ends now; the seconds it took."""
         now = time.perf_counter()
-        self._laps.append((stage, now - self._start))
+        seconds = now - self._start
+        self._laps.append((stage, seconds))
         self._start = now
+        return seconds
 
     @property
     def programs(self) -> tuple[int, int]:

@@ -23,6 +23,7 @@ class Order:
     kind: dict[str, Any]
     """How it is loaded: dtype, weights, cache, devices."""
     text_first: bool
+    compare: bool
     drawing: dict[str, Any]
     """Options of the pipeline's call."""
 
@@ -110,6 +111,10 @@ def generate(
         bool,
         typer.Option("--free-text-encoder", help="Run the text encoder first and free it."),
     ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Draw the dense picture as well, and say how long it took."),
+    ] = False,
     dtype: options.Precision = None,
     weights: options.Weights = None,
     cache: options.CacheKind = options.Cache.full,
@@ -146,22 +151,23 @@ def generate(
     }
     hosts = (coordinator, processes, process)
     if prompts is not None:
-        if prompt is not None or label is not None or text_first or verbose:
+        if prompt is not None or label is not None or text_first or compare or verbose:
             raise ValueError(
                 "--prompts brings its own prompts: leave out what names others, "
-                "--free-text-encoder and --verbose"
+                "--free-text-encoder, --compare and --verbose"
             )
         Job(prompts, out, model, num, kind, drawing, hosts).run()
         return
     if hosts != (None, None, None):
         raise ValueError("several processes draw a file of prompts: give --prompts FILE")
-    _run(Order(prompt, label, model, num, kind, text_first, drawing), out, verbose)
+    _run(Order(prompt, label, model, num, kind, text_first, compare, drawing), out, verbose)
 
 
 def _run(order: Order, out: Path, verbose: bool) -> None:
     from pallas_kernels import backends
     from sparvar_jax.pipelines import metadata
     from sparvar_jax.pipelines.numbers import first_seed
+    from sparvar_jax.study import beside
     from sparvar_jax.weights.large_file import whole_files
 
     console.use_compilation_cache()
@@ -172,10 +178,12 @@ def _run(order: Order, out: Path, verbose: bool) -> None:
         with console.progress() as report:
             pipe, subject, drawing = order.load(report)
             watch.lap("loaded")
+            if order.compare:
+                beside.sparse_plan(pipe, drawing)  # complains before the work
             pipe.warm_up(subject, progress=report, **drawing)
             watch.lap("compiled")
             pictures = pipe(subject, progress=report, **drawing)
-            watch.lap("drawn")
+            seconds = watch.lap("drawn")
         told = order.describe(pipe)
         for index, (path, picture) in enumerate(zip(opened, pictures, strict=True)):
             metadata.write_png(path, picture, {**told, "seed": str(seed + index)})
@@ -185,6 +193,21 @@ def _run(order: Order, out: Path, verbose: bool) -> None:
     height, width = pictures.shape[1:3]
     for path in targets:
         console.say(f"{path}: {width}x{height}")
+    console.say(_told_of_plan(pipe, drawing, order.compare))
+    if order.compare:  # the picture asked for is there already, whatever becomes of the other
+        found = beside.beside_dense(pipe, subject, drawn=(pictures, seconds), **drawing)
+        console.say(found.line())
+
+
+def _told_of_plan(pipe: Any, drawing: dict[str, Any], compare: bool) -> str:
+    """Which plan drew, and how much of the dense plan's work it is: counted, not timed."""
+    from sparvar_jax.study.bench import DENSE
+
+    plan, _ = pipe.model.family.asked(pipe.model.name, drawing).resolve(pipe.model)
+    if plan.name == DENSE:
+        return "plan dense"
+    more = "" if compare else "; --compare draws by dense too and says how long that takes"
+    return f"plan {plan.name}: {100 * plan.work():.0f} % of the tokens x rows of dense{more}"
 
 
 def _targets(out: Path, seed: int, num: int) -> list[Path]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sparvar_jax.plans.describe import describe
@@ -41,7 +42,7 @@ class Plan:
     route: Route | None = None
 
     def __post_init__(self):
-        validate(self.schedule, self.steps, self.place)
+        validate(self.schedule, self.steps, self.place, lambda: self._runs)
         if self.route is not None:
             self.route.check(self)
 
@@ -64,6 +65,12 @@ class Plan:
 
     def place(self, step: int, layer: int = 0) -> Place:
         """Where a layer stands at a step."""
+        known = (step, self._run_of[layer])
+        if known not in self._places:
+            self._places[known] = self._place(step, layer)
+        return self._places[known]
+
+    def _place(self, step: int, layer: int) -> Place:
         index = self.steps[step].scale.index
         rows = self._stores[layer].rows(self._rows[layer], index)
         if all(span.visible == "all" for span in rows.spans[: index + 1]):
@@ -88,22 +95,48 @@ class Plan:
         return live
 
     @functools.cached_property
+    def _runs(self) -> tuple[int, ...]:
+        """The first layers of runs that share their segments in every step: nothing tells apart
+        where layers of a run stand, so that it is worked out once for all of them."""
+        return tuple(sorted({s.layers[0] for step in self.steps for s in step.segments}))
+
+    @functools.cached_property
+    def _run_of(self) -> tuple[int, ...]:
+        """The number of the run of every layer."""
+        stops = (*self._runs[1:], self.depth)
+        runs = enumerate(zip(self._runs, stops, strict=True))
+        return tuple(run for run, bounds in runs for _ in range(*bounds))
+
+    def _of_layers(self, of_run: Callable[[int], Any]) -> tuple[Any, ...]:
+        """One value a layer, from what the first layer of its run gives."""
+        values = [of_run(layer) for layer in self._runs]
+        return tuple(values[run] for run in self._run_of)
+
+    @functools.cached_property
+    def _places(self) -> dict[tuple[int, int], Place]:
+        """(step, run of layers) -> where its layers stand, filled in as it is asked for."""
+        return {}
+
+    @functools.cached_property
     def _rows(self) -> tuple[RowMap, ...]:
         """What every layer writes."""
         base, rest = self.schedule.layout(self.layout), len(self.schedule) - len(self.steps)
-        kept = (
-            tuple(self._kept(step, layer) for step in range(len(self.steps)))
-            for layer in range(self.depth)
-        )
-        return tuple(base.holding((*numbers, *[None] * rest)) for numbers in kept)
+
+        def rows(layer: int) -> RowMap:
+            kept = (self._kept(step, layer) for step in range(len(self.steps)))
+            return base.holding((*kept, *[None] * rest))
+
+        return self._of_layers(rows)
 
     @functools.cached_property
     def _stores(self) -> tuple[Store, ...]:
         """The bound store of every layer."""
-        return tuple(
-            self.steps[0].segment(layer).store.bind(functools.partial(self.read_later, layer=layer))
-            for layer in range(self.depth)
-        )
+
+        def store(layer: int) -> Store:
+            read_later = functools.partial(self.read_later, layer=layer)
+            return self.steps[0].segment(layer).store.bind(read_later)
+
+        return self._of_layers(store)
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -137,9 +170,9 @@ class Plan:
         step = self.steps[index]
         total = 0.0
         for segment in step.segments:
-            places = [self.place(index, layer) for layer in range(*segment.layers)]
-            pairs = {place: segment.attention.pairs(place) for place in set(places)}
-            total += sum(pairs[place] for place in places) * step.cached_rows(segment)
+            for first, layers in self._runs_in(segment):
+                pairs = segment.attention.pairs(self.place(index, first))
+                total += layers * pairs * step.cached_rows(segment)
         return total
 
     def work(self) -> float:
@@ -153,10 +186,15 @@ class Plan:
     def _multiplied(self, index: int) -> float:
         step = self.steps[index]
         return sum(
-            self.place(index, layer).queries * step.multiplied_rows(segment)
+            layers * self.place(index, first).queries * step.multiplied_rows(segment)
             for segment in step.segments
-            for layer in range(*segment.layers)
+            for first, layers in self._runs_in(segment)
         )
+
+    def _runs_in(self, segment: Segment) -> Iterator[tuple[int, int]]:
+        """(first layer, how many) of the runs within a segment of this plan."""
+        bounds = itertools.pairwise([*self._runs, self.depth])
+        return ((first, stop - first) for first, stop in bounds if first in segment)
 
     def describe(self) -> str:
         """A table of scale, rows, layers, strategy, tokens, keys a query and density."""
@@ -212,15 +250,18 @@ def map_segments(
     steps = []
     for step in plan.steps:
         segments: list[Segment] = []
+        starts: list[int] = []
         for layer in range(plan.depth):
             new = change(step, layer, step.segment(layer))
-            new = dataclasses.replace(new, layers=(layer, layer + 1))
-            if segments and segments[-1].alike(new):
-                first = segments[-1].layers[0]
-                segments[-1] = dataclasses.replace(new, layers=(first, layer + 1))
-            else:
+            if not segments or not segments[-1].alike(new):
                 segments.append(new)
-        pieces = split_at_merge(tuple(segments), step.merge_at, plan.depth)
+                starts.append(layer)
+        bounds = itertools.pairwise([*starts, plan.depth])
+        runs = tuple(
+            dataclasses.replace(segment, layers=layers)
+            for segment, layers in zip(segments, bounds, strict=True)
+        )
+        pieces = split_at_merge(runs, step.merge_at, plan.depth)
         steps.append(dataclasses.replace(step, segments=pieces))
     return dataclasses.replace(plan, steps=tuple(steps), layout=layout or plan.layout)
 
@@ -231,7 +272,8 @@ def map_attention(
     """A plan whose layer attention is `choose(step, layer)`, or stays where that is None."""
 
     def change(step: Step, layer: int, old: Segment) -> Segment:
-        return dataclasses.replace(old, attention=choose(step, layer) or old.attention)
+        chosen = choose(step, layer)
+        return old if chosen is None else dataclasses.replace(old, attention=chosen)
 
     return map_segments(plan, change, layout=layout)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Literal
 
@@ -36,7 +37,11 @@ class Segment:
 
     def alike(self, other: Segment) -> bool:
         """Whether two segments differ in their layers alone."""
-        return dataclasses.replace(self, layers=other.layers) == other
+        return self is other or self._what == other._what
+
+    @property
+    def _what(self) -> tuple[Attention, TokenRule | BranchRule, Store, SegmentRows]:
+        return self.attention, self.tokens, self.store, self.rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +81,13 @@ class Step:
         return 2 - 4 / 14 if segment.rows == "shared" else 2
 
     def segment(self, layer: int) -> Segment:
-        """The segment that holds a layer."""
-        return next(segment for segment in self.segments if layer in segment)
+        """The segment that holds a layer, where segments tile all layers."""
+        return self._by_layer[layer]
+
+    @functools.cached_property
+    def _by_layer(self) -> tuple[Segment, ...]:
+        # Plans are made of questions about single layers: they are asked by the ten thousand.
+        return tuple(segment for segment in self.segments for _ in range(*segment.layers))
 
 
 def split_at_merge(

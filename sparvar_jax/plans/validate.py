@@ -11,11 +11,15 @@ from sparvar_jax.plans.strategy import BranchRule, Place
 
 
 def validate(
-    schedule: ScaleSchedule, steps: tuple[Step, ...], place: Callable[[int, int], Place]
+    schedule: ScaleSchedule,
+    steps: tuple[Step, ...],
+    place: Callable[[int, int], Place],
+    runs: Callable[[], tuple[int, ...]],
 ) -> None:
     """Raise ValueError, naming scale and layers, unless such a plan can run.
 
-    place: of a step and a layer.
+    place: of a step and a layer. runs: the first layers of runs that share their segments in every
+    step, asked for once segments tile all layers; what holds for one holds for its run.
     """
     if not steps:
         raise ValueError("a plan must run at least one scale, got none")
@@ -33,11 +37,15 @@ def validate(
     depth = steps[0].depth
     for step in steps:
         _validate_segments(step, depth)
+    firsts = runs()
     for index in range(len(steps)):
-        _validate_rows(steps, index, place)
+        _validate_rows(steps, index, place, firsts)
     for layer in range(depth):
-        _validate_state(steps, layer)
-        _validate_shared_rows(steps, layer)
+        # A rule of a segment keeps its state in the first layer: the second stands for the rest.
+        if layer in firsts or layer - 1 in firsts:
+            _validate_state(steps, layer)
+        if layer in firsts:
+            _validate_shared_rows(steps, layer)
 
 
 def _validate_segments(step: Step, depth: int) -> None:
@@ -63,14 +71,17 @@ def _validate_segments(step: Step, depth: int) -> None:
 
 
 def _validate_rows(
-    steps: tuple[Step, ...], index: int, place_of: Callable[[int, int], Place]
+    steps: tuple[Step, ...],
+    index: int,
+    place_of: Callable[[int, int], Place],
+    firsts: tuple[int, ...],
 ) -> None:
     """Token rules run a possible number of tokens; attentions can read what stores show."""
     step = steps[index]
     for segment in step.segments:
         start, stop = segment.layers
         where = f"scale {step.scale.index}, layers {start}..{stop}"
-        for layer in range(start, stop):
+        for layer in (first for first in firsts if start <= first < stop):
             if segment.store != steps[0].segment(layer).store:
                 raise ValueError(
                     f"{where}: the store is {segment.store.name}, at scale 0 it was "

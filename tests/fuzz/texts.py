@@ -54,6 +54,7 @@ _OPTIONS = {
     "plans": "--depth --aspect --size",
     "generate": "--out --plan --seed --num --guidance --temperature --negative --aspect --size "
     "--class --dtype",
+    "demo": "--out --plan --seed --aspect --size --dtype",
     "edit": "--out --box --mask --class --keep-scales --seed --guidance",
     "sample": "--out --classes --per-class --batch --seed --top-k --top-p",
     "info": "--plan --num --aspect --size --dtype",
@@ -72,7 +73,7 @@ def lines() -> st.SearchStrategy[list[str]]:
         pair = st.tuples(st.sampled_from(_OPTIONS[command].split()), st.sampled_from(_WORDS))
         rest = st.lists(pair, max_size=4).map(lambda pairs: [word for p in pairs for word in p])
         first = st.lists(st.sampled_from(_WORDS), max_size=1)
-        draws = command in ("generate", "edit", "sample", "info", "inspect", "warmup")
+        draws = command in ("generate", "demo", "edit", "sample", "info", "inspect", "warmup")
         model = ["--model", "HERE/none"] if draws else []
         return st.tuples(first, rest).map(lambda both: [command, *both[0], *both[1], *model])
 

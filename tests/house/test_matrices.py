@@ -114,7 +114,7 @@ def test_the_demo_model_with_eight_bit_products():
     assert narrow.model.transformer.blocks[0].ffn.fc2.kernel[...].dtype == jnp.float8_e4m3fn
     found = []
     for pipe in (plain, narrow):
-        request = pipe.request(["a red apple"], size="0.06M", seed=3)
+        request = pipe.request(["a red apple"], size="0.06M", plan="dense", seed=3)
         arguments = request.plan, request.condition, request.controls, request.keys
         forced = tuple(output.tokens for output in found[0]) if found else None
         found.append(pipe.generator.run(*arguments, capture=True, forced=forced)[1])
