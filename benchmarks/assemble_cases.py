@@ -25,6 +25,10 @@ def cases() -> dict[str, Case]:
         found |= {f"{name}/{head_dim}": made for name, made in _fused(heads, head_dim).items()}
     found["norm/2048"] = _norm(2048)
     found["norm/3584"] = _norm(3584)
+    for tokens in (1, 16, 144):
+        given = _struct(ROWS, tokens, 3584), _struct(10752, 3584, dtype=jnp.int8)
+        scale = _struct(10752, dtype=jnp.float32)
+        found[f"weights/{tokens}"] = (_asked(pk.weight_matmul), (*given, scale))
     sums = jax.ShapeDtypeStruct((ROWS, 28, 9, 4121), jnp.float32)
     found["select/4121"] = (_asked(pk.select_columns, 784), (sums,))
     return found

@@ -23,7 +23,7 @@ from pallas_kernels.fused import (
 )
 from pallas_kernels.hopper import backend as _hopper
 from pallas_kernels.portable import backend as _portable
-from pallas_kernels.quantised import Eight, quantise, quantised_matmul
+from pallas_kernels.quantised import Eight, quantise, quantised_matmul, weight_matmul
 from pallas_kernels.sparsity import (
     BlockTable,
     Geometry,
@@ -69,5 +69,6 @@ __all__ = [
     "text_memory",
     "text_offsets",
     "token_rule",
+    "weight_matmul",
     "window_attention",
 ]

@@ -158,6 +158,17 @@ class QuantisedMatmul(Call):
     dtype: jnp.dtype
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightMatmul(Call):
+    """Activations in their own dtype, which is that of the result, times 8-bit weights."""
+
+    op = "weight_matmul"
+    x: Float[Array, "R T C"]
+    weight: Shaped[Array, "O C"]
+    weight_scale: Float[Array, " O"]
+    dtype: jnp.dtype
+
+
 OPS = tuple(
     kind.op
     for kind in (
@@ -172,6 +183,7 @@ OPS = tuple(
         TextMemory,
         CrossAttention,
         QuantisedMatmul,
+        WeightMatmul,
     )
 )
 """Names of all operations."""

@@ -20,7 +20,7 @@ from pallas_kernels import backends, calls, support
 from pallas_kernels.backends import Implementation
 from pallas_kernels.xla import quantised as reference
 
-__all__ = ["BLOCK", "Eight", "quantise", "quantised_matmul"]
+__all__ = ["BLOCK", "Eight", "quantise", "quantised_matmul", "weight_matmul"]
 
 BLOCK = reference.BLOCK
 """Columns that share a scale in the 8-bit results of `quantised_matmul`."""
@@ -85,6 +85,26 @@ def quantised_matmul(
     )  # fmt: skip
     out = backends.serve(call, implementation)
     return Eight(*out) if dtype in LARGEST else out
+
+
+def weight_matmul(
+    x: Float[Array, "R T C"],
+    weight: Shaped[Array, "O C"],
+    weight_scale: Float[Array, "O"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "R T O"]:
+    """`x @ weight.T` from 8-bit weights, in the dtype of `x`, which stays as it is.
+
+    For few rows, whose products take as long as their weights take to be read. Sums are of float32,
+    times the scales once. Raises ValueError for weights of other dtypes.
+    """
+    _require_dtype(weight.dtype)
+    call = calls.WeightMatmul(
+        device=support.device_of(x, weight), x=x, weight=weight,
+        weight_scale=weight_scale, dtype=x.dtype,
+    )  # fmt: skip
+    return backends.serve(call, implementation)
 
 
 def _require_dtype(dtype: DTypeLike) -> None:

@@ -88,6 +88,12 @@ def _cross_attention(call: calls.CrossAttention) -> Any:
     return fused.cross_attention(call)
 
 
+def _weight_matmul(call: calls.WeightMatmul) -> Any:
+    from pallas_kernels.portable import products
+
+    return products.weight_matmul(call)
+
+
 SERVED = {
     "attention": _backend(reasons.cache_reason, _attention),
     "block_sparse_attention": _backend(reasons.blocks_reason, _block_sparse_attention),
@@ -98,5 +104,6 @@ SERVED = {
     "residual_norm": _backend(reasons.norm_reason, _residual_norm, reasons.norm_unasked),
     "rotary_to_cache": _backend(reasons.rotary_reason, _rotary_to_cache),
     "cross_attention": _backend(reasons.cross_reason, _cross_attention),
+    "weight_matmul": _backend(reasons.weight_reason, _weight_matmul, reasons.weight_unasked),
 }
 """The backend of every operation that it has."""

@@ -130,3 +130,25 @@ def cross_reason(call: calls.CrossAttention) -> str:
             f"{keys} keys of {head_dim}"
         )
     return ""
+
+
+def weight_reason(call: calls.WeightMatmul) -> str:
+    """Device and dtypes; e4m3 came to tensor cores, and to Triton, with capability 8.9."""
+    if reason := device_reason(call.device):
+        return reason
+    if call.x.dtype not in HALVES:
+        return f"products with 8-bit weights take 16-bit activations; got {call.x.dtype}"
+    if call.weight.dtype != jnp.int8 and (call.device.capability or (0, 0)) < (8, 9):
+        return f"weights of {call.weight.dtype} need compute capability 8.9"
+    return ""
+
+
+def weight_unasked(call: calls.WeightMatmul) -> str:
+    """Many rows."""
+    rows = call.x.shape[0] * call.x.shape[1]
+    if rows > _MOST_ROWS:
+        return f"products of more than {_MOST_ROWS} rows are left to the compiler; got {rows}"
+    return ""
+
+
+_MOST_ROWS = 2048

@@ -78,6 +78,10 @@ def _quantised_matmul(call: calls.QuantisedMatmul) -> Any:
     )  # fmt: skip
 
 
+def _weight_matmul(call: calls.WeightMatmul) -> Any:
+    return quantised.weight_matmul(call.x, call.weight, call.weight_scale, dtype=call.dtype)
+
+
 SERVED = {
     "attention": Backend(NAME, nothing, _attention),
     "block_sparse_attention": Backend(NAME, nothing, _block_sparse_attention),
@@ -90,5 +94,6 @@ SERVED = {
     "text_memory": Backend(NAME, nothing, _text_memory),
     "cross_attention": Backend(NAME, nothing, _cross_attention),
     "quantised_matmul": Backend(NAME, nothing, _quantised_matmul),
+    "weight_matmul": Backend(NAME, nothing, _weight_matmul),
 }
 """The backend of every operation."""

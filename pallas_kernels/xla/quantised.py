@@ -67,3 +67,21 @@ def quantised_matmul(
     if gelu:
         y = jax.nn.gelu(y, approximate=True)
     return quantise(y, dtype, BLOCK) if dtype in LARGEST else y.astype(dtype)
+
+
+def weight_matmul(
+    x: Float[Array, "R T C"],
+    weight: Shaped[Array, "O C"],
+    weight_scale: Float[Array, "O"],
+    *,
+    dtype: jnp.dtype,
+) -> Float[Array, "R T O"]:
+    """8-bit values are exact in every dtype that is computed in; products of float32 are, too."""
+    sums = lax.dot_general(
+        x,
+        weight.astype(x.dtype),
+        (((2,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return (sums * weight_scale[None, None]).astype(dtype)

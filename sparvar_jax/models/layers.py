@@ -131,7 +131,8 @@ def product(linear: Linear, x: Float[Array, "... I"] | Eight) -> Float[Array, ".
         y: Any = matrix.eight_bit_product(x, weight, dtype=dtype, implementation=implementation)
         return y
     if isinstance(weight, Narrow) and x.ndim == 3:
-        return matrix.product_of_two(x, weight, dtype=dtype, implementation=implementation)
+        few = "xla" if implementation == "xla" else None  # not every kernel set has it
+        return matrix.product_of_few(x, weight, dtype=dtype, implementation=few)
     return matrix.product(x, weight, dtype=dtype, precision=linear.precision)
 
 

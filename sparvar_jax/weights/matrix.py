@@ -1,9 +1,9 @@
 """Matrices of weights as values: dense, or 8-bit values with scales. Products ask for neither.
 
 `Scaled` matrices save memory: activations stay as they are. `Narrow` ones save time as well, for
-activations are rounded to 8 bits too: to one number from `FEWEST_TOKENS` on, where products are
-bound by arithmetic; to the sum of two below, where products are bound by the weights they read, and
-where the few tokens of the first scales decide what all others draw.
+activations are rounded to 8 bits too, from `FEWEST_TOKENS` on, where products are bound by
+arithmetic. Below they stay as they are: products are bound by the weights they read, and the few
+tokens of the first scales decide what all others draw.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import typing
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,30 +93,16 @@ def eight_bit_product(
     )  # fmt: skip
 
 
-def product_of_two(
+def product_of_few(
     x: Float[Array, "R T I"],
     weight: Narrow,
     *,
     dtype: DTypeLike,
     implementation: Implementation | None = None,
 ) -> Float[Array, "R T O"]:
-    """`x` as the sum of two 8-bit numbers times a matrix: with int8 good to 2^-15 of a row's
-    largest value, with e4m3 to 2^-8 of every value."""
-    tokens, both = x.shape[1], _two_of(x, weight.values.dtype)
-    y: Any = eight_bit_product(both, weight, dtype=dtype, implementation=implementation)
-    return y[:, :tokens] + y[:, tokens:]
-
-
-@functools.partial(jax.jit, static_argnums=1)  # traced and lowered once for all layers
-def _two_of(x: Float[Array, "R T I"], kind: jnp.dtype) -> Eight:
-    """Tokens as 8-bit numbers, and behind them what these leave of them, as such numbers again."""
-    # Behind a barrier, or XLA takes a conversion to e4m3 and back for nothing.
-    first = jax.lax.optimization_barrier(pallas_kernels.quantise(x, kind))
-    wide = first.values.astype(jnp.float32) * first.scale[0][..., None]
-    second = pallas_kernels.quantise(x.astype(jnp.float32) - wide, kind)
-    return Eight(
-        jnp.concatenate([first.values, second.values], axis=1),
-        jnp.concatenate([first.scale, second.scale], axis=2),
+    """`x` as it is times a narrow matrix: `pallas_kernels.weight_matmul`."""
+    return pallas_kernels.weight_matmul(
+        x.astype(dtype), weight.values, weight.scale, implementation=implementation
     )
 
 

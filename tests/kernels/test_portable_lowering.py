@@ -87,3 +87,14 @@ def test_columns_sums_and_selection(lower, granularity):
         )  # fmt: skip
 
     lower(call, *operands(400, 512))
+
+
+@pytest.mark.parametrize("weights", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "e4m3"])
+@pytest.mark.parametrize("tokens", [1, 36, 144])
+def test_products_with_8_bit_weights(lower, tokens, weights, request):
+    if weights == jnp.float8_e4m3fn and request.node.callspec.params["lower"] in ("8.0", "8.6"):
+        pytest.skip("e4m3 came with compute capability 8.9")
+    x = jax.ShapeDtypeStruct((2, tokens, 3584), jnp.bfloat16)
+    weight = jax.ShapeDtypeStruct((1000, 3584), weights)
+    scale = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    lower(lambda *given: pk.weight_matmul(*given, implementation="portable"), x, weight, scale)
