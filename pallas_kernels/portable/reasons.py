@@ -138,7 +138,8 @@ def weight_reason(call: calls.WeightMatmul) -> str:
         return reason
     if call.x.dtype not in HALVES:
         return f"products with 8-bit weights take 16-bit activations; got {call.x.dtype}"
-    if call.weight.dtype != jnp.int8 and (call.device.capability or (0, 0)) < (8, 9):
+    capability = call.device.capability
+    if call.weight.dtype != jnp.int8 and capability is not None and capability < (8, 9):
         return f"weights of {call.weight.dtype} need compute capability 8.9"
     return ""
 
