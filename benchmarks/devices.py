@@ -39,7 +39,7 @@ from sparvar_jax.cli import console
 from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime.devices import Devices
 from sparvar_jax.runtime.placement import Placement
-from sparvar_jax.runtime.step import State
+from sparvar_jax.runtime.state import State
 
 KEY = ("model", "plan", "devices", "mesh", "pictures", "size")
 COLLECTIVE = ("nccl", "all-to-all", "all-gather", "AllToAll", "AllGather", "SendRecv")

@@ -30,7 +30,7 @@ from sparvar_jax.plans.plan import Plan, with_implementation
 from sparvar_jax.plans.stores import CacheShape, Full
 from sparvar_jax.plans.strategy import AllTokens, View
 from sparvar_jax.policies.per_head import PerHead
-from sparvar_jax.runtime.step import pools
+from sparvar_jax.runtime.state import pools
 
 MISREAD_ROWS = 8
 

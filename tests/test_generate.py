@@ -15,7 +15,7 @@ from sparvar_jax.plans.plan import dense_plan
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.policies import skip_last_scales
 from sparvar_jax.runtime import generate, steps
-from sparvar_jax.runtime.step import empty_state
+from sparvar_jax.runtime.state import empty_state
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (2, 2), (3, 4), (6, 8)))
 CONFIG = InfinityConfig(2, 64, 2, text_width=128, bits=8, dtype="float32")

@@ -19,7 +19,7 @@ from sparvar_jax.pipelines.numbers import flag
 from sparvar_jax.pipelines.pictures import region_of
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.pipelines.requests import Request
-from sparvar_jax.runtime.step import ScaleOutput
+from sparvar_jax.runtime.state import ScaleOutput
 from sparvar_jax.weights.json_file import BOUNDS
 from sparvar_jax.weights.numbers import real, whole
 from sparvar_jax.weights.told import shown

@@ -17,7 +17,7 @@ from sparvar_jax.plans.plan import Plan
 from sparvar_jax.plans.rows import Slot
 from sparvar_jax.plans.stores import CacheShape, Store, Writes
 from sparvar_jax.plans.strategy import Place
-from sparvar_jax.runtime.step import empty_buffers, pools
+from sparvar_jax.runtime.state import empty_buffers, pools
 from sparvar_jax.weights import checkpoint
 
 _DECODER_MAPS = 4  # a residual block holds its input, its branch and two temporaries

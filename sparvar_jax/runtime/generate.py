@@ -26,7 +26,7 @@ from sparvar_jax.runtime.parameters import Parameters
 from sparvar_jax.runtime.placement import Placement
 from sparvar_jax.runtime.pool import CachePool
 from sparvar_jax.runtime.progress import Progress
-from sparvar_jax.runtime.step import ScaleOutput, State, empty_state
+from sparvar_jax.runtime.state import ScaleOutput, State, empty_state
 from sparvar_jax.runtime.steps import Steps
 
 __all__ = ["Generator", "Progress", "ScaleOutput", "State", "controls"]

@@ -22,7 +22,7 @@ from sparvar_jax.models.bands import WHOLE, Bands
 from sparvar_jax.models.family import ScaleModel
 from sparvar_jax.plans.attend import HeadSplit
 from sparvar_jax.runtime import split
-from sparvar_jax.runtime.step import ScaleOutput, State
+from sparvar_jax.runtime.state import ScaleOutput, State
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,15 +22,8 @@ from sparvar_jax.runtime.controls import controls
 from sparvar_jax.runtime.placement import Placement
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.runtime.settings import fixed
-from sparvar_jax.runtime.step import (
-    ScaleOutput,
-    State,
-    StepSpec,
-    draw_scale,
-    empty_state,
-    split_state,
-    step_spec,
-)
+from sparvar_jax.runtime.state import ScaleOutput, State, empty_state, split_state
+from sparvar_jax.runtime.step import StepSpec, draw_scale, step_spec
 
 
 @dataclasses.dataclass(frozen=True)

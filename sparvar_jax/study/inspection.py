@@ -21,7 +21,7 @@ from sparvar_jax.plans.strategy import Attention, LayerState, Output, Place, Vie
 from sparvar_jax.policies.adaptive import carry_matrices
 from sparvar_jax.policies.csla import WINDOWS, geometry_of, windows_of
 from sparvar_jax.policies.indices import ceil_div
-from sparvar_jax.runtime.step import ScaleOutput
+from sparvar_jax.runtime.state import ScaleOutput
 
 Found = dict[tuple[int, int], dict[str, np.ndarray]]
 """(scale, layer) -> what was measured there."""

@@ -17,7 +17,7 @@ from sparvar_jax.plans.stores import Full
 from sparvar_jax.plans.strategy import Place, View
 from sparvar_jax.policies import parse_plan, skip_last_scales
 from sparvar_jax.runtime.generate import Generator
-from sparvar_jax.runtime.step import empty_buffers
+from sparvar_jax.runtime.state import empty_buffers
 from tests.house import support
 from tests.house.support import DENSE, SCHEDULE, SHAPE, draw, held_bytes, lively, over_lists, same
 from tests.house.test_token_rule import strongest
