@@ -7,7 +7,7 @@
 A table lives between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a file's path below
 `benchmarks/results/` without its ending, and the columns follow from the kind of file. With
 `NAME where COLUMN=VALUE` it has the rows alone whose entry COLUMN is VALUE, or one of several
-between `|`.
+between `|`. `with` is what a generation was asked for besides its plan, or `defaults`.
 """
 
 from __future__ import annotations
@@ -68,9 +68,16 @@ def _check(row: Row) -> str:
     return "" if check is None else f"{check['cache_error']:.4f}"
 
 
+def _with(row: Row) -> str:
+    """What a generation was asked for besides its plan."""
+    asked = {"path": "kernels", "matrices": "matrices", "cache": "cache"}
+    return ", ".join(f"{row[k]} {noun}" for k, noun in asked.items() if row.get(k)) or "defaults"
+
+
 _THROUGHPUT: tuple[Column, ...] = (
     ("model", _text("model")),
     ("plan", _text("plan")),
+    ("with", _with),
     ("images", _text("batch")),
     ("pixels", _pixels),
     ("seconds", _seconds),
@@ -120,6 +127,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "generate": (
         ("model", _text("model")),
         ("plan", _text("plan")),
+        ("with", _with),
         ("images", _text("batch")),
         ("seconds", _seconds),
         ("spread", _number("seconds_spread")),
@@ -219,7 +227,8 @@ def table(name: str, column: str | None = None, values: str | None = None) -> st
     content = json.loads(file.read_text())
     if column:
         wanted = (values or "").split("|")
-        content["rows"] = [row for row in content["rows"] if str(row.get(column)) in wanted]
+        shown = {"with": _with}.get(column, lambda row: str(row.get(column)))
+        content["rows"] = [row for row in content["rows"] if shown(row) in wanted]
         if not content["rows"]:
             raise ValueError(f"{file} has no row whose {column} is {values}: mend the page")
     kind = _kind(file)
