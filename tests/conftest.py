@@ -27,7 +27,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-# Traces are millions of small objects that live on: Python's collector would walk them all the time.
+# Traces are millions of small objects that live on, which Python's collector would walk again and
+# again.
 gc.set_threshold(200_000, 20, 50)
 
 MOST_MAPS = 25_000
