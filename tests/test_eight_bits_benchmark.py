@@ -92,6 +92,6 @@ def test_the_command_writes_a_table_of_what_it_measured(tmp_path):
     text = (tmp_path / "eight_bits.md").read_text()
     for row in written["rows"]:
         assert f"{row['logit_error_by_scale'][-1]:.4f}" in text
-        # Scales of few tokens keep two 8-bit numbers a value.
+        # Scales of few tokens keep their activations as they are.
         if row["variant"] == "int8 all":
             assert max(row["logit_error_by_scale"][:-1]) < row["logit_error_by_scale"][-1]
