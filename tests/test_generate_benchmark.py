@@ -258,9 +258,12 @@ def test_random_weights_keep_activations_alive():
 def test_tables_show_failures_and_refuse_wrong_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     row = {"model": "m", "plan": "dense", "batch": 8, "failed": "out of memory"}
-    record.write("generate-throughput", [row], folder=str(tmp_path))
+    asked = row | {"path": "portable", "cache": "lean"}
+    record.write("generate-throughput", [row, asked], folder=str(tmp_path))
     shown = report.table("generate-throughput")
-    assert "| m | dense | 8 |  | out of memory |" in shown
+    assert "| m | dense | defaults | 8 |  | out of memory |" in shown
+    assert "| m | dense | portable kernels, lean cache | 8 |  | out of memory |" in shown
+    assert "portable" not in report.table("generate-throughput", "with", "defaults")
     assert jax.devices()[0].device_kind in shown
     wrong = row | {"check": {"problem": "too far", "cache_error": 1.0}}
     record.write("generate-latency", [wrong], folder=str(tmp_path))
