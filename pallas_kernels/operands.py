@@ -1,4 +1,4 @@
-"""What no attention kernel of ours takes, whatever it runs on."""
+"""What no kernel of ours takes, or takes only when asked to, whatever it runs on."""
 
 from __future__ import annotations
 
@@ -18,4 +18,19 @@ def operands_reason(call: calls.CacheCall) -> str:
         return f"kernels need one dtype for q, k and v; got {q.dtype}, {k.dtype}, {v.dtype}"
     if q.shape[-1] not in (64, 128):
         return f"kernels serve head dims 64 and 128; got {q.shape[-1]}"
+    return ""
+
+
+def rotary_operands_reason(call: calls.RotaryToCache) -> str:
+    """Why kernels cannot take the dtypes of a fused rotary's operands."""
+    qkv, k, v = call.qkv, call.k_cache, call.v_cache
+    if qkv.dtype not in HALVES or not qkv.dtype == k.dtype == v.dtype:
+        return f"the fused rotary takes one 16-bit dtype; got {qkv.dtype} and {k.dtype}"
+    return ""
+
+
+def norm_unasked(call: calls.ResidualNorm) -> str:
+    """Wide results."""
+    if call.dtype == jnp.float32:
+        return "float32 results are left to the compiler, which rounds as everywhere else"
     return ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels import calls
+from pallas_kernels import calls, operands
 from pallas_kernels.backends import Backend, nothing
 from pallas_kernels.hopper import reasons, tuning
 from pallas_kernels.probing import lowering_reason
@@ -165,7 +165,7 @@ def served() -> dict[str, Backend]:
         "attention_column_sums": _backend(reasons.group_reason, _attention_column_sums),
         "column_sparse_attention": _backend(reasons.group_reason, _column_sparse_attention),
         "select_columns": _backend(reasons.select_reason, _select_columns),
-        "residual_norm": _backend(reasons.norm_reason, _residual_norm, reasons.norm_unasked),
+        "residual_norm": _backend(reasons.norm_reason, _residual_norm, operands.norm_unasked),
         "rotary_to_cache": _backend(reasons.rotary_reason, _rotary_to_cache),
         "text_memory": _backend(reasons.text_reason, _text_memory),
         "cross_attention": _backend(reasons.cross_reason, _cross_attention),

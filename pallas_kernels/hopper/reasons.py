@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import calls
-from pallas_kernels.operands import HALVES, operands_reason
+from pallas_kernels.operands import HALVES, operands_reason, rotary_operands_reason
 from pallas_kernels.support import Device
 from pallas_kernels.xla.quantised import LARGEST
 
@@ -83,21 +83,11 @@ def norm_reason(call: calls.ResidualNorm) -> str:
     return ""
 
 
-def norm_unasked(call: calls.ResidualNorm) -> str:
-    """Wide results."""
-    if call.dtype == jnp.float32:
-        return "float32 results are left to the compiler, which rounds as everywhere else"
-    return ""
-
-
 def rotary_reason(call: calls.RotaryToCache) -> str:
     """Device, dtypes, heads, and angles that rows do not share."""
-    qkv, k, v = call.qkv, call.k_cache, call.v_cache
-    heads, head_dim = qkv.shape[3:]
-    if reason := device_reason(call.device):
+    heads, head_dim = call.qkv.shape[3:]
+    if reason := device_reason(call.device) or rotary_operands_reason(call):
         return reason
-    if qkv.dtype not in HALVES or not qkv.dtype == k.dtype == v.dtype:
-        return f"the fused rotary takes one 16-bit dtype; got {qkv.dtype} and {k.dtype}"
     if head_dim not in (64, 128) or heads * head_dim % 128:
         return f"the fused rotary takes head dims 64 and 128; got {heads} heads of {head_dim}"
     if call.cos.ndim == 3:

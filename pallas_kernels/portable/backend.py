@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pallas_kernels import calls
+from pallas_kernels import calls, operands
 from pallas_kernels.backends import Backend, nothing
 from pallas_kernels.portable import reasons, tuning
 from pallas_kernels.probing import lowering_reason
@@ -101,7 +101,7 @@ SERVED = {
     "attention_column_sums": _backend(reasons.group_reason, _attention_column_sums),
     "column_sparse_attention": _backend(reasons.group_reason, _column_sparse_attention),
     "select_columns": _backend(reasons.select_reason, _select_columns),
-    "residual_norm": _backend(reasons.norm_reason, _residual_norm, reasons.norm_unasked),
+    "residual_norm": _backend(reasons.norm_reason, _residual_norm, operands.norm_unasked),
     "rotary_to_cache": _backend(reasons.rotary_reason, _rotary_to_cache),
     "cross_attention": _backend(reasons.cross_reason, _cross_attention),
     "weight_matmul": _backend(reasons.weight_reason, _weight_matmul, reasons.weight_unasked),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import calls
-from pallas_kernels.operands import HALVES, operands_reason
+from pallas_kernels.operands import HALVES, operands_reason, rotary_operands_reason
 from pallas_kernels.support import Device
 from pallas_kernels.xla.quantised import LARGEST
 
@@ -98,22 +98,13 @@ def norm_reason(call: calls.ResidualNorm) -> str:
 _WIDEST_NORM = 8192
 
 
-def norm_unasked(call: calls.ResidualNorm) -> str:
-    """Wide results."""
-    if call.dtype == jnp.float32:
-        return "float32 results are left to the compiler, which rounds as everywhere else"
-    return ""
-
-
 def rotary_reason(call: calls.RotaryToCache) -> str:
     """Device, dtypes and head dim."""
-    qkv, k, v = call.qkv, call.k_cache, call.v_cache
-    if reason := device_reason(call.device):
+    head_dim = call.qkv.shape[4]
+    if reason := device_reason(call.device) or rotary_operands_reason(call):
         return reason
-    if qkv.dtype not in HALVES or not qkv.dtype == k.dtype == v.dtype:
-        return f"the fused rotary takes one 16-bit dtype; got {qkv.dtype} and {k.dtype}"
-    if qkv.shape[4] not in (64, 128):
-        return f"the fused rotary takes head dims 64 and 128; got {qkv.shape[4]}"
+    if head_dim not in (64, 128):
+        return f"the fused rotary takes head dims 64 and 128; got {head_dim}"
     return ""
 
 

@@ -36,16 +36,6 @@ def named(text):
     return lambda plan: parse_plan(text, plan.schedule, plan.depth)
 
 
-@pytest.fixture(scope="module")
-def generator():
-    return support.plain_generator()
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return support.plain_picture()
-
-
 @dataclasses.dataclass(frozen=True)
 class SkipsTwo(Dense):
     """Dense attention that leaves out scale 2 at later scales: its rows count as gaps."""

@@ -16,16 +16,6 @@ from tests.house import support
 from tests.house.support import DENSE, SCHEDULE, SHAPE, draw, held_bytes, same
 
 
-@pytest.fixture(scope="module")
-def generator():
-    return support.plain_generator()
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return support.plain_picture()
-
-
 class Quantised(NamedTuple):
     """int8 rows, and one scale a token and head."""
 

@@ -26,16 +26,6 @@ from tests.house.test_token_rule import strongest
 pytestmark = pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 
 
-@pytest.fixture(scope="module")
-def generator():
-    return support.plain_generator()
-
-
-@pytest.fixture(scope="module")
-def plain():
-    return support.plain_picture()
-
-
 @dataclasses.dataclass(frozen=True)
 class LastShared(Full):
     """The rows of a scale that nothing reads later lie in buffers that all layers share."""
