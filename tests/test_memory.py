@@ -3,8 +3,10 @@
 import jax
 import pytest
 
+from sparvar_jax.models.infinity_parts import InfinityConfig
+from sparvar_jax.models.var_parts import VarConfig
 from sparvar_jax.pipelines import loading
-from sparvar_jax.pipelines.memory import estimate
+from sparvar_jax.pipelines.memory import estimate, step_bytes
 from sparvar_jax.pipelines.requests import resolve_plan, resolve_schedule
 from sparvar_jax.plans.caches import with_cache
 from sparvar_jax.runtime.generate import Generator
@@ -61,6 +63,25 @@ def test_8_bit_matrices_and_lean_caches_are_told_before_anything_is_loaded(folde
     assert needed.weights["transformer"] == bytes_of(loaded.transformer)
     assert needed.weights["transformer"] < bytes_of(loading.load_model(folder).transformer)
     assert needed.cache == bytes_of((state.cache, state.shared))
+
+
+def test_a_batch_shares_the_widest_maps_of_one_picture():
+    """d36, of which four pictures fill a device: hidden maps and logits of 64 are those of four.
+
+    What grows is told per token: the float32 stream, and in 16 bits queries, keys and values with
+    the queries that meet their places.
+    """
+    config = VarConfig.preset("var_d36")
+    width, tokens = config.width, config.sides[-1] ** 2
+    one, four, many = (step_bytes(config, 2 * batch, tokens) for batch in (1, 4, 64))
+    feeding, drawing = 2 * (3 * width + config.mlp_width), 2 * 4 * config.vocab
+    assert one == 2 * tokens * (4 * width + max(feeding, drawing))
+    assert four == 4 * one
+    assert many == 2 * 64 * tokens * (4 + 2 * 4) * width
+    # Two rows of a large picture are never divided.
+    large = InfinityConfig.preset("infinity_8b")
+    assert step_bytes(large, 2, 9216) == 2 * 9216 * (10 * large.width + 2 * large.mlp_width)
+    assert step_bytes(large, 16, 4096) == 16 * 4096 * 12 * large.width
 
 
 def test_a_model_with_its_text_in_the_cache():

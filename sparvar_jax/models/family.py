@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from sparvar_jax.models import sampling
+from sparvar_jax.models.groups import PICTURE, at_once, in_groups
 from sparvar_jax.models.layers import Precision, Stream
 from sparvar_jax.models.sampling import Controls
 from sparvar_jax.plans.attend import Attend
@@ -61,6 +62,37 @@ class Draw:
         if not self.guided:
             return tempered[: self.batch]
         return sampling.mix(tempered, self.controls.guidance[self.index])
+
+    def by_pictures(
+        self,
+        finish: Callable[[Float[Array, "R T C"], Any, Draw], Drawn],
+        x: Float[Array, "R T C"],
+        head: Any,
+    ) -> Drawn:
+        """What `finish` draws, of so many pictures at once that they fill a device.
+
+        x, head: rows lead every array, those that `rows` leaves. A vocabulary's logits of a batch
+        take more memory than its blocks. All at once where inner arrays or tokens are given.
+        """
+        halves = len(x) // self.batch
+        group = at_once(self.batch, PICTURE * x.shape[1])
+        if group == self.batch or self.complete or self.forced is not None:
+            return finish(x, head, self)
+
+        def paired(leaf: jax.Array) -> jax.Array:
+            return leaf.reshape(halves, self.batch, *leaf.shape[1:]).swapaxes(0, 1)
+
+        def some(parts: Any) -> tuple[jax.Array, jax.Array | None]:
+            (x, head), keys = parts
+            batch = len(x)
+            rows = jax.tree.map(
+                lambda leaf: leaf.swapaxes(0, 1).reshape(halves * batch, *leaf.shape[2:]), (x, head)
+            )
+            drawn = finish(*rows, dataclasses.replace(self, keys=keys, batch=batch))
+            return drawn.tokens, drawn.codes
+
+        tokens, codes = in_groups(some, (jax.tree.map(paired, (x, head)), self.keys), group)
+        return Drawn(tokens, codes)
 
     def settle(self, sample: Callable[[], Shaped[Array, "B T ..."]]) -> Shaped[Array, "B T ..."]:
         """The tokens that `sample` draws, with forced ones in their place."""

@@ -141,6 +141,15 @@ class Hart(nnx.Module):
         x = draw.rows(x)
         if not place.scale.grid:
             x = x[:, -1:]
+
+        def finish(x: Float[Array, "R2 T C"], head: Float[Array, "R2 2 C"], draw: Draw) -> Drawn:
+            return self._drawn(x, condition._replace(head=head), place, draw)
+
+        return draw.by_pictures(finish, x, condition.head[: len(x)])
+
+    def _drawn(
+        self, x: Float[Array, "R T C"], condition: Condition, place: Place, draw: Draw
+    ) -> Drawn:
         raw = self.head_logits(x, condition)
         guided, controls = draw.guide(raw), draw.controls
         limit = jnp.int32(hart_parts.top_k(place.index))

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparvar_jax.models import layers
+from sparvar_jax.models.groups import by_rows
 from sparvar_jax.models.layers import DtypeName, Precision, Stream
 from sparvar_jax.models.residual_head import ResidualShape
 from sparvar_jax.plans.attend import Attend
@@ -220,7 +221,10 @@ class FeedForward(nnx.Module):
         self.down = layers.linear(hidden, width, precision, rngs, bias=False)
 
     def __call__(self, x: Float[Array, "R T C"]) -> Float[Array, "R T C"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        def of_some(x: Float[Array, "R2 T C"]) -> Float[Array, "R2 T C"]:
+            return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+        return by_rows(of_some, x)
 
 
 class Block(nnx.Module):

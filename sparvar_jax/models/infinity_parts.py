@@ -15,6 +15,7 @@ from pallas_kernels import Eight
 from pallas_kernels.api import Implementation
 from sparvar_jax.models import layers
 from sparvar_jax.models.cross_attention import CrossAttention, Text
+from sparvar_jax.models.groups import by_rows
 from sparvar_jax.models.layers import DtypeName, Precision, Stream
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.rows import Slot
@@ -213,7 +214,10 @@ class FeedForward(nnx.Module):
         self.fc2 = layers.linear(hidden, width, precision, rngs, narrow="float8_e4m3fn")
 
     def __call__(self, x: Float[Array, "R T C"] | Eight) -> Float[Array, "R T C"]:
-        return layers.product(self.fc2, layers.gelu_product(self.fc1, x, into=self.fc2))
+        def of_some(x: Float[Array, "R2 T C"] | Eight) -> Float[Array, "R2 T C"]:
+            return layers.product(self.fc2, layers.gelu_product(self.fc1, x, into=self.fc2))
+
+        return by_rows(of_some, x)
 
 
 class Block(nnx.Module):

@@ -111,7 +111,17 @@ class Var(nnx.Module):
 
         Without keys always the likeliest ids.
         """
-        raw = self.head_logits(draw.rows(x), condition)
+
+        def finish(x: Float[Array, "R2 T C"], head: Float[Array, "R2 2 C"], draw: Draw) -> Drawn:
+            return self._drawn(x, condition._replace(head=head), place, draw)
+
+        x = draw.rows(x)
+        return draw.by_pictures(finish, x, condition.head[: len(x)])
+
+    def _drawn(
+        self, x: Float[Array, "R T C"], condition: Condition, place: Place, draw: Draw
+    ) -> Drawn:
+        raw = self.head_logits(x, condition)
         guided, controls = draw.guide(raw), draw.controls
 
         def sample() -> Shaped[Array, "B T ..."]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from sparvar_jax.models import bsq_vae
 from sparvar_jax.models.bands import WHOLE, Bands
+from sparvar_jax.models.groups import in_groups
 
 PIXELS_AT_ONCE = 1 << 20
 """One picture of 1024x1024 fills an H100; more at once take memory and save no time."""
@@ -36,15 +35,7 @@ def decode(
 
     batch, height, width = code_sum.shape[:3]
     group = pictures_at_once(batch, height * width * tokenizer.config.stride**2)
-    if group == batch:
-        return together(code_sum)
-    whole = batch // group * group
-    groups = code_sum[:whole].reshape(-1, group, *code_sum.shape[1:])
-    pictures = jax.lax.map(together, groups)
-    pictures = pictures.reshape(whole, *pictures.shape[2:])
-    if whole == batch:
-        return pictures
-    return jnp.concatenate([pictures, together(code_sum[whole:])])
+    return in_groups(together, code_sum, group)
 
 
 def look_at(tokenizer: Any, code_sum: Float[Array, "B h w Cd"]) -> Float[Array, "B height width 3"]:

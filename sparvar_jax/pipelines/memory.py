@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparvar_jax.models.groups import PICTURE, at_once
 from sparvar_jax.pipelines.decoding import pictures_at_once
 from sparvar_jax.pipelines.loading import Model
 from sparvar_jax.plans.plan import Plan
@@ -22,6 +23,8 @@ from sparvar_jax.weights import checkpoint
 
 _DECODER_MAPS = 4  # a residual block holds its input, its branch and two temporaries
 _STREAM, _WIDE = 4, 3  # bytes of the residual stream; its norm, a branch and what a product leaves
+_ATTENDING = 4  # queries, keys and values as a product leaves them, and queries with their places
+_LOGITS = 2  # raw float32 logits of a row, guided ones of a picture and what filters make of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +58,15 @@ def estimate(model: Model, plan: Plan, batch: int, parts: tuple[int, int] = (1, 
     parts: of the pictures, and of the heads with their tokens, where several devices draw; the
     estimate is that of one of them, which holds all weights.
 
-    step: the widest activations of the largest scale. decode: the tokenizer's maps at full size.
-    XLA's own workspace is not counted, nor are scores where no kernel serves attention. Prompts
-    are taken to be short.
+    step: see `step_bytes`. decode: the tokenizer's maps at full size. XLA's own workspace is not
+    counted, nor are scores where no kernel serves attention. Prompts are taken to be short.
     """
     batch, heads = batch // parts[0], parts[1]
     config, picture = model.transformer.config, model.tokenizer.config
-    item = np.dtype(config.precision.compute).itemsize
     shape = CacheShape(
         batch * plan.row_factor, config.heads // heads, config.head_dim, config.precision.compute
     )
-    tokens = max(step.scale.tokens * step.row_factor for step in plan.steps)
-    hidden = config.mlp_width * getattr(config, "mlp_maps", 1)  # gated layers hold more than one
-    widest = _STREAM * config.width + (hidden + _WIDE * config.width) * item
+    steps = {(batch * step.row_factor, -(-step.scale.tokens // heads)) for step in plan.steps}
     pixels = math.prod(plan.schedule.final) * model.stride**2
     weights = {
         part: parameter_bytes(checkpoint.abstract_parameters(module))
@@ -78,9 +77,27 @@ def estimate(model: Model, plan: Plan, batch: int, parts: tuple[int, int] = (1, 
         weights,
         cache_bytes(plan, shape),
         condition_bytes(model, plan, batch),
-        batch * tokens * widest // heads,
+        max(step_bytes(config, *step) for step in steps),
         _DECODER_MAPS * np.dtype(picture.dtype).itemsize * maps,
     )
+
+
+def step_bytes(config: Any, rows: int, tokens: int) -> int:
+    """Bytes of the activations of a scale where they are most: attending, feeding or drawing.
+
+    rows, tokens: of one device. Feed-forward layers and the draw of a vocabulary work on groups of
+    rows (`models.groups`), so that their widest maps do not grow with the batch.
+    """
+    item, width = np.dtype(config.precision.compute).itemsize, config.width
+    every, together = rows * tokens, at_once(rows, tokens, PICTURE) * tokens
+    hidden = config.mlp_width * getattr(config, "mlp_maps", 1)  # gated layers hold more than one
+    logits = _LOGITS * _STREAM * getattr(config, "vocab", 0)
+    more = (
+        every * _ATTENDING * width * item,
+        every * _WIDE * width * item + together * hidden * item,
+        together * logits,
+    )
+    return every * _STREAM * width + max(more)
 
 
 def condition_bytes(model: Model, plan: Plan, batch: int) -> int:
