@@ -88,7 +88,7 @@ class Draw:
             rows = jax.tree.map(
                 lambda leaf: leaf.swapaxes(0, 1).reshape(halves * batch, *leaf.shape[2:]), (x, head)
             )
-            drawn = finish(*rows, dataclasses.replace(self, keys=keys, batch=batch))
+            drawn = finish(rows[0], rows[1], dataclasses.replace(self, keys=keys, batch=batch))
             return drawn.tokens, drawn.codes
 
         tokens, codes = in_groups(some, (jax.tree.map(paired, (x, head)), self.keys), group)
