@@ -2,7 +2,7 @@
 
     python -m benchmarks.kv_budgets --size 0.25M --write
 
-The demo model, or one of `--model`, draws the same prompts and seeds with every plan and cache. Told
+The demo model, or one of `--model`, draws the same prompts and seeds with plans and caches. Told
 are PSNR and SSIM against its own dense pictures, the cache that the same plan takes in Infinity 2B
 and 8B for one picture of 1024x1024 in bfloat16 (from shapes, as `sparvar info` counts), and the
 time of 8B on an H100 where a results file has it. Claims of others stand in rows of their own,

@@ -74,6 +74,26 @@ def _with(row: Row) -> str:
     return ", ".join(f"{row[k]} {noun}" for k, noun in asked.items() if row.get(k)) or "defaults"
 
 
+def _psnr(row: Row) -> str:
+    """Decibels; pictures that are the same bit for bit have none."""
+    same = "same" in row and row["same"] == row["pictures"]
+    return "the same bits" if same else _number("psnr", 2)(row)
+
+
+def _on_h100(row: Row) -> str:
+    """Seconds a picture of another results file, and how many were drawn together."""
+    found = row.get("h100")
+    if not found:
+        return ""
+    together = "" if found["batch"] == 1 else f" ({found['batch']} together)"
+    return f"{found['seconds']:.3f}{together}"
+
+
+def _source(row: Row) -> str:
+    """Where a row was measured; what others published stays their claim."""
+    return row["source"] if "claim" not in row else f"claimed, {row['source']}: {row['claim']}"
+
+
 _THROUGHPUT: tuple[Column, ...] = (
     ("model", _text("model")),
     ("plan", _text("plan")),
@@ -170,6 +190,17 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("weights s", _number("weights_seconds", 1)),
         ("compile s", _number("compile_seconds", 1)),
         ("first picture after weights, s", _number("first_picture_seconds", 1)),
+    ),
+    "kv-budgets": (
+        ("keys and values", _text("method")),
+        ("cache", _text("cache")),
+        ("8B GiB", _number("infinity_8b_gib", 2)),
+        ("2B GiB", _number("infinity_2b_gib", 2)),
+        ("of 8B's full", _number("infinity_8b_share", 2)),
+        ("PSNR dB", _psnr),
+        ("SSIM", _number("ssim")),
+        ("8B on an H100, s", _on_h100),
+        ("from", _source),
     ),
     "newcomer": (
         ("step", _text("step")),

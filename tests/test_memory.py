@@ -1,14 +1,20 @@
 """Memory estimates against the arrays a generation really allocates."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from sparvar_jax.models.infinity_parts import InfinityConfig
 from sparvar_jax.models.var_parts import VarConfig
 from sparvar_jax.pipelines import loading
-from sparvar_jax.pipelines.memory import estimate, step_bytes
+from sparvar_jax.pipelines.memory import estimate, step_bytes, view_bytes
 from sparvar_jax.pipelines.requests import resolve_plan, resolve_schedule
-from sparvar_jax.plans.caches import with_cache
+from sparvar_jax.plans.caches import CACHES, with_cache
+from sparvar_jax.plans.plan import dense_plan
+from sparvar_jax.plans.schedule import infinity_schedule
+from sparvar_jax.plans.stores import CacheShape
+from sparvar_jax.policies.per_head import per_head
+from sparvar_jax.policies.scalekv import scalekv
 from sparvar_jax.runtime.generate import Generator
 from tests import tiny_hart
 from tests.tiny_model import write_tiny_model
@@ -82,6 +88,21 @@ def test_a_batch_shares_the_widest_maps_of_one_picture():
     large = InfinityConfig.preset("infinity_8b")
     assert step_bytes(large, 2, 9216) == 2 * 9216 * (10 * large.width + 2 * large.mlp_width)
     assert step_bytes(large, 16, 4096) == 16 * 4096 * 12 * large.width
+
+
+def test_what_is_put_together_for_attention_is_told():
+    """1024x1024, 40 layers: whoever keeps a budget lays a layer's rows out anew to read them.
+
+    Before the last scale drafters of ScaleKV hold 6,200 rows, and 4,096 are new; HeatKV's heads all
+    lie in a layer of 10,624. The other caches are read where they lie, or in a scratch.
+    """
+    schedule, shape = infinity_schedule(1.0, "1M"), CacheShape(2, 28, 128, jnp.dtype("bfloat16"))
+    row = 2 * 2 * 28 * 128 * 2  # keys and values, conditional or not, in 16 bits
+    dense = dense_plan(schedule, 40)
+    assert [view_bytes(with_cache(dense, cache), shape) for cache in CACHES] == [0, 0, 0]
+    published, orders = scalekv("8b")(dense), per_head("infinity_8b", 0.1)(dense)
+    assert view_bytes(published, shape) == (6200 + 4096) * row
+    assert view_bytes(orders, shape) == 10624 * row
 
 
 def test_a_model_with_its_text_in_the_cache():

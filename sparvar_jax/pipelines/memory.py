@@ -58,8 +58,9 @@ def estimate(model: Model, plan: Plan, batch: int, parts: tuple[int, int] = (1, 
     parts: of the pictures, and of the heads with their tokens, where several devices draw; the
     estimate is that of one of them, which holds all weights.
 
-    step: see `step_bytes`. decode: the tokenizer's maps at full size. XLA's own workspace is not
-    counted, nor are scores where no kernel serves attention. Prompts are taken to be short.
+    step: `step_bytes` of the largest one, and `view_bytes`. decode: the tokenizer's maps at full
+    size. XLA's own workspace is not counted, nor are scores where no kernel serves attention.
+    Prompts are taken to be short.
     """
     batch, heads = batch // parts[0], parts[1]
     config, picture = model.transformer.config, model.tokenizer.config
@@ -77,7 +78,7 @@ def estimate(model: Model, plan: Plan, batch: int, parts: tuple[int, int] = (1, 
         weights,
         cache_bytes(plan, shape),
         condition_bytes(model, plan, batch),
-        max(step_bytes(config, *step) for step in steps),
+        max(step_bytes(config, *step) for step in steps) + view_bytes(plan, shape),
         _DECODER_MAPS * np.dtype(picture.dtype).itemsize * maps,
     )
 
@@ -113,9 +114,23 @@ def cache_bytes(plan: Plan, shape: CacheShape) -> int:
 
     The buffers that one generation leaves for the next are the same or are freed first.
     """
+    return _caching(plan, shape)[0]
+
+
+def view_bytes(plan: Plan, shape: CacheShape) -> int:
+    """Most bytes of keys and values that a layer puts together for attention and does not keep.
+
+    None where attention reads what is kept, or a scratch that all layers share.
+    """
+    return _caching(plan, shape)[1]
+
+
+@functools.lru_cache(maxsize=16)
+def _caching(plan: Plan, shape: CacheShape) -> tuple[int, int]:
+    """`cache_bytes` and `view_bytes`."""
     kept, shared = jax.eval_shape(lambda: empty_buffers(plan, shape))
     left = {(plan.store(layer), plan.whole_rows(layer)): kept[layer] for layer in range(plan.depth)}
-    sizes = [tree_bytes(kept)]
+    sizes, views = [tree_bytes(kept)], [0]
     for index in range(len(plan.steps)):
         after: dict[Any, Any] = {}
         total = 0
@@ -124,15 +139,16 @@ def cache_bytes(plan: Plan, shape: CacheShape) -> int:
             if name not in after:
                 pool = shared[pools(plan).index(plan.store(layer))]
                 work = functools.partial(_scale, place=plan.place(index, layer), store=name[0])
-                after[name] = jax.eval_shape(work, left[name], pool)
+                after[name], view = jax.eval_shape(work, left[name], pool)
+                views.append(tree_bytes(view))
             total += tree_bytes(after[name])
         sizes.append(total)
         left = after
-    return max(sizes) + tree_bytes(shared)
+    return max(sizes) + tree_bytes(shared), max(views)
 
 
-def _scale(kept: Any, shared: Any, *, place: Place, store: Store) -> Any:
-    """What a store keeps after a scale of nothing but zeros."""
+def _scale(kept: Any, shared: Any, *, place: Place, store: Store) -> tuple[Any, list[jax.Array]]:
+    """What a store keeps after a scale of nothing but zeros, and what it made to be looked at."""
     found: list[jax.Array] = []
 
     def write(k: jax.Array, v: jax.Array, slot: Slot) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -140,7 +156,9 @@ def _scale(kept: Any, shared: Any, *, place: Place, store: Store) -> Any:
         return found[0], k, v
 
     q, held = store.write(kept, shared, Writes(write, lambda: found[0]), place)
-    return store.keep(held, q, place)[0]
+    known = {id(leaf) for leaf in jax.tree.leaves(held)}
+    view = [leaf for leaf in store.view(held, place) if id(leaf) not in known]
+    return store.keep(held, q, place)[0], view
 
 
 def tree_bytes(tree: Any) -> int:
