@@ -63,6 +63,13 @@ def test_divided_tokens_draw_what_one_device_draws(told, plan):
     check(told[f"divided {plan}"], 2 if "fast" in plan or "lean" in plan else 4)
 
 
+@pytest.mark.parametrize(
+    ("plan", "devices"), [("infinity dense", 8), ("var sparvar-paper", 2), ("hart lean dense", 4)]
+)
+def test_rows_of_guidance_on_devices_of_their_own_draw_what_one_device_draws(told, plan, devices):
+    check(told[f"parted {plan}"], devices)
+
+
 @pytest.mark.slow
 def test_every_plan_on_every_mesh():
     every = run("every")
@@ -132,3 +139,4 @@ def test_what_cannot_be_divided_is_refused(told):
     assert "per_head was made for 2 heads a layer, this device holds 1" in told["refusals"]["sight"]
     assert "captured on one device, or on a mesh" in told["refusals"]["capture"]
     assert "the mesh has the axes ('rows', 'heads'), got 'columns'" in told["refusals"]["axis"]
+    assert "'drop_uncond(1)' meet before the head, or some run alone" in told["refusals"]["meet"]
