@@ -66,8 +66,7 @@ DIVIDED = (("infinity", "dense", (2, 2)), ("infinity", SPARSE, (1, 2)),
            ("var", "sparvar-paper", (2, 2)), ("infinity", "lean branches", (1, 2)),
            ("hart", "lean dense", (1, 2)))  # fmt: skip
 """Drawn with the tokens of every scale divided: one, and Infinity's 15, leave a device padding."""
-PARTED = (("infinity", "dense", (2, 2, 2)), ("var", "sparvar-paper", (1, 2, 1)),
-          ("hart", "lean dense", (1, 2, 2)))  # fmt: skip
+PARTED = (("infinity", "dense", (2, 2, 2)), ("var", "sparvar-paper", (1, 2, 1)))
 """The same on meshes of rows x guidance x heads: conditional rows have devices of their own."""
 
 

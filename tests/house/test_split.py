@@ -49,7 +49,7 @@ def test_pictures_come_before_heads(devices, pictures, heads, expected):
 
 @pytest.mark.parametrize(("plan", "expected"), [
     ("dense", (1, 2, 2)), ("sparvar-fast", (1, 2, 2)), ("drop_uncond(1)", (1, 1, 4)),
-    ("share_rows(1)", (1, 1, 4)), ("prune(0.5)", (1, 1, 4)), ("router()", (1, 1, 4)),
+    ("share_rows(1)", (1, 1, 4)), ("prune(0.5)", (1, 1, 4)),
 ])  # fmt: skip
 def test_rows_that_never_meet_before_the_head_come_next(plan, expected):
     square = ScaleSchedule.of(tuple((side, side) for side in (1, 2, 4, 8, 12, 16)))
