@@ -64,9 +64,7 @@ class Pair:
     @classmethod
     def of(cls, parts: Parts, devices: Devices, pictures: int, size: str | None) -> Pair:
         """Benches for so many pictures on the devices, and for a row's pictures on one."""
-        placement = devices.by_pictures(pictures)
-        rows = placement.row_parts
-        placement.check(pictures, parts.transformer.config.heads)
+        rows = devices.by_pictures(pictures).row_parts
         each, config = pictures // rows, parts.transformer.config
         text: Any = None
         if parts.begins_with_text:

@@ -77,12 +77,12 @@ def shape(devices: int, pictures: int, heads: int, plan: Plan | None = None) -> 
     Whole pictures go to devices of their own as far as their number allows, because that needs no
     exchange; then conditional and unconditional rows, where they are apart in the plan, because one
     exchange a scale serves; what is left divides heads. Raises ValueError where these cannot be
-    divided, whatever the plan.
+    divided.
     """
     rows = math.gcd(pictures, devices)
     left = devices // rows
-    check(heads, left)
     guidance = 2 if plan is not None and plan.apart and left % 2 == 0 else 1
+    check(heads, left // guidance)
     return rows, guidance, left // guidance
 
 

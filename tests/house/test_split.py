@@ -54,8 +54,14 @@ def test_pictures_come_before_heads(devices, pictures, heads, expected):
 def test_rows_that_never_meet_before_the_head_come_next(plan, expected):
     square = ScaleSchedule.of(tuple((side, side) for side in (1, 2, 4, 8, 12, 16)))
     assert shape(4, 1, 28, parse_plan(plan, square, 6)) == expected
-    odd = shape(3, 1, 27, parse_plan(plan, square, 6))
-    assert odd == (1, 1, 3)
+    assert shape(3, 1, 27, parse_plan(plan, square, 6)) == (1, 1, 3)
+
+
+def test_heads_need_to_be_divided_over_what_guidance_leaves():
+    plan = parse_plan("dense", ScaleSchedule.of(((1, 1), (2, 2))), 2)
+    assert shape(8, 1, 28, plan) == (1, 2, 4)
+    with pytest.raises(ValueError, match="over 8 devices"):
+        shape(8, 1, 28)
 
 
 def test_heads_that_cannot_be_divided_are_refused_with_the_possible_numbers():
