@@ -9,11 +9,12 @@ from flax import nnx
 
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.plans.plan import dense_plan
+from sparvar_jax.policies import skip_last_scales
 from sparvar_jax.runtime.generate import Generator
 from tests.house.support import SCHEDULE, draw, model
 from tests.tiny_model import write_tiny_model
 
-PLAN = dense_plan(SCHEDULE, 2)
+PLAN = skip_last_scales(2)(dense_plan(SCHEDULE, 2))
 
 
 def count(generator):
@@ -30,7 +31,7 @@ def test_weights_changed_in_place_are_drawn_with_and_nothing_is_compiled():
     assert np.abs(second - first).max() > 0
     nnx.update(generator.model, before)
     np.testing.assert_array_equal(draw(generator, PLAN)[0], first)
-    assert count(generator) == len(SCHEDULE)
+    assert count(generator) == len(PLAN.steps)
 
 
 def test_a_layer_put_in_the_place_of_another_is_drawn_with():
@@ -49,7 +50,7 @@ def test_a_layer_put_in_the_place_of_another_is_drawn_with():
     assert np.abs(draw(generator, PLAN)[0] - first).max() > 0
     own.ffn.fc1.kernel = kept
     np.testing.assert_array_equal(draw(generator, PLAN)[0], first)
-    assert count(generator) == len(SCHEDULE)
+    assert count(generator) == len(PLAN.steps)
 
 
 def test_another_configuration_is_compiled_anew():
@@ -62,7 +63,7 @@ def test_another_configuration_is_compiled_anew():
 
 def test_every_part_of_a_loaded_pipeline_can_be_swapped(tmp_path):
     pipe = Pipeline.from_checkpoint(write_tiny_model(tmp_path / "one"), dtype="float32")
-    call = {"prompts": ["an owl"], "seed": 3}
+    call = {"prompts": ["an owl"], "seed": 3, "plan": "skip_last_scales(5)"}
     first, loaded = pipe(**call), pipe.model
     average = jax.tree.map(lambda x: 0.9 * x, loaded.transformer)
     pipe.model = loaded.with_parts({"transformer": average})
