@@ -23,6 +23,7 @@ from sparvar_jax.plans.strategy import Dense
 from sparvar_jax.policies.registry import parse_plan
 from sparvar_jax.runtime import generate, programs, steps
 from sparvar_jax.runtime.step import step_spec
+from tests.house.support import embed
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (2, 2)))
 FOLLOWED = ScaleSchedule.of(((1, 1), (2, 2), (4, 4)))
@@ -79,7 +80,7 @@ def new_generator(seed=0):
 
 def draw(generator, plan=None, **options):
     features = jax.random.normal(jax.random.key(1), (1, 5, 128))
-    condition = generator.model.embed_condition(features, jnp.array([4]), "learned")
+    condition = embed(generator.model, features, jnp.array([4]))
     controls = generate.controls(len(SCHEDULE), guidance=2.0, temperature=1.0)
     plan = plan or dense_plan(SCHEDULE, 2)
     return np.asarray(

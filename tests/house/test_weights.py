@@ -14,7 +14,7 @@ from sparvar_jax.runtime.generate import Generator
 from tests.house.support import SCHEDULE, draw, model
 from tests.tiny_model import write_tiny_model
 
-PLAN = skip_last_scales(2)(dense_plan(SCHEDULE, 2))
+PLAN = skip_last_scales(1)(dense_plan(SCHEDULE, 2))
 
 
 def count(generator):

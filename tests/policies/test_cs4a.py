@@ -60,7 +60,7 @@ def test_relative_lists_by_hand():
     reuse = Reuse(1, selection, windows=(1,), mapping="relative", sinks=1)
     place = Place(schedule, "packed", 2)
     chosen = jnp.array([2, 0, 1], jnp.int32)[None, None, None]
-    lists, counts = columns.at_later_scale(chosen, reuse, place)
+    lists, counts = at_later_scale(chosen, reuse, place)
     assert lists.shape == (1, 1, 2, 11)
     assert counts.tolist() == [[[10, 11]]]
     assert lists[0, 0, 0, :10].tolist() == [5, 6, 7, 8, 9, 10, 11, 12, 0, 1]
@@ -72,7 +72,7 @@ def test_scale_lists_by_hand():
     schedule = ScaleSchedule.of(((1, 1), (2, 2), (4, 4)))
     reuse = Reuse(1, Selection(0.6, 8, 1), windows=(1,), mapping="scale")
     chosen = jnp.array([2, 0, 1], jnp.int32)[None, None, None]
-    lists, counts = columns.at_later_scale(chosen, reuse, Place(schedule, "packed", 2))
+    lists, counts = at_later_scale(chosen, reuse, Place(schedule, "packed", 2))
     assert counts.tolist() == [[[10, 11]]]
     assert lists[0, 0, 0, :10].tolist() == [*range(5, 13), 0, 4]
     assert lists[0, 0, 1].tolist() == [*range(13, 21), 8, 0, 4]
