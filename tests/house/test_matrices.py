@@ -21,9 +21,9 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def scaled(kernel):
     """8-bit values, and a power of two for each output: multiplying by it rounds nothing."""
-    peak = jnp.abs(kernel).max(0)
-    scale = 2.0 ** jnp.ceil(jnp.log2(peak / 127))
-    return jnp.round(kernel / scale).astype(jnp.int8), scale
+    peak = np.abs(kernel).max(0)
+    scale = np.exp2(np.ceil(np.log2(peak / 127)))
+    return np.round(kernel / scale).astype(np.int8), scale
 
 
 def two_forms(transformer):
@@ -31,9 +31,10 @@ def two_forms(transformer):
     eight, dense = (jax.tree.map(lambda x: x, transformer) for _ in range(2))
     for (_, one), (_, other) in zip(nnx.iter_modules(eight), nnx.iter_modules(dense), strict=True):
         if isinstance(one, layers.Linear):
-            values, scale = scaled(one.kernel[...])
-            one.kernel, one.kernel_scale = nnx.Param(values), nnx.data(nnx.Param(scale))
-            other.kernel = nnx.Param(values * scale)
+            values, scale = scaled(np.asarray(one.kernel[...]))
+            one.kernel = nnx.Param(jnp.asarray(values))
+            one.kernel_scale = nnx.data(nnx.Param(jnp.asarray(scale)))
+            other.kernel = nnx.Param(jnp.asarray(values * scale))
     return eight, dense
 
 
