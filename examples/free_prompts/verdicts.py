@@ -1,6 +1,7 @@
 """Count what was seen on the sheets of the free prompts, beside an earlier look.
 
-    python -m examples.free_prompts.verdicts runs/after/looked.json --before examples/free_prompts/before.json
+    python -m examples.free_prompts.verdicts runs/after/looked.json \\
+        --before examples/free_prompts/before.json
 
 Whoever looks fills, for every picture, `seen` in a few words and `verdict`:
 
