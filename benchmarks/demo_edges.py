@@ -15,7 +15,6 @@ a sheet whose columns are the ways, in the order of the file.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -85,47 +84,56 @@ class Ways:
         return [np.asarray(label).reshape(1, -1, label.shape[-1]) for label in labels]
 
     def drawn(
-        self, caption: str, seed: int, forced: list[np.ndarray], guidance: float | None = None
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Bits and guided logits of all scales; the first are forced, the rest are drawn."""
-        request = self._pipe.request(caption, size="1M", seed=seed, plan="dense")
-        controls = request.controls
-        if guidance is not None:
-            controls = dataclasses.replace(
-                controls, guidance=jnp.full_like(controls.guidance, guidance)
-            )
+        self, request: Any, forced: list[np.ndarray]
+    ) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
+        """Bits of all scales, the first ones forced, and the logits [1, tokens, bits, 2]."""
         generator = self._pipe.generator
         state, bits, logits = generator.start(request.plan, 1), [], []
         for index in range(len(self._sizes)):
             tokens = jnp.asarray(forced[index]) if index < len(forced) else None
             state, output = generator.decode_scale(
-                request.plan, index, request.condition, state, controls, request.keys,
+                request.plan, index, request.condition, state, request.controls, request.keys,
                 forced=tokens, capture=True,
             )  # fmt: skip
-            pairs = output.captured["guided_logits"].reshape(*output.tokens.shape, 2)
             bits.append(np.asarray(output.tokens))
-            logits.append(np.asarray(pairs, np.float32))
+            shape = (*bits[-1].shape, 2)
+            logits.append(
+                {
+                    name: np.asarray(output.captured[f"{name}_logits"][:1], np.float32).reshape(
+                        shape
+                    )
+                    for name in ("raw", "guided")
+                }
+            )
         return bits, logits
 
     def all_of(self, caption: str, seed: int, truth: list[np.ndarray]) -> dict[str, Any]:
         """Bits by way of drawing."""
-        early, split = truth[:-LAST], len(truth) - LAST
-        _, logits = self.drawn(caption, seed, truth)
-        likelier = [(pair[..., 1] > pair[..., 0]).astype(np.int8) for pair in logits[split:]]
         request = self._pipe.request(caption, size="1M", seed=seed, plan="dense")
+        early, split = truth[:-LAST], len(truth) - LAST
+        logits = self.drawn(request, truth)[1][split:]
         keys, top_p = jax.vmap(jax.random.fold_in, (0, None)), request.controls.top_p
         sampled = [
-            np.asarray(sampling.sample_bits(jnp.asarray(pair), top_p, keys(request.keys, index)))
-            for index, pair in enumerate(logits[split:], split)
+            np.asarray(
+                sampling.sample_bits(jnp.asarray(pair["guided"]), top_p, keys(request.keys, index))
+            )
+            for index, pair in enumerate(logits, split)
         ]
+        likelier = {
+            name: [
+                np.asarray(sampling.sample_bits(jnp.asarray(pair[name]), top_p, None))
+                for pair in logits
+            ]
+            for name in ("raw", "guided")
+        }
         return {
             "right bits": truth,
             "last three left out": early,
-            "last three forced, likelier bits": early + likelier,
+            "last three forced, likelier bits": early + likelier["guided"],
+            "last three forced, likelier bits without guidance": early + likelier["raw"],
             "last three forced, drawn bits": early + sampled,
-            "last three drawn": self.drawn(caption, seed, early)[0],
-            "last three drawn without guidance": self.drawn(caption, seed, early, 1.0)[0],
-            "all drawn": self.drawn(caption, seed, [])[0],
+            "last three drawn": self.drawn(request, early)[0],
+            "all drawn": self.drawn(request, [])[0],
         }
 
 
@@ -151,7 +159,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="model directory, default the demo")
-    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--things", type=int, help="only so many things (rehearsal)")
     parser.add_argument("--out", type=Path, help="folder, default benchmarks/results/DEVICE")
     asked = parser.parse_args()

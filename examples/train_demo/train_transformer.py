@@ -42,7 +42,7 @@ CONSTANT_SHARE = 0.5
 FINAL_RATE = 0.02
 SCENES = 0.5
 POOL = 16384
-REFILL = 32  # pictures a device and a step
+REFILL = 32
 IN_FLIGHT = 2
 SAVE_SECONDS = 45
 KEEP_SECONDS = 60
@@ -60,13 +60,14 @@ class Setting:
     final: float = FINAL_RATE
     text_until: float = 1.0
     cycle: tuple[int, ...] = ()
+    refill: int = REFILL
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Setting":
         """What a command line asks for."""
         return cls(
             args.pool, args.rate, args.constant, args.final_rate, args.text_until,
-            tuple(args.cycle),
+            tuple(args.cycle), args.refill,
         )  # fmt: skip
 
     def rates(self, fraction: float, step: int) -> np.ndarray:
@@ -78,7 +79,7 @@ class Setting:
 
 
 def fill(
-    size: int,
+    setting: Setting,
     nets: dict[str, Network],
     mesh: Any,
     refill: Callable[..., pool.Pool],
@@ -88,9 +89,10 @@ def fill(
 ) -> pool.Pool:
     """A pool full of freshly encoded pictures."""
     began = time.time()
+    size = setting.pool
     data = pool.empty(size, SCHEDULE.final, nets["transformer"].config.bits)
     data = parallel.put(data, mesh, parallel.SPLIT)
-    for start in range(0, size // mesh.size, REFILL):
+    for start in range(0, size // mesh.size, setting.refill):
         data = refill(data, tokenizer, sprites, next(chunks), np.int32(start))
     data = jax.block_until_ready(data)
     print(f"pool of {size} pictures in {time.time() - began:.0f} s", flush=True)
@@ -119,10 +121,10 @@ def train(
     first, warm = budget.used.steps, int(state.step)
     state = parallel.put(state, mesh)
     refill = pool.make_refill(nets["tokenizer"], mesh)
-    draw = functools.partial(make, REFILL * mesh.size)
+    draw = functools.partial(make, setting.refill * mesh.size)
     feeder = Feeder(draw, 256, (first + 1) * SEEDS_A_STEP)
     chunks = iter(feeder)
-    data = fill(setting.pool, nets, mesh, refill, tokenizer, sprites, chunks)
+    data = fill(setting, nets, mesh, refill, tokenizer, sprites, chunks)
     programs.wait()
     record, began = Record(), time.time()
     shown = saved = kept = began
@@ -132,7 +134,7 @@ def train(
         scales, step = programs.pick(course(fraction, first + count, setting.cycle))
         rates = setting.rates(fraction, warm + count)
         state, losses = step(state, data, np.uint32(first + count), rates)
-        start = np.int32(count * REFILL % (setting.pool // mesh.size))
+        start = np.int32(count * setting.refill % (setting.pool // mesh.size))
         data = refill(data, tokenizer, sprites, next(chunks), start)
         count += 1
         record.steps[scales] += 1
@@ -179,6 +181,9 @@ def start_params(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this stage that both commands have."""
     parser.add_argument("--pool", type=int, default=POOL, help="encoded pictures kept")
+    parser.add_argument(
+        "--refill", type=int, default=REFILL, help="of them drawn anew, a device and a step"
+    )
     parser.add_argument(
         "--batches",
         type=int,

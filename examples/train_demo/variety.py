@@ -27,6 +27,15 @@ PAINTS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", 
 SAYS_COLOUR = re.compile(
     rf"\b({'|'.join(PAINTS)}|black|white|gray|golden|polar|rainbow|blue\w+|orange\w*)\b"
 )
+# Emojibase subgroups of things that come in many colours, and of things that can be counted.
+COLOURFUL = re.compile(
+    "transport|clothing|household|plant-flower|event|game|tool|place-building|music|book|"
+    "dishware|animal-(bird|marine|bug)|office|writing"
+)
+COUNTABLE = re.compile(
+    "animal|food-(fruit|vegetable|sweet)|plant-flower|transport-(ground|water)|music|tool|"
+    "household|clothing|place-building|drink|game"
+)
 COLOURED, SHADOW, ENOUGH = 0.35, 0.2, 0.5
 # Names that say more than one thing ("bowl with spoon") have no plural made by rule.
 JOINING = {"with", "of", "in", "on", "at", "and", "behind", "without", "over", "not"}
@@ -60,10 +69,15 @@ def several(name: str) -> str | None:
     return f"{name}s"
 
 
+def can_count(picture: Picture) -> bool:
+    """Whether there can be two or three of a thing, and a word for them."""
+    return bool(COUNTABLE.match(picture.group)) and several(picture.name) is not None
+
+
 def paintable(
     pictures: list[Picture], sprites: UInt8[np.ndarray, "pictures side side 4"]
 ) -> Bool[np.ndarray, "pictures"]:
-    """Whether most of each picture is coloured, in a colour that its name does not say."""
+    """Whether most of each picture is coloured, of a kind that comes in other colours too."""
     found = np.zeros(len(pictures), bool)
     for index, (picture, sprite) in enumerate(zip(pictures, sprites, strict=True)):
         small = sprite[::8, ::8].astype(np.float32) / 255
@@ -71,7 +85,8 @@ def paintable(
         coloured = ((high - low) / np.maximum(high, 1e-3) > COLOURED) & (high > SHADOW)
         there = small[..., 3] > 0.5
         share = (coloured & there).sum() / max(there.sum(), 1)
-        found[index] = share > ENOUGH and not SAYS_COLOUR.search(picture.name)
+        told = SAYS_COLOUR.search(picture.name) or not COLOURFUL.match(picture.group)
+        found[index] = share > ENOUGH and not told
     return found
 
 
@@ -97,7 +112,7 @@ class Variety:
         indices = by_style[draw_style(by_style, rng)]
         in_scene = rng.random() < scenes
         number = in_scene and rng.random() < 0.5
-        fits = (lambda i: several(pictures[i].name) is not None) if number else self.can_paint
+        fits = (lambda i: can_count(pictures[i])) if number else self.can_paint
         index = _one_of(indices, fits, rng)
         if index is None:
             return draw_example(pictures, by_style, rng, scenes)
