@@ -13,7 +13,15 @@ pytest.importorskip("optax")
 from examples.free_prompts import draw as free_draw
 from examples.free_prompts import verdicts
 from examples.train_demo import compose, optim, programs, resume
-from examples.train_demo.captions import LAYERS, Picture, empty_recipe, stack
+from examples.train_demo.captions import (
+    LAYERS,
+    STYLE_PREFIX,
+    STYLE_SUFFIX,
+    Picture,
+    draw_example,
+    empty_recipe,
+    stack,
+)
 from examples.train_demo.course import Budget, Used
 from examples.train_demo.programs import scale_weights
 from examples.train_demo.train_transformer import Setting
@@ -79,6 +87,20 @@ def test_captions_say_the_colours_and_numbers_that_recipes_have():
         if "above each other" in words:
             assert recipe.centre[0, 0] < 0.4 < 0.6 < recipe.centre[1, 0]
         assert (recipe.paint == -1).all()
+
+
+@pytest.mark.parametrize("scenes", [0.0, 1.0])
+def test_a_caption_without_a_style_is_of_the_plain_style(scenes):
+    pictures = [Picture(style, "a", "cat") for style in STYLE_SUFFIX for _ in range(3)]
+    by_style = {s: np.arange(3) + 3 * i for i, s in enumerate(STYLE_SUFFIX)}
+    rng, unsaid = np.random.default_rng(3), set()
+    for _ in range(300):
+        words, recipe = draw_example(pictures, by_style, rng, scenes, "noto")
+        style = pictures[recipe.sprite[0]].style
+        said = [STYLE_SUFFIX[style].strip(", "), *(p.split(" of ")[0] for p in STYLE_PREFIX[style])]
+        if not any(part in words for part in said):
+            unsaid.add(style)
+    assert unsaid == {"noto"}
 
 
 def test_variety_draws_plain_examples_where_nothing_can_be_varied():

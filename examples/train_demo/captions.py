@@ -123,12 +123,23 @@ def empty_recipe(rng: np.random.Generator) -> Recipe:
     )
 
 
+def style_said(style: str, plain: str, rng: np.random.Generator) -> str:
+    """Whether a caption of one thing says its style before it, after it, or not: ""
+
+    plain: the one style that may go unsaid. A caption that says none means four drawings where
+    there is none such, and a model that draws the bits of a scale each for itself mixes them.
+    """
+    chance = rng.random()
+    before, after = (0.5, 0.8) if not plain else (0.25, 0.4) if style == plain else (0.6, 1.0)
+    return "before" if chance < before else "after" if chance < after else ""
+
+
 def single(
-    index: int, picture: Picture, rng: np.random.Generator, paint: str = ""
+    index: int, picture: Picture, rng: np.random.Generator, plain: str = "", paint: str = ""
 ) -> tuple[str, Recipe]:
     """One large thing, on white (unsaid or said) or on a coloured background (always said).
 
-    paint: the colour that it is painted in, said before its name.
+    plain: see `style_said`. paint: the colour that it is painted in, said before its name.
     """
     recipe = empty_recipe(rng)
     recipe.sprite[0] = index
@@ -138,8 +149,8 @@ def single(
     if paint:
         recipe.paint[0] = colour(paint, rng)
     words = name if rng.random() < 0.15 else article(name)
-    told = rng.random()
-    if told < 0.5:
+    told = style_said(picture.style, plain, rng)
+    if told == "before":
         words = STYLE_PREFIX[picture.style][rng.integers(2)] + words
     chance = rng.random()
     if chance < 0.1:
@@ -147,7 +158,7 @@ def single(
     elif chance > 0.45:
         phrase, recipe.colours, recipe.noise = draw_background(rng)
         words += phrase
-    if 0.5 <= told < 0.8:
+    if told == "after":
         words += STYLE_SUFFIX[picture.style]
     if picture.tags and rng.random() < 0.12:
         words += ", " + ", ".join(rng.permutation(picture.tags)[:2])
@@ -197,19 +208,20 @@ def arrange(words: list[str], recipe: Recipe, rng: np.random.Generator) -> str:
 
 
 def scene(
-    indices: list[int], pictures: list[Picture], rng: np.random.Generator
+    indices: list[int], pictures: list[Picture], rng: np.random.Generator, plain: str = ""
 ) -> tuple[str, Recipe]:
     """One to three cut-outs of one style on a coloured background."""
     recipe = empty_recipe(rng)
     recipe.sprite[: len(indices)] = indices
     words = arrange([article(pictures[i].name) for i in indices], recipe, rng)
-    return words + surroundings(recipe, pictures[indices[0]].style, rng), recipe
+    return words + surroundings(recipe, pictures[indices[0]].style, rng, plain), recipe
 
 
-def surroundings(recipe: Recipe, style: str, rng: np.random.Generator) -> str:
+def surroundings(recipe: Recipe, style: str, rng: np.random.Generator, plain: str = "") -> str:
     """Give a scene its background; what a caption says of it, and often of the style."""
     phrase, recipe.colours, recipe.noise = draw_background(rng)
-    return phrase + STYLE_SUFFIX[style] if rng.random() < 0.6 else phrase
+    said = 0.6 if not plain else 0.4 if style == plain else 1.0
+    return phrase + STYLE_SUFFIX[style] if rng.random() < said else phrase
 
 
 def draw_style(by_style: dict[str, np.ndarray], rng: np.random.Generator) -> str:
@@ -223,14 +235,19 @@ def draw_example(
     by_style: dict[str, np.ndarray],
     rng: np.random.Generator,
     scenes: float = 0.5,
+    plain: str = "",
 ) -> tuple[str, Recipe]:
-    """A random caption and its recipe; `scenes` is the share of composed scenes."""
+    """A random caption and its recipe; `scenes` is the share of composed scenes.
+
+    plain: the one style that may go unsaid, see `style_said`; none: all may.
+    """
     style = draw_style(by_style, rng)
     if rng.random() >= scenes:
         index = int(rng.choice(by_style[style]))
-        return single(index, pictures[index], rng)
+        return single(index, pictures[index], rng, plain)
     count = int(rng.choice(3, p=(0.2, 0.5, 0.3))) + 1
-    return scene([int(i) for i in rng.choice(by_style[style], count, replace=False)], pictures, rng)
+    chosen = [int(i) for i in rng.choice(by_style[style], count, replace=False)]
+    return scene(chosen, pictures, rng, plain)
 
 
 def stack(recipes: list[Recipe]) -> dict[str, np.ndarray]:

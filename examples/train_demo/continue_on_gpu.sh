@@ -16,5 +16,5 @@ exec "$(dirname "$0")/run_on_gpu.sh" "$out" "$seconds" \
   --course-seconds "${COURSE:-1500}" --tokenizer-seconds 0 --distinct \
   --rate 1.5e-3 --constant 0.3 --final-rate 0 --memory 1500 \
   --last-weight 2 --text-until 0.5 --text-dropped 0.15 \
-  --scenes 0.6 --variety 0.2 --pool 65536 \
+  --scenes 0.6 --variety 0.2 --plain-style noto --pool 65536 \
   --cycle 7 13 10 13 7 13 --batches 1280 256 80 32 "$@"

@@ -188,6 +188,7 @@ def write_record(
         "transformer_seconds": round(record.seconds),
         "scenes": args.scenes,
         "variety": args.variety,
+        "plain_style": args.plain_style,
         "rate": [args.rate, args.constant, args.final_rate],
         "last_weight": args.last_weight,
         "text_dropped": args.text_dropped,

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array
 
 from examples.train_demo import optim, parallel, pool, store
+from examples.train_demo.captions import STYLE_SUFFIX
 from examples.train_demo.course import COURSES, Budget, Record, Used, course
 from examples.train_demo.feed import Chunk, Feeder, make_chunk
 from examples.train_demo.models import (
@@ -201,6 +202,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="share of examples with a thing in other colours, or several times",
     )
+    parser.add_argument(
+        "--plain-style",
+        choices=("", *STYLE_SUFFIX),
+        default="",
+        help="the one style that captions may leave unsaid; by default all styles",
+    )
     parser.add_argument("--rate", type=float, default=PEAK_RATE)
     parser.add_argument(
         "--constant", type=float, default=CONSTANT_SHARE, help="share of the course at that rate"
@@ -268,7 +275,9 @@ def maker(
     """What draws captions and recipes as a command line asks for them."""
     variety = Variety(args.variety, paintable(collection.pictures, sprites))
     things = chosen(args, collection)
-    return lambda size, seed: make_chunk(collection, things, size, seed, args.scenes, variety)
+    return lambda size, seed: make_chunk(
+        collection, things, size, seed, args.scenes, variety, args.plain_style
+    )
 
 
 def main() -> None:

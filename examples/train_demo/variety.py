@@ -107,6 +107,7 @@ class Variety:
         by_style: dict[str, Int[np.ndarray, "some"]],
         rng: np.random.Generator,
         scenes: float,
+        plain: str = "",
     ) -> tuple[str, Recipe]:
         """A caption and its recipe, of one style as `captions.draw_example`."""
         indices = by_style[draw_style(by_style, rng)]
@@ -115,12 +116,12 @@ class Variety:
         fits = (lambda i: can_count(pictures[i])) if number else self.can_paint
         index = _one_of(indices, fits, rng)
         if index is None:
-            return draw_example(pictures, by_style, rng, scenes)
+            return draw_example(pictures, by_style, rng, scenes, plain)
         if number:
-            return counted(index, pictures[index], rng)
+            return counted(index, pictures[index], rng, plain)
         if in_scene:
-            return in_colours(index, pictures[index], rng)
-        return single(index, pictures[index], rng, str(rng.choice(PAINTS)))
+            return in_colours(index, pictures[index], rng, plain)
+        return single(index, pictures[index], rng, plain, str(rng.choice(PAINTS)))
 
 
 def _one_of(
@@ -130,17 +131,21 @@ def _one_of(
     return next((int(index) for index in rng.choice(indices, 30) if fits(int(index))), None)
 
 
-def in_colours(index: int, picture: Picture, rng: np.random.Generator) -> tuple[str, Recipe]:
+def in_colours(
+    index: int, picture: Picture, rng: np.random.Generator, plain: str = ""
+) -> tuple[str, Recipe]:
     """The same thing in two or three colours: "a red car above a blue car"."""
     recipe, count = empty_recipe(rng), int(rng.integers(2, LAYERS + 1))
     paints = [str(paint) for paint in rng.choice(PAINTS, count, replace=False)]
     recipe.sprite[:count] = index
     recipe.paint[:count] = [colour(paint, rng) for paint in paints]
     words = arrange([article(f"{paint} {picture.name}") for paint in paints], recipe, rng)
-    return words + surroundings(recipe, picture.style, rng), recipe
+    return words + surroundings(recipe, picture.style, rng, plain), recipe
 
 
-def counted(index: int, picture: Picture, rng: np.random.Generator) -> tuple[str, Recipe]:
+def counted(
+    index: int, picture: Picture, rng: np.random.Generator, plain: str = ""
+) -> tuple[str, Recipe]:
     """The same thing two or three times: "three cats in a row", "two cars above each other"."""
     recipe, count = empty_recipe(rng), int(rng.integers(2, LAYERS + 1))
     recipe.sprite[:count] = index
@@ -154,4 +159,4 @@ def counted(index: int, picture: Picture, rng: np.random.Generator) -> tuple[str
     else:
         lay_out(recipe, [(0.5, 0.27), (0.5, 0.73)], (0.43, 0.49), (0.05, 0.015), rng)
         things += " next to each other" if rng.random() < 0.5 else ""
-    return things + surroundings(recipe, picture.style, rng), recipe
+    return things + surroundings(recipe, picture.style, rng, plain), recipe
