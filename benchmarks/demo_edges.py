@@ -64,7 +64,7 @@ class Ways:
 
     def __init__(self, pipe: Pipeline):
         self._pipe = pipe
-        self._model: Any = pipe.model
+        self.model: Any = pipe.model
         self._sizes = pipe.request("a", size="1M", plan="dense").plan.schedule.sizes
         self._decode = jax.jit(
             lambda tokenizer, labels: tokenizer.decode(sum_codes(labels, self._sizes[-1]))
@@ -76,7 +76,7 @@ class Ways:
             jnp.asarray(label).reshape(1, *size, -1)
             for label, size in zip(labels, self._sizes, strict=False)
         )
-        return to_uint8(self._decode(self._model.tokenizer, grids))[0]
+        return to_uint8(self._decode(self.model.tokenizer, grids))[0]
 
     def truth(self, latents: Any) -> list[np.ndarray]:
         """The right bits of every scale, [1, tokens, bits]."""
@@ -138,7 +138,7 @@ class Ways:
 
 
 def examples(count: int, things: int | None, seed: int) -> tuple[list[str], Any, Any]:
-    """Captions, recipes and sprites of training pictures: a half single things, a half scenes."""
+    """Captions, recipes and sprites of training pictures, single things and scenes in turn."""
     collection, sprites = load_sprites(things)
     rng = np.random.default_rng(seed)
     styles = {
@@ -147,7 +147,7 @@ def examples(count: int, things: int | None, seed: int) -> tuple[list[str], Any,
         if len(found) >= 3
     }
     drawn = [
-        draw_example(collection.pictures, styles, rng, scenes=float(number >= count // 2))
+        draw_example(collection.pictures, styles, rng, scenes=float(number % 2))
         for number in range(count)
     ]
     return [words for words, _ in drawn], [recipe for _, recipe in drawn], sprites
@@ -167,11 +167,10 @@ def main() -> None:
     captions, recipes, sprites = examples(asked.count, asked.things, seed=11)
     found: dict[str, list[dict[str, Any]]] = {}
     sheet: list[np.ndarray] = []
-    shown = set(np.linspace(0, asked.count - 1, min(SHOWN, asked.count)).round().astype(int))
     for number, (caption, recipe) in enumerate(zip(captions, recipes, strict=True)):
         one = stacked([recipe])
         true = to_uint8(draw(sprites, one))[0]
-        truth = ways.truth(encode_pictures(ways._model.tokenizer, sprites, one))
+        truth = ways.truth(encode_pictures(ways.model.tokenizer, sprites, one))
         row = [true]
         for name, bits in ways.all_of(caption, number, truth).items():
             picture = ways.picture(bits)
@@ -184,20 +183,24 @@ def main() -> None:
                     "bits_right": right if len(bits) == len(truth) else None,
                 }
             )
-        sheet += row if number in shown else []
+        sheet += row if number < SHOWN else []
         print(f"{number + 1} of {asked.count}: {caption}", flush=True)
-    rows = [summary(name, figures) for name, figures in found.items()]
+        # After every picture: what is there counts, should the rest not come.
+        rows = [summary(name, figures) for name, figures in found.items()]
+        file = record.write_entries(
+            "demo_edges", {"captions": captions[: number + 1], "rows": rows}, folder=asked.out
+        )
+        contact_sheet(sheet, len(found) + 1).save(file.with_suffix(".webp"), quality=85)
     for row in rows:
         print(row)
-    file = record.write("demo_edges", rows, folder=asked.out)
-    contact_sheet(sheet, len(found) + 1).save(file.with_suffix(".webp"), quality=85)
 
 
 def summary(way: str, figures: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over the pictures of single things and of scenes."""
-    half = len(figures) // 2
     row: dict[str, Any] = {"way": way, "pictures": len(figures)}
-    for kind, part in (("single", figures[:half]), ("scenes", figures[half:])):
+    for kind, part in (("single", figures[::2]), ("scenes", figures[1::2])):
+        if not part:
+            continue
         for name in ("psnr", "sharpness_in_place", "sharpness_anywhere"):
             row[f"{kind}_{name}"] = round(float(np.mean([f[name] for f in part])), 3)
         bits = [f["bits_right"] for f in part if f["bits_right"] is not None]
