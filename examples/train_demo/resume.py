@@ -1,6 +1,6 @@
 """The whole state of a training on disk, so that the next call goes on as if nothing had happened.
 
-Float32 parameters, optimizer state and averages of the shipped size take about 330 MB: they stay
+Float32 parameters, optimizer state and averages of the shipped size take 254 MB: they stay
 where the training runs. What travels are the weights alone (`store.py`).
 """
 

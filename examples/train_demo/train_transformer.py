@@ -46,7 +46,7 @@ POOL = 16384
 REFILL = 32
 IN_FLIGHT = 2
 SAVE_SECONDS = 45
-KEEP_SECONDS = 60
+KEEP_SECONDS = 150
 SEEDS_A_STEP = 1_000_000  # apart, so that calls of one course draw other pictures
 REPORT_SECONDS = 10
 
