@@ -15,6 +15,6 @@ exec "$(dirname "$0")/run_on_gpu.sh" "$out" "$seconds" \
   --restart "${FROM:-sparvar_jax/demo}" --state "${STATE:-runs/onward}" \
   --course-seconds "${COURSE:-1500}" --tokenizer-seconds 0 --distinct \
   --rate 1.5e-3 --constant 0.3 --final-rate 0 --memory 1500 \
-  --last-weight 2 --text-until 0.5 --text-dropped 0.15 \
+  --last-weight 1.5 --text-until 0.5 --text-dropped 0.15 \
   --scenes 0.6 --variety 0.2 --plain-style noto --pool 65536 \
-  --cycle 7 13 10 13 7 13 --batches 1280 256 80 32 "$@"
+  --cycle 7 10 7 13 --batches 1280 256 80 32 "$@"
