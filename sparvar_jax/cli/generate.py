@@ -62,7 +62,8 @@ class Order:
         from sparvar_jax.pipelines import loading
 
         family = loading.family_in(loading.model_folder(self.model))
-        encoder = family.encoder.from_checkpoint(self.model, dtype=self.kind["dtype"])
+        how = {name: self.kind[name] for name in ("dtype", "weights")}
+        encoder = family.encoder.from_checkpoint(self.model, **how)
         texts = {name: self.drawing[name] for name in ("negative",) if name in self.drawing}
         others = {name: encoder([text] * self.num) for name, text in texts.items()}
         return encoder(prompts), others

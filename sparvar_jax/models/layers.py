@@ -25,6 +25,7 @@ EightBits = Literal["int8", "float8_e4m3fn", "int8 weights"]
 activations as they are."""
 MAX_LOG_TEMPERATURE = 4.605170185988092  # ln 100, the clamp of cosine attention's temperature
 NORM_EPSILON = 1e-6
+_SMALL = nnx.initializers.truncated_normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Linear(nnx.Module):
 
     dtype: of products and results. weights: of the parameters. narrow: what the matrix becomes when
     its model is made one of 8 bits, None for one that stays as it is. implementation: of 8-bit
-    products, None for the best one.
+    products, None for the best one. draw: what the matrix begins as.
     """
 
     def __init__(
@@ -68,9 +69,9 @@ class Linear(nnx.Module):
         weights: DTypeLike,
         precision: jax.lax.Precision,
         narrow: EightBits | None = None,
+        draw: nnx.Initializer = _SMALL,
         rngs: nnx.Rngs,
     ):
-        draw = nnx.initializers.truncated_normal(0.02)
         self.kernel = nnx.Param(draw(rngs.params(), (inputs, outputs), weights))
         self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.bias: nnx.Param | None = nnx.data(None)

@@ -94,7 +94,8 @@ def abstract_part(
     Which matrices a file stores in 8 bits its config does not say, so "stored" gives dense ones.
     """
     parts.check_weights(weights)
-    kind, form = part_config(config, part, dtype), parts.stored_form(config, part, weights)
+    kind = part_config(config, part, dtype)
+    form = parts.stored_form(config, part, weights, kind)
     if form is None and weights in FORMS:
         form = weights
     return parts.abstract_module(*kind, form)
@@ -109,7 +110,8 @@ def load_part(
     sharding: jax.sharding.Sharding | None = None,
 ) -> Any:
     """One part with its weights, by default on the default device; see `parts.load_module`."""
-    kind, stored = part_config(config, part, dtype), parts.stored_form(config, part, weights)
+    kind = part_config(config, part, dtype)
+    stored = parts.stored_form(config, part, weights, kind)
     return parts.load_module(folder, part, *kind, weights, stored, sharding)
 
 
