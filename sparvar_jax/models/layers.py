@@ -16,6 +16,7 @@ import pallas_kernels
 from pallas_kernels import Eight
 from pallas_kernels.api import Implementation
 from pallas_kernels.quantised import BLOCK
+from pallas_kernels.xla.fused import rounded
 from sparvar_jax.weights import matrix
 from sparvar_jax.weights.matrix import Dense, Narrow, Scaled, Weight
 
@@ -32,14 +33,18 @@ _SMALL = nnx.initializers.truncated_normal(0.02)
 class Precision:
     """How a model computes: `weights` and `compute` dtypes, and the matmul precision they imply.
 
-    float32 asks for exact products (no tf32), which parity needs.
+    float32 asks for exact products (no tf32), which parity needs. stream: of the residual stream
+    between blocks; updates and norms are computed in float32 whatever it is.
     """
 
     dtype: DtypeName = "bfloat16"
+    stream: DtypeName = "float32"
 
     def __post_init__(self):
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+        for name in ("dtype", "stream"):
+            found = getattr(self, name)
+            if found not in ("bfloat16", "float32"):
+                raise ValueError(f"{name} must be 'bfloat16' or 'float32', got {found!r}")
 
     @property
     def compute(self) -> jnp.dtype:
@@ -183,7 +188,7 @@ class Scale(nnx.Module):
 )
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """The float32 residual stream between blocks: `x + gain * (branch + bias)`.
+    """The residual stream between blocks, in its dtype: `x + gain * (branch + bias)`.
 
     A block leaves its last update undone, so that the norm that opens the next block makes both in
     one pass over memory. The gain is row `index` of `table`, of which the first R rows are meant;
@@ -198,7 +203,7 @@ class Stream:
 
     def settled(self) -> Float[Array, "R T C"]:
         """The stream as one array."""
-        return self.x if self.branch is None else self.x + self.update()
+        return self.x if self.branch is None else updated(self.x, self.update())
 
     def update(self) -> Float[Array, "R T C"]:
         """What is still to be added to x."""
@@ -231,6 +236,11 @@ class Stream:
             dtype=dtype,
             implementation=implementation,
         )
+
+
+def updated(x: Float[Array, "R T C"], update: Float[Array, "R T C"]) -> Float[Array, "R T C"]:
+    """A residual stream with an update, added in float32 and rounded to the stream's dtype."""
+    return rounded(x.astype(jnp.float32) + update, x.dtype).astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
