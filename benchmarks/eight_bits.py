@@ -5,9 +5,10 @@
 
 Every variant is fed the tokens that the model draws in float32. `int8 qkv` rounds one kind of layer
 alone, the rest computes in float32; `in bfloat16` says that all else does as well, as it is drawn
-on a GPU. The same with outliers planted (`eight_bits_models.planted`), and a naive scheme of one
-scale a tensor. Then pictures, drawn freely, against those in float32. Writes eight_bits.json, a
-table and sheets into benchmarks/results/DEVICE.
+on a GPU; `bfloat16 stream` rounds the residual stream alone, `stream too` beside the rest. The same
+with outliers planted (`eight_bits_models.planted`), and a naive scheme of one scale a tensor. Then
+pictures, drawn freely, against those in float32. Writes eight_bits.json, a table and sheets into
+benchmarks/results/DEVICE.
 """
 
 from __future__ import annotations
@@ -51,8 +52,16 @@ def _form(form: Any, kinds: Any = variants.KINDS) -> Make:
     return lambda model: variants.rounded(model, form, kinds)
 
 
+def _as_it_is(model: Any) -> Any:
+    return model
+
+
 def _in_bfloat16(make: Make) -> Make:
     return lambda model: make(variants.in_dtype(model, "bfloat16"))
+
+
+def _streaming(make: Make) -> Make:
+    return lambda model: variants.with_stream(make(model), "bfloat16")
 
 
 NAIVE = Variant("int8, one scale a tensor", variants.per_tensor, naive=True)
@@ -63,11 +72,14 @@ ALONE = [
     for form, kinds in zip(FORMS, (variants.KINDS, variants.KINDS[:3]), strict=True)
     for kind in kinds
 ]
+STREAM = Variant("bfloat16 stream", _streaming(_as_it_is))
 DRAWN = [
-    Variant("bfloat16", _in_bfloat16(lambda model: model)),
+    Variant("bfloat16", _in_bfloat16(_as_it_is)),
     *(Variant(f"{form} all, in bfloat16", _in_bfloat16(_form(form))) for form in FORMS),
+    Variant("bfloat16, stream too", _streaming(_in_bfloat16(_as_it_is))),
+    Variant("int8 all, in bfloat16, stream too", _streaming(_in_bfloat16(_form("int8")))),
 ]
-PLANTED = [*WHOLE, NAIVE]
+PLANTED = [*WHOLE, STREAM, NAIVE]
 
 
 class Forced:
@@ -162,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     prompts = [prompt for _, prompt in read_prompts(DEMO_PROMPTS, asked.prompts)]
     options = {"size": asked.size, "plan": asked.plan}
     rows, tokens = [], []
-    models = {"as trained": (pipe, [*DRAWN, *ALONE, *WHOLE, NAIVE])}
+    models = {"as trained": (pipe, [*DRAWN, *ALONE, *WHOLE, STREAM, NAIVE])}
     models["outliers planted"] = with_transformer(pipe, variants.planted), PLANTED
     for name, (model, wanted) in models.items():
         chosen = [one for one in wanted if not asked.only or one.name in asked.only]
