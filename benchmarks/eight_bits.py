@@ -27,6 +27,7 @@ from benchmarks import _record as record
 from benchmarks import eight_bits_models as variants
 from benchmarks.quality import DEMO_PROMPTS, read_prompts
 from benchmarks.quality_report import sheet
+from benchmarks.report import COLUMNS
 from benchmarks.teacher_forcing import logits_and_bits
 from sparvar_jax.models import eight_bits
 from sparvar_jax.models.eight_bits import FORMS
@@ -35,6 +36,7 @@ from sparvar_jax.study.compare_pictures import picture_measures
 from sparvar_jax.weights.matrix import FEWEST_TOKENS
 
 SEED = 0
+TRAINED = "as trained"
 Row = dict[str, Any]
 Make = Callable[[Any], Any]
 
@@ -132,20 +134,17 @@ def pictures(pipe: Pipeline, prompts: list[str], options: dict[str, Any]) -> dic
     return drawn
 
 
-def table(rows: list[Row], drawn: list[Row], tokens: list[int]) -> str:
-    """Markdown: error and equal bits at the last scale and over scales that are 8 bit."""
+def table(rows: list[Row], tokens: list[int]) -> str:
+    """Markdown: error and equal bits at the last scale and over all, likeness where drawn."""
     large = [index for index, count in enumerate(tokens) if count >= FEWEST_TOKENS]
     lines = [
         f"Scales of {FEWEST_TOKENS} tokens and more: {len(large)} of {len(tokens)}.\n",
-        "| model | variant | logit error, last scale | largest | equal bits, last scale | least |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| " + " | ".join(title for title, _ in COLUMNS["eight_bits"]) + " |",
+        "| " + " | ".join("---" for _ in COLUMNS["eight_bits"]) + " |",
     ]
-    for row in rows:
-        errors, bits = row["logit_error_by_scale"], row["equal_bits_by_scale"]
-        cells = f"{errors[-1]:.4f} | {max(errors):.4f} | {bits[-1]:.4f} | {min(bits):.4f}"
-        lines.append(f"| {row['model']} | {row['variant']} | {cells} |")
-    lines += ["", "| drawn freely | PSNR against float32, dB |", "| --- | --- |"]
-    lines += [f"| {row['variant']} | {row['psnr']:.2f} |" for row in drawn]
+    lines += [
+        "| " + " | ".join(show(row) for _, show in COLUMNS["eight_bits"]) + " |" for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -174,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     prompts = [prompt for _, prompt in read_prompts(DEMO_PROMPTS, asked.prompts)]
     options = {"size": asked.size, "plan": asked.plan}
     rows, tokens = [], []
-    models = {"as trained": (pipe, [*DRAWN, *ALONE, *WHOLE, STREAM, NAIVE])}
+    models = {TRAINED: (pipe, [*DRAWN, *ALONE, *WHOLE, STREAM, NAIVE])}
     models["outliers planted"] = with_transformer(pipe, variants.planted), PLANTED
     for name, (model, wanted) in models.items():
         chosen = [one for one in wanted if not asked.only or one.name in asked.only]
@@ -192,22 +191,32 @@ def main(arguments: list[str] | None = None) -> None:
     _write(asked, rows, pictures(pipe, prompts, options) if asked.pictures else {}, tokens)
 
 
+def likened(rows: list[Row], drawn: dict[str, np.ndarray]) -> list[Row]:
+    """The rows with how near drawn pictures come to those in float32; rows of their own at need."""
+    measure, truth = picture_measures(None), drawn.get("float32")
+    near: dict[str, Row] = {}
+    for name in drawn.keys() - {"float32"}:
+        everywhere = np.ones(drawn[name].shape[:3], np.float32)
+        found = np.asarray(measure(truth, drawn[name], everywhere)["psnr"])
+        near[name] = {"psnr": float(found.mean()), "psnr_by_picture": found.tolist()}
+    trained = [row for row in rows if row["model"] == TRAINED]
+    alone = near.keys() - {row["variant"] for row in trained}
+    return [
+        *({**row, **(near.get(row["variant"], {}) if row in trained else {})} for row in rows),
+        *({"model": TRAINED, "variant": name, **near[name]} for name in sorted(alone)),
+    ]
+
+
 def _write(
     asked: argparse.Namespace, rows: list[Row], drawn: dict[str, np.ndarray], tokens: list[int]
 ) -> None:
-    measure, likeness = picture_measures(None), []
-    for name, ours in drawn.items():
-        if name != "float32":
-            everywhere = np.ones(ours.shape[:3], np.float32)
-            found = measure(drawn["float32"], ours, everywhere)["psnr"]
-            likeness.append({"variant": name, "psnr": float(np.mean(found))})
+    rows = likened(rows, drawn)
     about = {"size": asked.size, "plan": asked.plan, "prompts": asked.prompts, "tokens": tokens}
-    entries = {"about": about, "rows": rows, "pictures": likeness}
-    file = record.write_entries("eight_bits", entries, folder=asked.out)
-    file.with_suffix(".md").write_text(table(rows, likeness, tokens))
-    for row in likeness:
-        stem = "".join(c if c.isalnum() else "-" for c in row["variant"])
-        image = sheet(drawn["float32"], drawn[row["variant"]])
+    file = record.write_entries("eight_bits", {"about": about, "rows": rows}, folder=asked.out)
+    file.with_suffix(".md").write_text(table(rows, tokens))
+    for name in drawn.keys() - {"float32"}:
+        stem = "".join(c if c.isalnum() else "-" for c in name)
+        image = sheet(drawn["float32"], drawn[name])
         image.save(file.with_name(f"eight_bits-{stem}.webp"), quality=85)
     print(file.with_suffix(".md").read_text())
 
