@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -130,6 +131,7 @@ def pictures(pipe: Pipeline, prompts: list[str], options: dict[str, Any]) -> dic
     """Pictures drawn freely, in float32 and as they are drawn on a GPU."""
     drawn = {"float32": pipe(prompts, seed=SEED, **options)}
     for variant in DRAWN:
+        print(f"drawing in {variant.name}", flush=True)
         drawn[variant.name] = with_transformer(pipe, variant.make)(prompts, seed=SEED, **options)
     return drawn
 
@@ -172,23 +174,35 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"{pipe.model.name} has no 8-bit products")
     prompts = [prompt for _, prompt in read_prompts(DEMO_PROMPTS, asked.prompts)]
     options = {"size": asked.size, "plan": asked.plan}
-    rows, tokens = [], []
-    models = {TRAINED: (pipe, [*DRAWN, *ALONE, *WHOLE, STREAM, NAIVE])}
-    models["outliers planted"] = with_transformer(pipe, variants.planted), PLANTED
-    for name, (model, wanted) in models.items():
-        chosen = [one for one in wanted if not asked.only or one.name in asked.only]
-        forced = Forced(model, prompts, options) if chosen else None
-        for variant in chosen if forced else ():
-            start, tokens = time.perf_counter(), forced.tokens
-            row = {"model": name, **forced.row(variant)}
-            rows.append(row)
-            print(
-                f"{name}, {variant.name}: logit error {row['logit_error_by_scale'][-1]:.4f}, "
-                f"equal bits {row['equal_bits_by_scale'][-1]:.4f} at the last scale "
-                f"({time.perf_counter() - start:.0f} s)",
-                flush=True,
-            )
-    _write(asked, rows, pictures(pipe, prompts, options) if asked.pictures else {}, tokens)
+    drawn = pictures(pipe, prompts, options) if asked.pictures else {}
+    file = _write(asked, [], drawn, [])  # after every measurement: a run that is killed leaves it
+    for name in drawn.keys() - {"float32"}:
+        stem = "".join(c if c.isalnum() else "-" for c in name)
+        image = sheet(drawn["float32"], drawn[name])
+        image.save(file.with_name(f"eight_bits-{stem}.webp"), quality=85)
+    rows, forced = [], {}
+    for name, variant in wanted(asked.only):
+        start = time.perf_counter()
+        if name not in forced:
+            model = pipe if name == TRAINED else with_transformer(pipe, variants.planted)
+            forced[name] = Forced(model, prompts, options)
+        rows.append({"model": name, **forced[name].row(variant)})
+        _write(asked, rows, drawn, forced[name].tokens)
+        print(
+            f"{name}, {variant.name}: logit error {rows[-1]['logit_error_by_scale'][-1]:.4f}, "
+            f"equal bits {rows[-1]['equal_bits_by_scale'][-1]:.4f} at the last scale "
+            f"({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+    print(file.with_suffix(".md").read_text())
+
+
+def wanted(names: list[str] | None) -> list[tuple[str, Variant]]:
+    """The rows: which model, and which variant of it."""
+    rows = [(TRAINED, one) for one in (*DRAWN, *WHOLE, STREAM, NAIVE)]
+    rows += [("outliers planted", one) for one in PLANTED]
+    rows += [(TRAINED, one) for one in ALONE]
+    return [row for row in rows if not names or row[1].name in names]
 
 
 def likened(rows: list[Row], drawn: dict[str, np.ndarray]) -> list[Row]:
@@ -209,16 +223,13 @@ def likened(rows: list[Row], drawn: dict[str, np.ndarray]) -> list[Row]:
 
 def _write(
     asked: argparse.Namespace, rows: list[Row], drawn: dict[str, np.ndarray], tokens: list[int]
-) -> None:
+) -> pathlib.Path:
+    """JSON and table of what is measured so far."""
     rows = likened(rows, drawn)
     about = {"size": asked.size, "plan": asked.plan, "prompts": asked.prompts, "tokens": tokens}
     file = record.write_entries("eight_bits", {"about": about, "rows": rows}, folder=asked.out)
     file.with_suffix(".md").write_text(table(rows, tokens))
-    for name in drawn.keys() - {"float32"}:
-        stem = "".join(c if c.isalnum() else "-" for c in name)
-        image = sheet(drawn["float32"], drawn[name])
-        image.save(file.with_name(f"eight_bits-{stem}.webp"), quality=85)
-    print(file.with_suffix(".md").read_text())
+    return file
 
 
 if __name__ == "__main__":
