@@ -1,8 +1,9 @@
 """Products of 16-bit activations with 8-bit weights, for few rows: bound by the weights they read.
 
-A program has some outputs for a tile of rows, and walks the inputs: weights come as 8-bit values,
-become 16-bit ones in registers, where every such value is exact, and meet the activations as those
-are. Sums are of float32; the scale of an output multiplies its sum once.
+A program has a tile of outputs for a tile of rows, and walks the inputs or a part of them: weights
+come as 8-bit values, become 16-bit ones in registers, where every such value is exact, and meet the
+activations as those are. Weights are the left operand, the one that tensor cores take out of
+registers. Sums are of float32; the scale of an output multiplies its sum once.
 """
 
 from __future__ import annotations
@@ -16,52 +17,66 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import calls
 from pallas_kernels.portable import _triton as tri
-from pallas_kernels.portable.tuning import Launch
+from pallas_kernels.portable import tuning
 from pallas_kernels.shapes import ceil_div
 
-_OUTPUTS = 32
-"""Of a program: few, so that small matrices have programs for all multiprocessors."""
-_BYTES = 1 << 15
-"""Of activations in a step: with four steps on the way they and the weights fit shared memory."""
+_PROGRAMS = 2
+"""For every multiprocessor at least; where tiles are fewer, programs share the inputs of one."""
+_PARTS = 8
 
 
 def weight_matmul(call: calls.WeightMatmul) -> Float[Array, "R T O"]:
     """`x @ weight.T`, scaled; rows of all batch entries together."""
     batch, tokens, inputs = call.x.shape
     rows, outputs = batch * tokens, call.weight.shape[0]
-    tile = min(128, max(16, 1 << (rows - 1).bit_length()))
-    # 256 columns of e4m3 beside more rows than 16 spill registers on Hopper.
-    step = max(64, min(256 if tile == 16 else 128, _BYTES // (2 * tile)))
+    tiles = tuning.products(rows, call.device.capability)
+    grid = (ceil_div(outputs, tiles.outputs), ceil_div(rows, tiles.rows))
+    parts = _parts(grid[0] * grid[1], ceil_div(inputs, tiles.step), call.device.multiprocessors)
+    out = tri.call(
+        _kernel(rows, outputs, inputs, parts, tiles),
+        jax.ShapeDtypeStruct((parts, rows, outputs), jnp.float32 if parts > 1 else call.dtype),
+        (*grid, parts), tiles, call.x.reshape(rows, inputs), call.weight, call.weight_scale,
+    )  # fmt: skip
+    whole = out[0] if parts == 1 else out.sum(0).astype(call.dtype)
+    return whole.reshape(batch, tokens, outputs)
+
+
+def _parts(programs: int, steps: int, multiprocessors: int) -> int:
+    """Into how many parts the inputs go, so that every multiprocessor has something to read."""
+    wanted = ceil_div(_PROGRAMS * multiprocessors, programs)
+    return max(1, min(wanted, _PARTS, steps // 4))
+
+
+def _kernel(rows: int, outputs: int, inputs: int, parts: int, tiles: tuning.ProductTiles):
+    """Of programs (tile of outputs, tile of rows, part of the inputs)."""
+    steps = ceil_div(inputs, tiles.step)
+    each = ceil_div(steps, parts)
 
     def weight_matmul_kernel(x_ref, weight_ref, scale_ref, out_ref):
-        row = pl.program_id(1) * tile + jnp.arange(tile, dtype=jnp.int32)
-        output = pl.program_id(0) * _OUTPUTS + jnp.arange(_OUTPUTS, dtype=jnp.int32)
-        wanted, made = row < rows, output < outputs
+        output = pl.program_id(0) * tiles.outputs + jnp.arange(tiles.outputs, dtype=jnp.int32)
+        row = pl.program_id(1) * tiles.rows + jnp.arange(tiles.rows, dtype=jnp.int32)
+        part = pl.program_id(2)
+        made, wanted = output < outputs, row < rows
+
+        def tile(ref, at, there, number):
+            column = number * tiles.step + jnp.arange(tiles.step, dtype=jnp.int32)
+            mask = tri.spread(there, tiles.step)
+            if inputs % tiles.step:
+                mask &= (column < inputs)[None, :]
+            return pltriton.load(ref.at[at[:, None], column[None, :]], mask=mask, other=0.0)
 
         def add(number, total):
-            column = number * step + jnp.arange(step, dtype=jnp.int32)
-            left = column < inputs
-            x, weight = (
-                pltriton.load(
-                    ref.at[at[:, None], column[None, :]],
-                    mask=tri.spread(there, step) & left[None, :],
-                    other=0.0,
-                )
-                for ref, at, there in ((x_ref, row, wanted), (weight_ref, output, made))
-            )
-            return total + tri.product(x, weight.astype(x.dtype), 1)
+            weight = tile(weight_ref, output, made, number)
+            x = tile(x_ref, row, wanted, number)
+            return total + tri.product(weight.astype(x.dtype), x, 1)
 
-        total = jnp.zeros((tile, _OUTPUTS), jnp.float32)
-        steps = jnp.int32(ceil_div(inputs, step))
-        total = lax.fori_loop(jnp.int32(0), steps, add, total)
+        total = jnp.zeros((tiles.outputs, tiles.rows), jnp.float32)
+        first = part * each
+        last = jnp.minimum(first + each, jnp.int32(steps))
+        total = lax.fori_loop(first, last, add, total)
         scale = pltriton.load(scale_ref.at[output], mask=made, other=0.0)
-        y = (total * scale[None, :]).astype(out_ref.dtype)
-        at = out_ref.at[row[:, None], output[None, :]]
-        pltriton.store(at, y, mask=tri.spread(wanted, _OUTPUTS) & made[None, :])
+        y = (total * scale[:, None]).astype(out_ref.dtype)
+        at = out_ref.at[part, row[None, :], output[:, None]]
+        pltriton.store(at, y, mask=made[:, None] & wanted[None, :])
 
-    grid = (ceil_div(outputs, _OUTPUTS), ceil_div(rows, tile))
-    out = tri.call(
-        weight_matmul_kernel, jax.ShapeDtypeStruct((rows, outputs), call.dtype), grid,
-        Launch(warps=4, stages=4), call.x.reshape(rows, inputs), call.weight, call.weight_scale,
-    )  # fmt: skip
-    return out.reshape(batch, tokens, outputs)
+    return weight_matmul_kernel

@@ -40,6 +40,15 @@ class TileConfig(Launch):
                 raise ValueError(f"{name} must be a power of two. Got {size}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProductTiles(Launch):
+    """rows, outputs: of a program; step: inputs at once."""
+
+    rows: int
+    outputs: int
+    step: int
+
+
 @functools.cache
 def measured(family: str) -> dict[str, dict[str, Any]]:
     """What the JSON says of a family, by `key`; another entry counts from the next trace on."""
@@ -86,6 +95,13 @@ def column_sums(head_dim: int, capability: Capability = None) -> TileConfig:
     """Tiles of the column-sum pass: `block_q` queries a step, `block_k` keys a program."""
     tuned = measured(family(capability)).get(f"column_sums/{head_dim}", {})
     return TileConfig(**(dict(block_q=64, block_k=128, warps=4, stages=3) | tuned))
+
+
+def products(rows: int, capability: Capability = None) -> ProductTiles:
+    """Tiles of products of so many rows with 8-bit weights."""
+    most = next((size for size in (16, 32, 64, 128) if rows <= size), 256)
+    wide = dict(rows=min(most, 128), outputs=64, step=64 if most > 64 else 128, warps=4, stages=4)
+    return ProductTiles(**(wide | measured(family(capability)).get(f"weights/{most}", {})))
 
 
 def dividing(config: TileConfig, block_q: int, block_k: int) -> TileConfig:

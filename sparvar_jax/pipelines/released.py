@@ -14,6 +14,8 @@ from pathlib import Path
 from sparvar_jax.weights import checkpoint
 from sparvar_jax.weights.told import told
 
+UNSTATED = "what its repository states"
+"""Of weights whose licence has not been read here."""
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -75,6 +77,20 @@ def _var(depth: int, pixels: int) -> Release:
     )
 
 
+def _hart() -> Release:
+    repository, qwen2 = "mit-han-lab/hart-0.7b-1024px", "mit-han-lab/Qwen2-VL-1.5B-Instruct"
+    return Release(
+        "hart-0.7b",
+        "HART-0.7B: prompts, 1024 px",
+        (
+            # The pictures of the authors come from the averaged weights.
+            Source("transformer", "hart", repository, "llm/ema_model.bin", UNSTATED),
+            Source("tokenizer", "hart_vqvae", repository, "tokenizer", UNSTATED),
+            Source("text", "qwen2", qwen2, "", UNSTATED),
+        ),
+    )
+
+
 _TABLE = (
     _infinity(
         "infinity-2b",
@@ -96,6 +112,7 @@ _TABLE = (
     ),
     *(_var(depth, 256) for depth in (16, 20, 24, 30)),
     _var(36, 512),
+    _hart(),
 )
 RELEASES = {release.name: release for release in _TABLE}
 

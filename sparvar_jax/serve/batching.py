@@ -22,6 +22,8 @@ from sparvar_jax.serve.metrics import Metrics
 from sparvar_jax.serve.settings import Settings
 
 log = logging.getLogger("sparvar.serve")
+SCALES_AHEAD = 3
+"""Of the device: waiting for the one before would leave it idle where scales take a millisecond."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +180,7 @@ class Batcher:
         return chosen
 
     def _draw(self, tickets: list[Ticket]) -> None:
-        """Dispatch one batch, at most two scales ahead of the device, and have it told."""
+        """Dispatch one batch, a few scales ahead of the device, and have it told."""
         begun = time.perf_counter()
         self._metrics.begun(tickets, begun)
         try:
@@ -204,13 +206,14 @@ class Batcher:
             **bucket.options,
             **guided,
         )
-        code_sum, before = None, None
+        code_sum, ahead = None, collections.deque[jax.Array]()
         for index, (state, output) in enumerate(pipe.steps(request)):
-            if before is not None:  # so that work nobody wants can stop between scales
-                before.block_until_ready()
+            if len(ahead) == SCALES_AHEAD:  # so that work nobody wants can stop between scales
+                ahead.popleft().block_until_ready()
             if all(ticket.gone for ticket in tickets):
                 return None
-            before, code_sum = output.tokens, state.code_sum
+            ahead.append(output.tokens)
+            code_sum = state.code_sum
             shown = [ticket for ticket in tickets if index in ticket.previews]
             if shown:
                 preview = pipe.pixels(code_sum)

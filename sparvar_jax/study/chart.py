@@ -40,6 +40,8 @@ PLANS = (
     "prune(0.4)",
     "prune(0.4, (8, 16))",
     "prune(0.4) + drop_uncond(1)",
+    "prune(0.4, (8, 16)) + drop_uncond(3)",
+    "prune(0.4, (8, 16)) + drop_uncond(5)",
     "fastvar()",
     "fastvar(((-2, 0.6), (-1, 0.7)), -3, 0)",
     "almost-lossless",
