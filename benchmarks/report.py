@@ -75,7 +75,7 @@ def _check(row: Row) -> str:
 
 def _with(row: Row) -> str:
     """What a generation was asked for besides its plan."""
-    asked = {"path": "kernels", "matrices": "matrices", "cache": "cache"}
+    asked = {"path": "kernels", "matrices": "matrices", "stream": "stream", "cache": "cache"}
     return ", ".join(f"{row[k]} {noun}" for k, noun in asked.items() if row.get(k)) or "defaults"
 
 
