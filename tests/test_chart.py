@@ -8,7 +8,7 @@ import pytest
 from sparvar_jax.cli import main
 from sparvar_jax.plans.schedule import infinity_schedule
 from sparvar_jax.policies import parse_plan, preset_names
-from sparvar_jax.study import chart
+from sparvar_jax.study import chart, chart_files
 from tests.tiny_model import write_tiny_model
 
 ROWS = [
@@ -24,16 +24,16 @@ ROWS = [
 
 
 def test_the_frontier_and_what_to_take():
-    best = [row["plan"] for row in chart.frontier(ROWS)]
+    best = [row["plan"] for row in chart_files.frontier(ROWS)]
     assert best == ["wild", "quick", "middle", "near"]
-    assert chart.sentence(ROWS) == (
+    assert chart_files.sentence(ROWS) == (
         "Take near for 'almost lossless', middle for 'balanced' and quick for 'fastest'."
     )
-    assert chart.sentence(ROWS[:2]).count("dense for") == 3
+    assert chart_files.sentence(ROWS[:2]).count("dense for") == 3
 
 
 def test_the_table_shows_every_plan_and_why_one_is_missing():
-    lines = chart.table(ROWS).splitlines()
+    lines = chart_files.table(ROWS).splitlines()
     assert lines[2].startswith("| dense | - | - |")
     assert lines[3].startswith("| dense, other kernels (noise floor) | 70.00 |")
     assert lines[4].startswith("| near * | 40.00 | 0.970 |")

@@ -42,6 +42,7 @@ def chart(
     """Measure quality, time and memory of all plans, and say which to take; again, it goes on."""
     from sparvar_jax.pipelines.pipeline import Pipeline
     from sparvar_jax.study import chart as study
+    from sparvar_jax.study import chart_files
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder to write into")
@@ -58,15 +59,15 @@ def chart(
         asked, wanted = {}, [int(subject) for subject in wanted]
     drawn = study.Chart(pipe, wanted, seed, batch, repeats, tuple(asked.items()))
     about = study.describe(drawn)
-    known = study.read(out, about, name)
+    known = chart_files.read(out, about, name)
 
     def keep(rows: list[study.Row]) -> None:
-        study.write(out, rows, about, name)
-        console.errors.print(f"{study.label(rows[-1]['plan'])}: measured", highlight=False)
+        chart_files.write(out, rows, about, name)
+        console.errors.print(f"{chart_files.label(rows[-1]['plan'])}: measured", highlight=False)
 
     rows = study.measure(drawn, plan or study.PLANS, known=known, write=keep, deadline=deadline)
-    study.write(out, rows, about, name)
-    console.output.print(f"{study.table(rows)}\n{study.sentence(rows)}", markup=False)
+    chart_files.write(out, rows, about, name)
+    console.output.print(f"{chart_files.table(rows)}\n{chart_files.sentence(rows)}", markup=False)
 
 
 def _lines(file: Path | None) -> list[str]:
