@@ -3,10 +3,11 @@
     python -m benchmarks.devices --model infinity_8b --plans dense sparvar-fast
     python -m benchmarks.devices --pictures 4 --plans dense
 
-The devices draw `--pictures` pictures: rows of the mesh take whole pictures, what is left divides
-heads and tokens. One device draws what each row of the mesh draws. Every row is in
-`generate-devices.json` as soon as it is measured: mesh, seconds, images a second beside one device,
-seconds in collectives, and a check.
+The devices draw `--pictures` pictures: rows of the mesh take whole pictures; of what is left, two
+take conditional and unconditional rows apart where a plan allows (not with `--no-part-guidance`),
+and the rest divides heads and tokens. One device draws what each row of the mesh draws. Every row
+is in `generate-devices.json` as soon as it is measured: mesh, seconds, images a second beside one
+device, seconds in collectives, and a check.
 
 The check lays the states of one device, before the first divided scale and before the last, out on
 the mesh, runs the timed programs from there, and compares what they leave behind: keys and values
@@ -53,14 +54,17 @@ class Pair:
 
     one: Bench
     many: Bench
-    placement: Placement
+
+    def placement(self, plan: Plan) -> Placement:
+        """The mesh that draws a plan."""
+        found = self.many.generator.place(self.many.batch, plan)
+        assert found is not None
+        return found
 
     @classmethod
     def of(cls, parts: Parts, devices: Devices, pictures: int, size: str | None) -> Pair:
         """Benches for so many pictures on the devices, and for a row's pictures on one."""
-        placement = devices.by_pictures(pictures)
-        rows = placement.row_parts
-        placement.check(pictures, parts.transformer.config.heads)
+        rows = devices.by_pictures(pictures).row_parts
         each, config = pictures // rows, parts.transformer.config
         text: Any = None
         if parts.begins_with_text:
@@ -71,7 +75,7 @@ class Pair:
         tiled = text and type(text)(*(np.concatenate([part] * rows) for part in text))
         many = Bench(_spread(parts, devices), pictures, size, tiled, placement=devices)
         many.keys = jnp.concatenate([one.keys] * rows)
-        return cls(one, many, placement)
+        return cls(one, many)
 
     def compile(self, plans: list[Plan]) -> float:
         """Compile all that both run, at once; returns the seconds."""
@@ -95,14 +99,14 @@ def _spread(parts: Parts, devices: Devices) -> Parts:
 
 def check(pair: Pair, plan: Plan) -> Row:
     """How far the mesh's programs are from one device's, from the same states."""
-    placement, found = pair.placement, {}
+    placement, found = pair.placement(plan), {}
     divided = divided_from(pair, plan)
     wanted = {len(plan.steps) - 1} | ({divided} if divided is not None else set())
     one, many = pair.one, pair.many
     keys, controls = placement.put_rows(many.keys), placement.put_parameters(many.setting.controls)
     condition, programs = many.condition(), many.programs(plan)
     condition = placement.put_rows(condition, 2 if plan.row_factor == 2 else 1)
-    steps, parameters = many.generator.current(many.batch)
+    steps, parameters = many.generator.current(many.batch, plan)
     laid_out: State | None = None
     for index, (state, output) in enumerate(one.steps(plan, one.condition())):
         if laid_out is not None:
@@ -138,11 +142,18 @@ def _lay_out(state: State, placement: Placement) -> State:
         sharding: NamedSharding = shape.sharding
         pieces = []
         for device, index in sharding.addressable_devices_indices_map(shape.shape).items():
-            piece = leaf[:, index[1]] if index is not None and leaf.ndim > 1 else leaf
+            piece = _own(leaf, shape.shape[0], index) if index is not None else leaf
             pieces.append(jax.device_put(piece, device, may_alias=False))
         return jax.make_array_from_single_device_arrays(shape.shape, sharding, pieces)
 
     return jax.tree.map(put, state, shapes)
+
+
+def _own(leaf: jax.Array, rows: int, index: tuple[slice, ...]) -> jax.Array:
+    """A device's part of what one device has: its rows of one picture's, and its heads."""
+    first, last, _ = index[0].indices(rows)
+    piece = leaf[first % len(leaf) : first % len(leaf) + last - first]
+    return piece[:, index[1]] if leaf.ndim > 1 else piece
 
 
 def _compare(state: State, output: Any, after: State, drawn: Any, plan: Plan, index: int) -> Row:
@@ -164,10 +175,10 @@ def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def divided_from(pair: Pair, plan: Plan) -> int | None:
     """The first scale whose tokens are divided, None if none are."""
-    model, batch = pair.many.parts.transformer, pair.many.batch
+    model, batch, placement = pair.many.parts.transformer, pair.many.batch, pair.placement(plan)
     for index, step in enumerate(plan.steps):
         rows = batch * step.row_factor
-        if pair.placement.divides(model, step.scale.tokens, rows):
+        if placement.divides(model, step.scale.tokens, rows):
             return index
     return None
 
@@ -179,6 +190,7 @@ def measure_pair(pair: Pair, plan: Plan, repeats: int, trace: bool) -> Row:
     many = measure(pair.many, plan, repeats)
     row: Row = {
         "plan": plan.name,
+        "mesh": "x".join(map(str, pair.placement(plan).mesh.devices.shape)),
         "seconds_median": many["seconds_median"],
         "images_per_second": many["images_per_second"],
         "one_device": one,
@@ -188,7 +200,7 @@ def measure_pair(pair: Pair, plan: Plan, repeats: int, trace: bool) -> Row:
     }
     if trace:
         table = kernel_times(functools.partial(pair.many.draw, plan))
-        devices = pair.placement.mesh.size
+        devices = pair.placement(plan).mesh.size
         together = [name for name in table if any(word in name for word in COLLECTIVE)]
         row["seconds_in_collectives"] = sum(table[n]["ms"] for n in together) / devices / 1e3
         row["kernel_ms"] = dict(itertools.islice(table.items(), 40))
@@ -218,6 +230,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, nargs="+", default=[1], help="of all devices")
     parser.add_argument("--size", help="0.25M is 512 px, 1M 1024")
     parser.add_argument("--divide-from", type=int, help="tokens of a scale; else the cost model")
+    parser.add_argument("--part-guidance", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--trace", action=argparse.BooleanOptionalAction, default=True)
@@ -231,13 +244,12 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parse(arguments)
     console.use_compilation_cache()
     found = jax.devices()[: asked.devices]
-    devices = Devices(tuple(found), asked.divide_from)
+    devices = Devices(tuple(found), asked.divide_from, asked.part_guidance)
     parts, problems = models.build(asked.model, dtype=asked.dtype), []
     for pictures in asked.pictures:
         pair = Pair.of(parts, devices, pictures, asked.size)
         plans = [pair.many.plan(name) for name in asked.plans]
-        mesh = "x".join(map(str, pair.placement.mesh.devices.shape))
-        base = {"model": parts.name, "devices": len(found), "mesh": mesh, "pictures": pictures}
+        base = {"model": parts.name, "devices": len(found), "pictures": pictures}
         base |= {"size": asked.size or parts.size, "compile_seconds": pair.compile(plans)}
         for plan in plans:
             row = base | measure_pair(pair, plan, asked.repeats, asked.trace)

@@ -103,9 +103,11 @@ def test_info_shows_how_devices_divide_the_work(model, capsys):
     """The tiny model has two heads, and nothing of it pays to divide."""
     assert main(["info", "--model", str(model), "--devices", "2"]) == 0
     shown = capsys.readouterr().out
-    assert "2 devices: pictures over 1, heads over 2; tokens divided nowhere" in shown
+    assert (
+        "2 devices: pictures over 1, guidance over 2, heads over 1; tokens divided nowhere" in shown
+    )
     assert main(["info", "--model", str(model), "--devices", "2", "--num", "4"]) == 0
-    assert "pictures over 2, heads over 1" in capsys.readouterr().out
+    assert "pictures over 2, guidance over 1, heads over 1" in capsys.readouterr().out
     assert main(["info", "--model", str(model), "--devices", "3"]) == 2
     expected = "2 attention heads cannot be divided over 3 devices: give one of 1, 2"
     assert expected in capsys.readouterr().err

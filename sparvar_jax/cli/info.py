@@ -43,8 +43,9 @@ def info(
     asked = options.given(plan=plan, aspect_ratio=aspect, size=size)
     chosen, _ = described.family.asked(described.name, asked).resolve(described)
     chosen = with_cache(chosen, cache.value)
-    parts = _mesh(described, devices, num)
-    needed = estimate(described, chosen, num, parts)
+    parts = _mesh(described, chosen, devices, num)
+    # A device with one row of a picture holds as much as one with half the heads of both.
+    needed = estimate(described, chosen, num, (parts[0], parts[1] * parts[2]))
 
     height, width = (side * described.stride for side in chosen.schedule.final)
     console.say(f"model {folder}: pictures of {width}x{height}")
@@ -54,7 +55,7 @@ def info(
     console.say(chosen.describe())
     transformer = described.parts["transformer"]
     console.say(f"\nkernels {kernels.told(chosen, transformer.config, num)}")
-    if parts != (1, 1):
+    if math.prod(parts) > 1:
         console.say(_split(described, chosen, num, parts))
     console.say(
         f"\nmemory of a batch of {num}, estimated: weights {_gib(sum(needed.weights.values()))}, "
@@ -67,8 +68,8 @@ def info(
         console.say(f"with --free-text-encoder: peak about {freed}")
 
 
-def _mesh(described: Any, devices: str | None, num: int) -> tuple[int, int]:
-    """Parts of the pictures and of the heads; as many devices as are asked for need not be here."""
+def _mesh(described: Any, plan: Any, devices: str | None, num: int) -> tuple[int, int, int]:
+    """`split.shape`, whose devices need not be here if a number of them is asked for."""
     import jax
 
     from sparvar_jax.runtime import split
@@ -78,19 +79,20 @@ def _mesh(described: Any, devices: str | None, num: int) -> tuple[int, int]:
     found = len(jax.local_devices())
     if devices is not None and devices.isascii() and devices.isdigit() and len(devices) < 5:
         found = max(found, int(devices))
-    return split.shape(count_of(devices, found, heads), num, heads)
+    return split.shape(count_of(devices, found, heads), num, heads, plan)
 
 
-def _split(described: Any, plan: Any, num: int, parts: tuple[int, int]) -> str:
+def _split(described: Any, plan: Any, num: int, parts: tuple[int, int, int]) -> str:
     """How the work is divided, and what the cost model makes of it."""
     from sparvar_jax.runtime import split
 
     told = split.forecast(described.transformer, plan, num, parts)
     where = "nowhere" if told.divided_from is None else f"from scale {told.divided_from} on"
+    rows, guidance, heads = parts
     return (
-        f"\n{parts[0] * parts[1]} devices: pictures over {parts[0]}, heads over {parts[1]}; tokens "
-        f"divided {where}; products of the blocks about {told.one:.3g} s on one H100, "
-        f"{told.many:.3g} s on these; memory below is that of one device"
+        f"\n{math.prod(parts)} devices: pictures over {rows}, guidance over {guidance}, heads over "
+        f"{heads}; tokens divided {where}; products of the blocks about {told.one:.3g} s on one "
+        f"H100, {told.many:.3g} s on these; memory below is that of one device"
     )
 
 

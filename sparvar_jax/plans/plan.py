@@ -55,6 +55,12 @@ class Plan:
         """Rows of the cache for every picture."""
         return self.steps[0].row_factor
 
+    @property
+    def apart(self) -> bool:
+        """Whether conditional and unconditional rows never meet before the head, and none is left
+        out: then they can be drawn on different devices."""
+        return self.route is None and all(step.apart for step in self.steps)
+
     def whole_rows(self, layer: int) -> RowMap:
         """The rows that a layer writes, all scales together: what no token rule holds back."""
         return self._rows[layer]

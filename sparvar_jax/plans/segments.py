@@ -67,6 +67,15 @@ class Step:
         """Rows that run for every picture."""
         return 2 if self.rows == "both" else 1
 
+    @property
+    def apart(self) -> bool:
+        """Whether both rows of every picture run, and none looks at the other before the head."""
+        alone = self.rows == "both" and self.merge_at == self.depth
+        return alone and all(
+            segment.rows == "all" and isinstance(segment.tokens, AllTokens)
+            for segment in self.segments
+        )
+
     def cached_rows(self, segment: Segment) -> int:
         """Rows for every picture that attend, and write keys and values, in a segment."""
         return self.row_factor if segment.rows == "all" else 1

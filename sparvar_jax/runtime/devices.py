@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime import split
 from sparvar_jax.runtime.placement import Placement, mesh_of, put
 from sparvar_jax.weights.told import told
@@ -22,16 +23,25 @@ Asked = int | str | Sequence[jax.Device] | None
 class Devices:
     """Devices whose mesh is chosen for every generation, see `split.shape`.
 
-    divide_from: as of `Placement`.
+    divide_from: as of `Placement`. part_guidance: whether conditional and unconditional rows go to
+    different devices where a plan allows.
     """
 
     devices: tuple[jax.Device, ...]
     divide_from: int | None = None
+    part_guidance: bool = True
 
-    def place(self, batch: int, heads: int) -> Placement:
-        """The mesh for so many pictures. Raises ValueError where heads cannot be divided."""
-        split.shape(len(self.devices), batch, heads)
-        return self.by_pictures(batch)
+    def place(self, batch: int, heads: int, plan: Plan | None = None) -> Placement:
+        """The mesh for so many pictures, drawn by a plan.
+
+        Raises ValueError where heads cannot be divided.
+        """
+        asked = plan if self.part_guidance else None
+        rows, guidance, left = split.shape(len(self.devices), batch, heads, asked)
+        if guidance == 1:
+            return self.by_pictures(batch)
+        mesh = mesh_of(rows, left, self.devices, guidance)
+        return Placement(mesh, divide_from=self.divide_from, guidance="guidance")
 
     def by_pictures(self, batch: int) -> Placement:
         """The mesh for so many pictures."""

@@ -64,7 +64,7 @@ class Generator:
         Cache buffers of an earlier generation of the same shape are used again. Nothing clears
         them: a step reads rows only after writing them.
         """
-        placement = self.place(batch)
+        placement = self.place(batch, plan)
         buffers = self._pool.take(self._cache_name(plan, batch))
         if placement is None:
             return empty_state(self.model, plan, batch, buffers)
@@ -75,14 +75,14 @@ class Generator:
         where = jax.tree.map(lambda leaf: leaf.sharding, placement.state(shapes))
         return jax.jit(lambda: empty_state(self.model, plan, batch), out_shardings=where)()
 
-    def place(self, batch: int) -> Placement | None:
-        """The mesh on which so many pictures are drawn; None is the default device.
+    def place(self, batch: int, plan: Plan) -> Placement | None:
+        """The mesh on which a plan draws so many pictures; None is the default device.
 
         Raises ValueError where pictures or heads cannot be divided.
         """
         if self.placement is None:
             return None
-        return self.placement.place(batch, self.model.config.heads)
+        return self.placement.place(batch, self.model.config.heads, plan)
 
     def release(self) -> None:
         """Free the cache buffers kept for the next generation: one set, of the last shape drawn."""
@@ -102,7 +102,7 @@ class Generator:
 
         Of a plan with a route, those of every plan that may go on are compiled too.
         """
-        steps, _ = self.current(batch)
+        steps, _ = self.current(batch, plan)
         options: Any = {"how": how, "threads": threads, "progress": progress}
         if plan.route is not None:
             for other in plan.route.plans[1:]:
@@ -128,7 +128,7 @@ class Generator:
         lays them out. state: of `start`. forced: tokens to take instead of sampling. capture: also
         return the input, the hidden state after every block, raw and guided logits.
         """
-        steps, parameters = self.current(len(keys))
+        steps, parameters = self.current(len(keys), plan)
         condition, controls, keys = _placed(steps.placement, condition, controls, keys)
         forced = _placed_tokens(steps.placement, forced)
         spec = steps.spec(plan, index, how=how, capture=capture, forced=forced is not None)
@@ -153,7 +153,7 @@ class Generator:
         generation: buffers are handed on. chosen: told which plan a route took.
         """
         batch = keys.shape[0]
-        steps, parameters = self.current(batch)
+        steps, parameters = self.current(batch, plan)
         condition, controls, keys = _placed(steps.placement, condition, controls, keys)
         state = self.start(plan, batch)
         ahead: Any = None
@@ -205,12 +205,12 @@ class Generator:
         features = route.chooser.features(before, now, schedule, self.decode)
         return route.plans[route.pick(features)]
 
-    def current(self, batch: int) -> tuple[Steps, list[Any]]:
+    def current(self, batch: int, plan: Plan) -> tuple[Steps, list[Any]]:
         """(steps for the model's structure as it is now, its weights as they are now).
 
-        batch: pictures, which decide the mesh.
+        batch, plan: pictures and what draws them, which decide the mesh.
         """
-        placement = self.place(batch)
+        placement = self.place(batch, plan)
         with self._reading:
             parameters, structure = self._parameters.read((self.model, self.codebook))
             if structure is not self._structure:
@@ -225,7 +225,7 @@ class Generator:
     def _cache_name(self, plan: Plan, batch: int) -> Any:
         """What tells cache buffers apart that do not fit each other."""
         kept = tuple((plan.whole_rows(layer), plan.store(layer)) for layer in range(plan.depth))
-        where = self.place(batch)
+        where = self.place(batch, plan)
         return batch * plan.row_factor, kept, self.model.config.precision, where
 
 

@@ -2,7 +2,9 @@
 
 Steps run under `jax.shard_map`, so that kernels see the arrays of one device. Along the axis of
 rows every device draws pictures of its own: with guidance it holds both rows of each, so that
-mixing them crosses no device. Along the axis of heads every device holds the keys and values of its
+mixing them crosses no device. Along the axis of guidance one device has the conditional rows and
+the other the unconditional ones; all that crosses is what enters the head, once a scale. Along the
+axis of heads every device holds the keys and values of its
 own heads, and at scales where that pays (`split.py`) its own part of the tokens outside of
 attention. Weights lie on every device.
 """
@@ -21,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sparvar_jax.models.bands import WHOLE, Bands
 from sparvar_jax.models.family import ScaleModel
 from sparvar_jax.plans.attend import HeadSplit
+from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime import split
 from sparvar_jax.runtime.state import ScaleOutput, State
 
@@ -29,17 +32,19 @@ from sparvar_jax.runtime.state import ScaleOutput, State
 class Placement:
     """A mesh, and which of its axes divides rows and which heads; None leaves them whole.
 
-    divide_from: the tokens of a scale from which on they are divided along the axis of heads;
-    None is where the cost model says that it pays.
+    guidance: the axis of two devices that part conditional from unconditional rows, for plans whose
+    rows are `apart`. divide_from: the tokens of a scale from which on they are divided along the
+    axis of heads; None is where the cost model says that it pays.
     """
 
     mesh: Mesh
     rows: str | None = "rows"
     heads: str | None = "heads"
     divide_from: int | None = None
+    guidance: str | None = None
 
     def __post_init__(self):
-        for name in (self.rows, self.heads):
+        for name in (self.rows, self.heads, self.guidance):
             if name is not None and name not in self.mesh.shape:
                 raise ValueError(
                     f"the mesh has the axes {tuple(self.mesh.shape)}, got {name!r}: name one of "
@@ -50,6 +55,11 @@ class Placement:
     def row_parts(self) -> int:
         """Over how many devices pictures are divided."""
         return self.mesh.shape[self.rows] if self.rows else 1
+
+    @property
+    def guidance_parts(self) -> int:
+        """Over how many devices the rows of a picture are divided."""
+        return self.mesh.shape[self.guidance] if self.guidance else 1
 
     @property
     def head_split(self) -> HeadSplit:
@@ -68,16 +78,22 @@ class Placement:
             return False
         if self.divide_from is not None:
             return tokens >= self.divide_from
-        return split.pays(split.Layer.of(model), tokens * rows // self.row_parts, parts)
+        mine = rows // (self.row_parts * self.guidance_parts)
+        return split.pays(split.Layer.of(model), tokens * mine, parts)
 
     def check(self, batch: int, heads: int) -> None:
         """Raise ValueError unless so many pictures and heads can be divided."""
         parts = self.by_pictures(batch).head_split.parts
         split.check(heads, parts)
 
-    def place(self, batch: int, heads: int) -> Placement:
-        """This placement, if so many pictures and heads can be divided; ValueError otherwise."""
+    def place(self, batch: int, heads: int, plan: Plan | None = None) -> Placement:
+        """This placement, if pictures, heads and a plan's rows can be divided; else ValueError."""
         self.check(batch, heads)
+        if self.guidance is not None and plan is not None and not plan.apart:
+            raise ValueError(
+                f"conditional and unconditional rows of the plan {plan.name!r} meet before the "
+                "head, or some run alone: name no axis of guidance"
+            )
         return self
 
     def by_pictures(self, batch: int) -> Placement:
@@ -119,7 +135,7 @@ class Placement:
         return jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(whole, rows, (kept, kept, rows), (kept, rows), whole, rows, rows),
+            in_specs=(whole, self._guided, (kept, kept, rows), (kept, rows), whole, rows, rows),
             out_specs=(
                 State(kept, kept, kept, rows, rows),  # type: ignore[arg-type]
                 ScaleOutput(rows, rows, kept),  # type: ignore[arg-type]
@@ -134,6 +150,10 @@ class Placement:
     def by_rows(self, tree: Any) -> Any:
         """Shapes of arrays whose rows are divided, as they lie on the mesh."""
         return _shaped(tree, NamedSharding(self.mesh, self._rows))
+
+    def conditions(self, tree: Any) -> Any:
+        """Shapes of what tells a model what to draw, as they lie on the mesh."""
+        return _shaped(tree, NamedSharding(self.mesh, self._guided))
 
     def state(self, state: State) -> State:
         """Shapes of a state, as it lies on the mesh."""
@@ -156,8 +176,9 @@ class Placement:
         Of [conditional | unconditional] rows each device gets both of every picture it draws. What
         is divided over these devices already was made so: it stays as it is.
         """
-        sharding = NamedSharding(self.mesh, self._rows)
-        if self.row_parts == 1 or _lies(tree, sharding):
+        pictures = NamedSharding(self.mesh, self._rows)
+        sharding = pictures if groups == 1 else NamedSharding(self.mesh, self._guided)
+        if self.row_parts == 1 or _lies(tree, pictures) or _lies(tree, sharding):
             return put(tree, sharding)
         return put(tree if groups == 1 else _swapped(tree, (groups, self.row_parts)), sharding)
 
@@ -180,8 +201,19 @@ class Placement:
         return PartitionSpec(self.rows)
 
     @property
+    def _guided(self) -> PartitionSpec:
+        """Of arrays that have conditional and unconditional rows."""
+        return PartitionSpec(self._all_rows)
+
+    @property
     def _cache(self) -> PartitionSpec:
-        return PartitionSpec(self.rows, self.head_split.axis)
+        return PartitionSpec(self._all_rows, self.head_split.axis)
+
+    @property
+    def _all_rows(self) -> Any:
+        if self.guidance is None:
+            return self.rows
+        return (self.rows, self.guidance) if self.rows else self.guidance
 
 
 @functools.partial(jax.jit, static_argnames="parts")
@@ -223,14 +255,19 @@ def _shaped(tree: Any, sharding: NamedSharding) -> Any:
     )
 
 
-def mesh_of(rows: int, heads: int, devices: Any = None) -> Mesh:
+def mesh_of(rows: int, heads: int, devices: Any = None, guidance: int = 1) -> Mesh:
     """A mesh of `rows` x `heads` devices with the axes "rows" and "heads".
 
-    Raises ValueError where there are fewer devices.
+    guidance: 2 puts the axis "guidance" of two devices between them. Raises ValueError where there
+    are fewer devices.
     """
     devices = jax.devices() if devices is None else devices
-    if rows * heads > len(devices):
+    axes = {"rows": rows, "guidance": guidance, "heads": heads}
+    if guidance == 1:
+        del axes["guidance"]
+    shape, wanted = tuple(axes.values()), rows * guidance * heads
+    if wanted > len(devices):
         raise ValueError(
-            f"a mesh of {rows}x{heads} needs {rows * heads} devices, got {len(devices)}"
+            f"a mesh of {'x'.join(map(str, shape))} needs {wanted} devices, got {len(devices)}"
         )
-    return Mesh(np.asarray(devices[: rows * heads]).reshape(rows, heads), ("rows", "heads"))
+    return Mesh(np.asarray(devices[:wanted]).reshape(shape), tuple(axes))

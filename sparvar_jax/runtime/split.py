@@ -67,15 +67,23 @@ def pays(layer: Layer, tokens: int, parts: int, machine: Machine = Machine()) ->
     return divided + layer.exchange_seconds(tokens, parts, machine) < whole
 
 
-def shape(devices: int, pictures: int, heads: int) -> tuple[int, int]:
-    """How so many devices draw so many pictures: (parts of the pictures, parts of the heads).
+Parts = tuple[int, int, int]
+"""Over how many devices pictures, the rows of a guided picture, and heads are divided."""
+
+
+def shape(devices: int, pictures: int, heads: int, plan: Plan | None = None) -> Parts:
+    """How so many devices draw so many pictures.
 
     Whole pictures go to devices of their own as far as their number allows, because that needs no
-    exchange; what is left divides heads. Raises ValueError where these cannot be divided.
+    exchange; then conditional and unconditional rows, where they are apart in the plan, because one
+    exchange a scale serves; what is left divides heads. Raises ValueError where these cannot be
+    divided.
     """
     rows = math.gcd(pictures, devices)
-    check(heads, devices // rows)
-    return rows, devices // rows
+    left = devices // rows
+    guidance = 2 if plan is not None and plan.apart and left % 2 == 0 else 1
+    check(heads, left // guidance)
+    return rows, guidance, left // guidance
 
 
 def check(heads: int, parts: int) -> None:
@@ -101,17 +109,18 @@ class Forecast:
     many: float
 
 
-def forecast(model: Any, plan: Plan, pictures: int, parts: tuple[int, int]) -> Forecast:
-    """The cost model over a plan. model: may be abstract. parts: of pictures and of heads."""
+def forecast(model: Any, plan: Plan, pictures: int, parts: Parts) -> Forecast:
+    """The cost model over a plan. model: may be abstract. parts: as of `shape`."""
     layer, machine, divided, one, many = Layer.of(model), Machine(), None, 0.0, 0.0
+    rows, guidance, heads = parts
     for index, step in enumerate(plan.steps):
         tokens = pictures * step.row_factor * step.scale.tokens
-        mine = tokens // parts[0]
+        mine = tokens // (rows * guidance)
         one += plan.depth * layer.seconds(tokens, machine)
-        if parts[1] > 1 and pays(layer, mine, parts[1], machine):
+        if heads > 1 and pays(layer, mine, heads, machine):
             divided = index if divided is None else divided
-            exchange = layer.exchange_seconds(mine, parts[1], machine)
-            many += plan.depth * (layer.seconds(mine / parts[1], machine) + exchange)
+            exchange = layer.exchange_seconds(mine, heads, machine)
+            many += plan.depth * (layer.seconds(mine / heads, machine) + exchange)
         else:
             many += plan.depth * layer.seconds(mine, machine)
     return Forecast(divided, one, many)

@@ -109,16 +109,17 @@ def _attend(q, view, state, *, attention, place):
 
 
 def draw_scale(
-    parameters, condition, donated, read, controls, keys, forced, *, treedef, spec, heads
+    parameters, condition, donated, read, controls, keys, forced, *, treedef, spec, heads, guidance
 ):
     """Pure body of one compiled step; see `Generator.decode_scale`.
 
-    heads: with `tokens` set, devices divide the tokens of the blocks.
+    heads: with `tokens` set, devices divide the tokens of the blocks. guidance: the mesh axis along
+    which a device has either the conditional or the unconditional rows, see `Plan.apart`.
     """
     model, codebook = jax.tree.unflatten(treedef, parameters)
     (cache, shared, code_sum), (strategies, codes) = donated, read
     step, place, batch = spec.step, spec.places[0], code_sum.shape[0]
-    rows = batch * step.row_factor
+    rows = batch * (step.row_factor if guidance is None else 1)
     body = _Body(model, condition, spec, heads, controls.guidance[place.index], codes)
     x = model.embed_codes(codes, condition)[:rows]
     left = _Left(list(cache), list(shared), [dict(state) for state in strategies])
@@ -128,6 +129,8 @@ def draw_scale(
         stream = body.segment(segment, stream, left, captured)
     # The head and the draws of all tokens are a thousandth of the work: every device makes all.
     x = heads.all_tokens(stream.settled())
+    if guidance is not None:  # of the condition only what the head reads is gathered
+        x, condition, captured = _all_rows((x, condition, captured), guidance)
     drawn_keys = None
     if spec.how != "greedy":
         drawn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, place.index)
@@ -258,6 +261,11 @@ class _Body:
         left.states[layer] = {name: state[name] for name in keep if name in state}
         left.reports.append(report)
         return stream
+
+
+def _all_rows(tree: Any, axis: str) -> Any:
+    """Arrays with the rows of all devices along an axis: the conditional ones come first."""
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=0, tiled=True), tree)
 
 
 def _take(x: Float[Array, "... T C"], kept: Int[Array, "R T2"]) -> Float[Array, "R T2 C"]:

@@ -169,7 +169,10 @@ class Steps:
     def _trace(self, spec: StepSpec, inputs: Any, state: Any) -> Any:
         condition, controls, keys, forced = inputs
         heads = self._heads(spec, len(keys))
-        body = functools.partial(draw_scale, treedef=self._treedef, spec=spec, heads=heads)
+        guidance = self.placement.guidance if self.placement else None
+        body = functools.partial(
+            draw_scale, treedef=self._treedef, spec=spec, heads=heads, guidance=guidance
+        )
         if self.placement:
             body = self.placement.wrap(body)
         donated, read = split_state(state)
@@ -193,8 +196,12 @@ class Steps:
     def _inputs(self, condition: Any, controls: Any, keys: Any, forced: Any) -> tuple[Any, ...]:
         """What a step takes besides weights and state, as shapes where steps expect it."""
         if self.placement:
-            rows = self.placement.by_rows((condition, keys, forced))
-            return rows[0], self.placement.parameters(controls), *rows[1:]
+            condition = self.placement.conditions(condition)
+            return (
+                condition,
+                self.placement.parameters(controls),
+                *self.placement.by_rows((keys, forced)),
+            )
         return shapes_of((condition, controls, keys, forced))
 
 

@@ -60,11 +60,14 @@ NAMED = {
 OTHERS = ("lean dense", "int8 dense", "lean branches", "lean patches", "shared", "budget",
           "lean " + SPARSE)  # fmt: skip
 """What `every` draws of Infinity beside the presets."""
-MESHES = ((1, 1), (2, 1), (1, 2), (2, 2))
+MESHES = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 2, 1), (1, 2, 2))
+"""Rows x heads, and rows x guidance x heads for plans whose rows are apart."""
 DIVIDED = (("infinity", "dense", (2, 2)), ("infinity", SPARSE, (1, 2)),
            ("var", "sparvar-paper", (2, 2)), ("infinity", "lean branches", (1, 2)),
            ("hart", "lean dense", (1, 2)))  # fmt: skip
 """Drawn with the tokens of every scale divided: one, and Infinity's 15, leave a device padding."""
+PARTED = (("infinity", "dense", (2, 2, 2)), ("var", "sparvar-paper", (1, 2, 1)))
+"""The same on meshes of rows x guidance x heads: conditional rows have devices of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +218,9 @@ def refusals(four, arguments):
         "mesh": lambda: mesh_of(3, 3),
         "sight": lambda: four.compile(SIGHTED, arguments(slice(None))[0], BATCH),
         "axis": lambda: Placement(four.placement.mesh, heads="columns"),
+        "meet": lambda: Placement(mesh_of(1, 1, guidance=2), guidance="guidance").place(
+            1, 4, parse_plan("drop_uncond(1)", SHORT, 2)
+        ),
     }
     return {name: refusal(call) for name, call in calls.items()}
 
@@ -239,10 +245,11 @@ def some():
             if plan is TELLING:
                 told["whole"] = distances(ours, drawn(one, plan, arguments))
                 told["by hand"] = by_hand(four, arguments, *ours)
-        for family, text, shape in DIVIDED:
+        for family, text, shape in (*DIVIDED, *PARTED):
             if family == name:
                 plan, whole = plan_of(name, text, schedule), kept.get((name, text))
-                told[f"divided {name} {text}"] = divided(one, arguments, plan, shape, whole)
+                kind = "divided" if len(shape) == 2 else "parted"
+                told[f"{kind} {name} {text}"] = divided(one, arguments, plan, shape, whole)
         if name == "infinity":
             told["refusals"] = refusals(four, arguments)
             told["swapped"] = swapped(one, four, arguments)
@@ -255,7 +262,9 @@ def some():
 
 def divided(one, arguments, plan, shape, theirs=None):
     """A plan with the tokens of every scale divided; theirs: all pictures, drawn on one device."""
-    many = Generator(one.model, one.codebook, Placement(mesh_of(*shape), divide_from=1))
+    (rows, guidance, heads) = shape if len(shape) == 3 else (shape[0], 1, shape[1])
+    mesh, axis = mesh_of(rows, heads, guidance=guidance), "guidance" if guidance > 1 else None
+    many = Generator(one.model, one.codebook, Placement(mesh, divide_from=1, guidance=axis))
     theirs = drawn(one, plan, arguments) if theirs is None else theirs
     if isinstance(one.model, Hart) and shape[0] > 1:
         kept = tuple(dataclasses.replace(output, captured={}) for output in theirs[1])
@@ -275,7 +284,7 @@ def every():
         for text in texts.get(name, (*preset_names(), SPARSE)):
             plan = plan_of(name, text, schedule)
             theirs = drawn(one, plan, arguments)
-            for shape in MESHES:
+            for shape in (shape for shape in MESHES if len(shape) == 2 or plan.apart):
                 told[f"{name} {text} {shape}"] = divided(one, arguments, plan, shape, theirs)
     model, _, _, arguments = found["infinity"]
     return told | {"infinity route (4, 2)": route(model, arguments)}

@@ -1,6 +1,7 @@
 """Meshes of host devices: pictures over one axis, attention heads and tokens over the other."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ PLANS = ["infinity dense", "infinity sparvar-fast + drop_uncond(1)",
          "var dense", "var sparvar-fast + drop_uncond(1)"]  # fmt: skip
 
 
+APART = 7 + 4 + 4 + 1
+"""Plans of all families whose conditional and unconditional rows meet in the head alone."""
 DIVIDED = ["infinity dense", "infinity sparvar-fast + drop_uncond(1)", "var sparvar-paper",
            "infinity lean branches", "hart lean dense"]  # fmt: skip
 
@@ -63,13 +66,18 @@ def test_divided_tokens_draw_what_one_device_draws(told, plan):
     check(told[f"divided {plan}"], 2 if "fast" in plan or "lean" in plan else 4)
 
 
+@pytest.mark.parametrize(("plan", "devices"), [("infinity dense", 8), ("var sparvar-paper", 2)])
+def test_rows_of_guidance_on_devices_of_their_own_draw_what_one_device_draws(told, plan, devices):
+    check(told[f"parted {plan}"], devices)
+
+
 @pytest.mark.slow
 def test_every_plan_on_every_mesh():
     every = run("every")
-    assert len(every) == (13 + 7 + 7 + 1) * 4 + 1
+    assert len(every) == (13 + 7 + 7 + 1) * 4 + APART * 2 + 1
     for name, found in every.items():
-        devices = {"(1, 1)": 1, "(2, 1)": 2, "(1, 2)": 2, "(2, 2)": 4, "(4, 2)": 8}
-        check(found, devices[name[-6:]])
+        shape = name[name.rindex("(") + 1 : -1].split(", ")
+        check(found, math.prod(map(int, shape)))
 
 
 def check(found, devices):
@@ -132,3 +140,4 @@ def test_what_cannot_be_divided_is_refused(told):
     assert "per_head was made for 2 heads a layer, this device holds 1" in told["refusals"]["sight"]
     assert "captured on one device, or on a mesh" in told["refusals"]["capture"]
     assert "the mesh has the axes ('rows', 'heads'), got 'columns'" in told["refusals"]["axis"]
+    assert "'drop_uncond(1)' meet before the head, or some run alone" in told["refusals"]["meet"]

@@ -40,11 +40,28 @@ def test_a_faster_link_pays_from_where_the_gain_exceeds_latency():
 
 
 @pytest.mark.parametrize(("devices", "pictures", "heads", "expected"), [
-    (4, 1, 28, (1, 4)), (4, 2, 28, (2, 2)), (4, 8, 28, (4, 1)), (3, 3, 28, (3, 1)),
-    (6, 4, 12, (2, 3)),
+    (4, 1, 28, (1, 1, 4)), (4, 2, 28, (2, 1, 2)), (4, 8, 28, (4, 1, 1)), (3, 3, 28, (3, 1, 1)),
+    (6, 4, 12, (2, 1, 3)),
 ])  # fmt: skip
 def test_pictures_come_before_heads(devices, pictures, heads, expected):
     assert shape(devices, pictures, heads) == expected
+
+
+@pytest.mark.parametrize(("plan", "expected"), [
+    ("dense", (1, 2, 2)), ("sparvar-fast", (1, 2, 2)), ("drop_uncond(1)", (1, 1, 4)),
+    ("share_rows(1)", (1, 1, 4)), ("prune(0.5)", (1, 1, 4)),
+])  # fmt: skip
+def test_rows_that_never_meet_before_the_head_come_next(plan, expected):
+    square = ScaleSchedule.of(tuple((side, side) for side in (1, 2, 4, 8, 12, 16)))
+    assert shape(4, 1, 28, parse_plan(plan, square, 6)) == expected
+    assert shape(3, 1, 27, parse_plan(plan, square, 6)) == (1, 1, 3)
+
+
+def test_heads_need_to_be_divided_over_what_guidance_leaves():
+    plan = parse_plan("dense", ScaleSchedule.of(((1, 1), (2, 2))), 2)
+    assert shape(8, 1, 28, plan) == (1, 2, 4)
+    with pytest.raises(ValueError, match="over 8 devices"):
+        shape(8, 1, 28)
 
 
 def test_heads_that_cannot_be_divided_are_refused_with_the_possible_numbers():
@@ -56,12 +73,15 @@ def test_a_forecast_adds_up_scales_and_layers():
     """A scale that reads weights, and one of 4,096 tokens, of conditional rows alone."""
     model = nnx.eval_shape(lambda: Infinity(InfinityConfig(2, 2048, 16), rngs=nnx.Rngs(0)))
     plan = parse_plan("drop_uncond(1)", ScaleSchedule.of(((1, 1), (64, 64))), 2)
-    layer, machine, told = Layer.of(model), Machine(), forecast(model, plan, 1, (1, 2))
+    layer, machine, told = Layer.of(model), Machine(), forecast(model, plan, 1, (1, 1, 2))
     reading = layer.weights * 2 / machine.memory
     products = 2 * layer.weights * 4096 / machine.rate
     assert told.one == pytest.approx(2 * (reading + products))
     exchange = layer.exchange_seconds(4096, 2, machine)
     assert told.divided_from == 1
     assert told.many == pytest.approx(2 * (reading + products / 2 + exchange))
-    alone = forecast(model, plan, 1, (1, 1))
+    alone = forecast(model, plan, 1, (1, 1, 1))
     assert (alone.divided_from, alone.many) == (None, alone.one)
+    apart = forecast(model, parse_plan("dense", plan.schedule, 2), 1, (1, 2, 1))
+    assert (apart.divided_from, apart.one) == (None, pytest.approx(2 * (reading + 2 * products)))
+    assert apart.many == pytest.approx(2 * (reading + products))
