@@ -45,7 +45,12 @@ def hidden_states(model, plan, condition, codebook=None):
             plan, index, logit_bound=model.config.logit_bound, capture=True, how="greedy"
         )
         draw = functools.partial(
-            step.draw_scale, treedef=treedef, spec=spec, heads=HeadSplit(), forced=None
+            step.draw_scale,
+            treedef=treedef,
+            spec=spec,
+            heads=HeadSplit(),
+            guidance=None,
+            forced=None,
         )
         tuned = jax.eval_shape(lambda: controls.controls(len(plan.schedule)))
         keys = jax.eval_shape(lambda: sampling.image_keys(0, 1))
