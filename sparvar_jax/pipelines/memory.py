@@ -21,7 +21,7 @@ from sparvar_jax.runtime.state import empty_buffers, pools
 from sparvar_jax.weights import checkpoint
 
 _DECODER_MAPS = 4  # a residual block holds its input, its branch and two temporaries
-_STREAM, _WIDE = 4, 3  # bytes of the residual stream; its norm, a branch and what a product leaves
+_WIDE = 3  # the norm of the residual stream, a branch and what a product leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,8 @@ def estimate(model: Model, plan: Plan, batch: int, parts: tuple[int, int] = (1, 
     )
     tokens = max(step.scale.tokens * step.row_factor for step in plan.steps)
     hidden = config.mlp_width * getattr(config, "mlp_maps", 1)  # gated layers hold more than one
-    widest = _STREAM * config.width + (hidden + _WIDE * config.width) * item
+    stream = np.dtype(config.precision.stream).itemsize
+    widest = stream * config.width + (hidden + _WIDE * config.width) * item
     pixels = math.prod(plan.schedule.final) * model.stride**2
     weights = {
         part: parameter_bytes(checkpoint.abstract_parameters(module))
