@@ -5,9 +5,10 @@
 
 Every variant is fed the tokens that the model draws in float32. `int8 qkv` rounds one kind of layer
 alone, the rest computes in float32; `in bfloat16` says that all else does as well, as it is drawn
-on a GPU. The same with outliers planted (`eight_bits_models.planted`), and a naive scheme of one
-scale a tensor. Then pictures, drawn freely, against those in float32. Writes eight_bits.json, a
-table and sheets into benchmarks/results/DEVICE.
+on a GPU; `bfloat16 stream` rounds the residual stream alone, `stream too` beside the rest. The same
+with outliers planted (`eight_bits_models.planted`), and a naive scheme of one scale a tensor. Then
+pictures, drawn freely, against those in float32. Writes eight_bits.json, a table and sheets into
+benchmarks/results/DEVICE.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +28,7 @@ from benchmarks import _record as record
 from benchmarks import eight_bits_models as variants
 from benchmarks.quality import DEMO_PROMPTS, read_prompts
 from benchmarks.quality_report import sheet
+from benchmarks.report import COLUMNS
 from benchmarks.teacher_forcing import logits_and_bits
 from sparvar_jax.models import eight_bits
 from sparvar_jax.models.eight_bits import FORMS
@@ -34,6 +37,7 @@ from sparvar_jax.study.compare_pictures import picture_measures
 from sparvar_jax.weights.matrix import FEWEST_TOKENS
 
 SEED = 0
+TRAINED = "as trained"
 Row = dict[str, Any]
 Make = Callable[[Any], Any]
 
@@ -51,8 +55,16 @@ def _form(form: Any, kinds: Any = variants.KINDS) -> Make:
     return lambda model: variants.rounded(model, form, kinds)
 
 
+def _as_it_is(model: Any) -> Any:
+    return model
+
+
 def _in_bfloat16(make: Make) -> Make:
     return lambda model: make(variants.in_dtype(model, "bfloat16"))
+
+
+def _streaming(make: Make) -> Make:
+    return lambda model: variants.with_stream(make(model), "bfloat16")
 
 
 NAIVE = Variant("int8, one scale a tensor", variants.per_tensor, naive=True)
@@ -63,11 +75,14 @@ ALONE = [
     for form, kinds in zip(FORMS, (variants.KINDS, variants.KINDS[:3]), strict=True)
     for kind in kinds
 ]
+STREAM = Variant("bfloat16 stream", _streaming(_as_it_is))
 DRAWN = [
-    Variant("bfloat16", _in_bfloat16(lambda model: model)),
+    Variant("bfloat16", _in_bfloat16(_as_it_is)),
     *(Variant(f"{form} all, in bfloat16", _in_bfloat16(_form(form))) for form in FORMS),
+    Variant("bfloat16, stream too", _streaming(_in_bfloat16(_as_it_is))),
+    Variant("int8 all, in bfloat16, stream too", _streaming(_in_bfloat16(_form("int8")))),
 ]
-PLANTED = [*WHOLE, NAIVE]
+PLANTED = [*WHOLE, STREAM, NAIVE]
 
 
 class Forced:
@@ -116,24 +131,22 @@ def pictures(pipe: Pipeline, prompts: list[str], options: dict[str, Any]) -> dic
     """Pictures drawn freely, in float32 and as they are drawn on a GPU."""
     drawn = {"float32": pipe(prompts, seed=SEED, **options)}
     for variant in DRAWN:
+        print(f"drawing in {variant.name}", flush=True)
         drawn[variant.name] = with_transformer(pipe, variant.make)(prompts, seed=SEED, **options)
     return drawn
 
 
-def table(rows: list[Row], drawn: list[Row], tokens: list[int]) -> str:
-    """Markdown: error and equal bits at the last scale and over scales that are 8 bit."""
+def table(rows: list[Row], tokens: list[int]) -> str:
+    """Markdown: error and equal bits at the last scale and over all, likeness where drawn."""
     large = [index for index, count in enumerate(tokens) if count >= FEWEST_TOKENS]
     lines = [
         f"Scales of {FEWEST_TOKENS} tokens and more: {len(large)} of {len(tokens)}.\n",
-        "| model | variant | logit error, last scale | largest | equal bits, last scale | least |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| " + " | ".join(title for title, _ in COLUMNS["eight_bits"]) + " |",
+        "| " + " | ".join("---" for _ in COLUMNS["eight_bits"]) + " |",
     ]
-    for row in rows:
-        errors, bits = row["logit_error_by_scale"], row["equal_bits_by_scale"]
-        cells = f"{errors[-1]:.4f} | {max(errors):.4f} | {bits[-1]:.4f} | {min(bits):.4f}"
-        lines.append(f"| {row['model']} | {row['variant']} | {cells} |")
-    lines += ["", "| drawn freely | PSNR against float32, dB |", "| --- | --- |"]
-    lines += [f"| {row['variant']} | {row['psnr']:.2f} |" for row in drawn]
+    lines += [
+        "| " + " | ".join(show(row) for _, show in COLUMNS["eight_bits"]) + " |" for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -161,43 +174,62 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"{pipe.model.name} has no 8-bit products")
     prompts = [prompt for _, prompt in read_prompts(DEMO_PROMPTS, asked.prompts)]
     options = {"size": asked.size, "plan": asked.plan}
-    rows, tokens = [], []
-    models = {"as trained": (pipe, [*DRAWN, *ALONE, *WHOLE, NAIVE])}
-    models["outliers planted"] = with_transformer(pipe, variants.planted), PLANTED
-    for name, (model, wanted) in models.items():
-        chosen = [one for one in wanted if not asked.only or one.name in asked.only]
-        forced = Forced(model, prompts, options) if chosen else None
-        for variant in chosen if forced else ():
-            start, tokens = time.perf_counter(), forced.tokens
-            row = {"model": name, **forced.row(variant)}
-            rows.append(row)
-            print(
-                f"{name}, {variant.name}: logit error {row['logit_error_by_scale'][-1]:.4f}, "
-                f"equal bits {row['equal_bits_by_scale'][-1]:.4f} at the last scale "
-                f"({time.perf_counter() - start:.0f} s)",
-                flush=True,
-            )
-    _write(asked, rows, pictures(pipe, prompts, options) if asked.pictures else {}, tokens)
+    drawn = pictures(pipe, prompts, options) if asked.pictures else {}
+    file = _write(asked, [], drawn, [])  # after every measurement: a run that is killed leaves it
+    for name in drawn.keys() - {"float32"}:
+        stem = "".join(c if c.isalnum() else "-" for c in name)
+        image = sheet(drawn["float32"], drawn[name])
+        image.save(file.with_name(f"eight_bits-{stem}.webp"), quality=85)
+    rows, forced = [], {}
+    for name, variant in wanted(asked.only):
+        start = time.perf_counter()
+        if name not in forced:
+            model = pipe if name == TRAINED else with_transformer(pipe, variants.planted)
+            forced[name] = Forced(model, prompts, options)
+        rows.append({"model": name, **forced[name].row(variant)})
+        _write(asked, rows, drawn, forced[name].tokens)
+        print(
+            f"{name}, {variant.name}: logit error {rows[-1]['logit_error_by_scale'][-1]:.4f}, "
+            f"equal bits {rows[-1]['equal_bits_by_scale'][-1]:.4f} at the last scale "
+            f"({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+    print(file.with_suffix(".md").read_text())
+
+
+def wanted(names: list[str] | None) -> list[tuple[str, Variant]]:
+    """The rows: which model, and which variant of it."""
+    rows = [(TRAINED, one) for one in (*DRAWN, *WHOLE, STREAM, NAIVE)]
+    rows += [("outliers planted", one) for one in PLANTED]
+    rows += [(TRAINED, one) for one in ALONE]
+    return [row for row in rows if not names or row[1].name in names]
+
+
+def likened(rows: list[Row], drawn: dict[str, np.ndarray]) -> list[Row]:
+    """The rows with how near drawn pictures come to those in float32; rows of their own at need."""
+    measure, truth = picture_measures(None), drawn.get("float32")
+    near: dict[str, Row] = {}
+    for name in drawn.keys() - {"float32"}:
+        everywhere = np.ones(drawn[name].shape[:3], np.float32)
+        found = np.asarray(measure(truth, drawn[name], everywhere)["psnr"])
+        near[name] = {"psnr": float(found.mean()), "psnr_by_picture": found.tolist()}
+    trained = [row for row in rows if row["model"] == TRAINED]
+    alone = near.keys() - {row["variant"] for row in trained}
+    return [
+        *({**row, **(near.get(row["variant"], {}) if row in trained else {})} for row in rows),
+        *({"model": TRAINED, "variant": name, **near[name]} for name in sorted(alone)),
+    ]
 
 
 def _write(
     asked: argparse.Namespace, rows: list[Row], drawn: dict[str, np.ndarray], tokens: list[int]
-) -> None:
-    measure, likeness = picture_measures(None), []
-    for name, ours in drawn.items():
-        if name != "float32":
-            everywhere = np.ones(ours.shape[:3], np.float32)
-            found = measure(drawn["float32"], ours, everywhere)["psnr"]
-            likeness.append({"variant": name, "psnr": float(np.mean(found))})
+) -> pathlib.Path:
+    """JSON and table of what is measured so far."""
+    rows = likened(rows, drawn)
     about = {"size": asked.size, "plan": asked.plan, "prompts": asked.prompts, "tokens": tokens}
-    entries = {"about": about, "rows": rows, "pictures": likeness}
-    file = record.write_entries("eight_bits", entries, folder=asked.out)
-    file.with_suffix(".md").write_text(table(rows, likeness, tokens))
-    for row in likeness:
-        stem = "".join(c if c.isalnum() else "-" for c in row["variant"])
-        image = sheet(drawn["float32"], drawn[row["variant"]])
-        image.save(file.with_name(f"eight_bits-{stem}.webp"), quality=85)
-    print(file.with_suffix(".md").read_text())
+    file = record.write_entries("eight_bits", {"about": about, "rows": rows}, folder=asked.out)
+    file.with_suffix(".md").write_text(table(rows, tokens))
+    return file
 
 
 if __name__ == "__main__":

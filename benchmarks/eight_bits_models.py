@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from sparvar_jax.models import eight_bits, layers
 from sparvar_jax.models.eight_bits import Form
+from sparvar_jax.models.layers import DtypeName
 from sparvar_jax.pipelines.parts import abstract_module
 from sparvar_jax.weights import checkpoint, matrix, storage
 
@@ -38,6 +39,13 @@ def in_dtype(transformer: Any, dtype: str) -> Any:
     shapes = checkpoint.abstract_parameters(made)
     flat = storage.flatten(nnx.to_pure_dict(nnx.state(transformer)))
     return checkpoint.fill(made, {path: x.astype(shapes[path].dtype) for path, x in flat.items()})
+
+
+def with_stream(transformer: Any, dtype: DtypeName) -> Any:
+    """The same weights with a residual stream in another dtype."""
+    made = nnx.merge(*nnx.split(transformer))
+    made.config = dataclasses.replace(made.config, stream=dtype)
+    return made
 
 
 def rounded(transformer: Any, form: Form, kinds: Collection[str] = KINDS) -> Any:

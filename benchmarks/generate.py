@@ -26,7 +26,8 @@ from sparvar_jax.cli import console
 from sparvar_jax.plans.caches import CACHES
 
 KEY = (
-    "model", "plan", "batch", "size", "text", "dtype", "fused", "matrices", "path", "cache",
+    "model", "plan", "batch", "size", "text", "dtype", "fused", "matrices", "stream", "path",
+    "cache",
 )  # fmt: skip
 TRACED_KERNELS = 30
 
@@ -34,7 +35,9 @@ TRACED_KERNELS = 30
 def line(row: Row) -> str:
     """One row in one line of text."""
     head = f"{row['model']} x{row['batch']} {row['size'] or ''} {row['text']} {row['plan']}"
-    head += "".join(f" {name} {row[name]}" for name in ("matrices", "cache") if name in row)
+    head += "".join(
+        f" {name} {row[name]}" for name in ("matrices", "stream", "cache") if name in row
+    )
     if "failed" in row:
         return f"{head}: {row['failed']}"
     if row.get("check"):
@@ -71,6 +74,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--fused", choices=("hopper", "portable", "xla"), help="the fused operations"
     )
     parser.add_argument("--matrices", choices=("dense", "int8", "fp8"), default="dense")
+    parser.add_argument("--stream", choices=("float32", "bfloat16"), help="residual stream")
     parser.add_argument("--kernels", choices=backends.PATHS, help="the path, default: the best")
     parser.add_argument("--trace", action="store_true", help="also sum GPU time by kernel")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, help="compare with XLA")
@@ -87,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
         asked.models, asked.plans, asked.batches, asked.sizes, asked.caches, asked.texts
     )
     check = suite.check if asked.check is None else asked.check
-    options = Options(asked.repeats, asked.dtype, asked.fused, asked.matrices, asked.trace, check)
+    how = asked.dtype, asked.fused, asked.matrices, asked.stream
+    options = Options(asked.repeats, *how, asked.trace, check)
 
     def report(row: Row) -> None:
         record.add(f"generate-{asked.suite}", row, key=KEY, folder=asked.out)

@@ -31,7 +31,8 @@ Row = dict[str, Any]
 class Options:
     """How rows are measured. dtype, fused: None is the default of the device and of the kernels.
 
-    matrices: "int8" rounds those of the transformer's blocks to 8 bits, with what they multiply.
+    matrices: "int8" rounds those of the transformer's blocks to 8 bits, with what they multiply,
+    and weights of a T5 encoder. stream: of the residual stream, None for the model's own.
     trace: also sum GPU time by kernel. check: compare rows with XLA.
     """
 
@@ -39,6 +40,7 @@ class Options:
     dtype: str | None = None
     fused: str | None = None
     matrices: str = "dense"
+    stream: str | None = None
     trace: bool = False
     check: bool = True
 
@@ -81,21 +83,22 @@ class Loader:
             return self._bench
         self._free(parts=self._model != group.model or group.text == "encoder freed")
         text: Any = None
+        dtype, matrices = self._options.dtype, self._options.matrices
         if group.text == "encoder freed":
-            encoder = models.text_encoder(group.model, dtype=self._options.dtype)
+            encoder = models.text_encoder(group.model, dtype=dtype, matrices=matrices)
             text = encoder([PROMPT] * group.batch)
             jax.block_until_ready(text.features)
             del encoder
         if self._parts is None:
             before = time.perf_counter()
-            dtype, fused = self._options.dtype, self._options.fused
+            fused, stream = self._options.fused, self._options.stream
             self._parts = models.build(
-                group.model, dtype=dtype, fused=fused, matrices=self._options.matrices
+                group.model, dtype=dtype, fused=fused, matrices=matrices, stream=stream
             )
             self.weights_seconds = time.perf_counter() - before
             self._model = group.model
         if group.text == "encoder":
-            text = models.text_encoder(group.model, dtype=self._options.dtype)
+            text = models.text_encoder(group.model, dtype=dtype, matrices=matrices)
         self._bench = Bench(self._parts, group.batch, group.size, text, group.cache)
         self._group = group.bench
         return self._bench
@@ -168,6 +171,7 @@ def _base_row(group: Group, bench: Bench, options: Options, weights_seconds: flo
         "dtype": compute_dtype(options.dtype),
         "fused": options.fused or "default",
         **({} if options.matrices == "dense" else {"matrices": options.matrices}),
+        **({} if options.stream is None else {"stream": options.stream}),
         **({} if backends.path() is None else {"path": backends.path()}),
         **({} if group.cache == "full" else {"cache": group.cache}),
         "weights": bench.parts.weights,

@@ -89,19 +89,28 @@ class Parts:
 
 
 def build(
-    name: str, *, dtype: str | None = None, fused: Any = None, matrices: str = "dense"
+    name: str,
+    *,
+    dtype: str | None = None,
+    fused: Any = None,
+    matrices: str = "dense",
+    stream: Any = None,
 ) -> Parts:
     """A released shape by name with random weights, or a model directory without text encoder.
 
     dtype: None is what suits the device. fused: implementation of the fused operations, None for
     the default. matrices: "int8" and "fp8" round those of the transformer's blocks, with inputs.
-    Raises ValueError for an unknown name.
+    stream: dtype of the residual stream, None for the model's own. Raises ValueError for an unknown
+    name.
     """
     folder, dtype = Path(name), loading.compute_dtype(dtype)
     if folder.is_dir():
         parts = _from_directory(folder, dtype, matrices)
     else:
         parts = _from_preset(name, dtype, matrices)
+    if stream is not None:
+        config = dataclasses.replace(parts.transformer.config, stream=stream)
+        parts.transformer.config = config
     if fused is not None:
         parts.transformer.config = _fused(parts.transformer.config, fused)
     jax.block_until_ready((nnx.state(parts.transformer), nnx.state(parts.tokenizer)))
@@ -142,24 +151,26 @@ def _from_directory(folder: Path, dtype: str, matrices: Any) -> Parts:
     return dataclasses.replace(parts, size=defaults.size, ratio=1 / defaults.aspect_ratio)
 
 
-def text_encoder(name: str, *, dtype: str | None = None) -> TextEncoder | PrefixEncoder:
+def text_encoder(
+    name: str, *, dtype: str | None = None, matrices: Any = "dense"
+) -> TextEncoder | PrefixEncoder:
     """The text encoder of a model directory; for a released shape its own with random weights.
 
-    The random one takes every prompt for `TEXT_TOKENS` tokens. dtype: as in `build`.
+    The random one takes every prompt for `TEXT_TOKENS` tokens. dtype, matrices: as in `build`.
     """
     if Path(name).is_dir():
         family = loading.family_in(Path(name))
-        return family.encoder.from_checkpoint(name, dtype=dtype)
+        return family.encoder.from_checkpoint(name, dtype=dtype, weights=matrices)
     pieces = list(range(2, TEXT_TOKENS + 1))
     computing = loading.compute_dtype(dtype)
     if name.startswith("hart_"):
         config: Any = dataclasses.replace(QWEN2, dtype=computing)
         tokenizer: Any = PrefixTokenizer(Path("made up"), config.vocab, 0, lambda prompt: pieces)
-        encoder = randomise(abstract(Qwen2, config), 2)
+        encoder = randomise(abstract(Qwen2, config), 2, matrices)
         return PrefixEncoder(lambda: encoder, tokenizer, HartConfig.preset(name).text_tokens)
     config = dataclasses.replace(T5_XL, dtype=computing)
     tokenizer = Tokenizer(Path("made up"), config.vocab, lambda prompt: pieces)
-    encoder = randomise(abstract(T5Encoder, config), 2)
+    encoder = randomise(abstract(T5Encoder, config), 2, matrices)
     longest = InfinityConfig.preset(name).text_max_length
     return TextEncoder(lambda: encoder, tokenizer, longest)  # type: ignore[arg-type,return-value]
 

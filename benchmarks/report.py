@@ -42,6 +42,11 @@ def _number(name: str, digits: int = 3, factor: float = 1.0) -> Callable[[Row], 
     return show
 
 
+def _of_scales(name: str, pick: Callable[[list[float]], float]) -> Callable[[Row], str]:
+    """One of an entry's numbers by scale."""
+    return lambda row: f"{pick(row[name]):.4f}" if name in row else ""
+
+
 def _text(name: str) -> Callable[[Row], str]:
     return lambda row: str(row.get(name, ""))
 
@@ -70,7 +75,7 @@ def _check(row: Row) -> str:
 
 def _with(row: Row) -> str:
     """What a generation was asked for besides its plan."""
-    asked = {"path": "kernels", "matrices": "matrices", "cache": "cache"}
+    asked = {"path": "kernels", "matrices": "matrices", "stream": "stream", "cache": "cache"}
     return ", ".join(f"{row[k]} {noun}" for k, noun in asked.items() if row.get(k)) or "defaults"
 
 
@@ -229,6 +234,15 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("seconds", _number("seconds", 1)),
         ("cores", _text("cores")),
         ("load", _number("load", 1)),
+    ),
+    "eight_bits": (
+        ("model", _text("model")),
+        ("variant", _text("variant")),
+        ("logit error, last scale", _of_scales("logit_error_by_scale", lambda x: x[-1])),
+        ("largest", _of_scales("logit_error_by_scale", max)),
+        ("bits equal, last scale", _of_scales("equal_bits_by_scale", lambda x: x[-1])),
+        ("least", _of_scales("equal_bits_by_scale", min)),
+        ("drawn freely: PSNR dB", _number("psnr", 2)),
     ),
     "quality": (
         ("plan", lambda row: label(row["plan"])),

@@ -32,9 +32,10 @@ def residual_norm(
     dtype: DTypeLike = jnp.bfloat16,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "R T C"], Float[Array, "R T C"] | Eight]:
-    """`x + gain * (branch + bias)` in float32, and `LN(that) * (1 + scale) + shift` in `dtype`.
+    """`x + gain * (branch + bias)` in x's dtype, and `LN(that) * (1 + scale) + shift` in `dtype`.
 
-    LN has no affine part, epsilon 1e-6 and a biased variance. `one_plus=False` multiplies by
+    Both are computed in float32; a stream x in bfloat16 is rounded to it once an update, before its
+    norm. LN has no affine part, epsilon 1e-6 and a biased variance. `one_plus=False` multiplies by
     `scale` alone: an affine norm. Without `branch` the first result is x itself. Vectors are [C],
     [R, C], or (table [R, K, C], k), which reads row k of a table without slicing it; of more than
     R rows the first are meant. A `dtype` of 8 bits gives the second result as `Eight`, one scale a

@@ -17,11 +17,15 @@ jaxtyping.install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
-# On a CPU the tests wait for compilers, not for arithmetic: XLA's older emitter of loops, which
-# releases before jaxlib 0.11 have, takes half the time. Processes that tests start inherit it.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
+# On a CPU the tests wait for compilers, not for arithmetic. Each program is one module for LLVM:
+# splitting it in parts, to compile them side by side, costs a sixth more. XLA's older emitter of
+# loops, which releases before jaxlib 0.11 have, takes half the time. Releases that are not named
+# may not know these flags. Processes that tests start inherit them.
+if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = flags.strip()
 
 # Workers of `-n` on a machine with a GPU share its memory.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -68,6 +72,12 @@ def _annotations(request, monkeypatch):
     """Leave annotations unchecked where a test breaks them to see what users are told."""
     if request.node.get_closest_marker("unchecked"):
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def pytest_collection_finish():
+    """Never walk again what was imported and collected: it lives as long as the process."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):

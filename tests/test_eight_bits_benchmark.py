@@ -67,6 +67,14 @@ def test_outliers_break_one_scale_a_tensor_and_not_ours(model, logits):
     assert naive > 3 * max(errors.values())
 
 
+def test_a_bfloat16_stream_costs_its_roundings(model, logits):
+    """Two blocks round the stream once and update it six times: seven roundings by 2^-9 at most of
+    values that logits are sums of; in the root mean square, as these errors add, below 7 * 2^-9."""
+    found = logits(eight_bits.STREAM.make(model))
+    error = max(map(eight_bits.relative, found, logits(model)))
+    assert 2**-12 < error < 7 * 2**-9
+
+
 def test_planted_outliers_are_as_large_as_said(model):
     made = variants.planted(model)
     levels = np.abs(np.asarray(made.level_embed[...]))

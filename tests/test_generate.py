@@ -1,6 +1,7 @@
 """The generation loop: independence of neighbours, forced bits, guidance cases, reproducibility."""
 
 import dataclasses
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -33,9 +34,13 @@ def text():
     return jax.random.normal(jax.random.key(1), (2, 5, 128)), jnp.array([3, 5])
 
 
+@functools.partial(jax.jit, static_argnames="guidance")
+def embedded(model, features, lengths, guidance):
+    return model.embed_condition(features, lengths, guidance)
+
+
 def embed(generator, text, guidance):
-    condition = jax.jit(lambda model, *text: model.embed_condition(*text, guidance))
-    return condition(generator.model, *text)
+    return embedded(generator.model, *text, guidance)
 
 
 def draw(generator, text, keys, guidance="learned", plan=None, **options):

@@ -10,12 +10,14 @@ import pytest
 
 from sparvar_jax.cli import main
 from sparvar_jax.models import eight_bits
-from sparvar_jax.pipelines import quantising, sharing
+from sparvar_jax.models.text_tokens import load_tokenizer
+from sparvar_jax.pipelines import loading, memory, quantising, sharing
 from sparvar_jax.pipelines.loading import load_model
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.pipelines.quantising import quantise_model
+from sparvar_jax.pipelines.text_encoder import TextEncoder
 from sparvar_jax.weights import checkpoint, storage
-from tests import tiny_var
+from tests import tiny_model, tiny_var
 from tests.tiny_model import write_tiny_model
 
 
@@ -32,7 +34,7 @@ def narrow(dense):
 
 
 def same_leaves(one, other):
-    ours, theirs = (jax.tree.leaves(model.transformer) for model in (one, other))
+    ours, theirs = (jax.tree.leaves((m.transformer, m.text_encoder)) for m in (one, other))
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -62,9 +64,68 @@ def test_classes_too_in_both_forms_whatever_is_computed_in(form, dtype, tmp_path
     assert kernels == ({int8, e4m3} if form == "int8" else {e4m3})
 
 
+def test_transformers_gives_the_features_of_an_exported_text_encoder(dense, narrow):
+    """The directory's matrices are int8 with scales; exported they are what these stand for, and
+    from them transformers computes in float64 what ours does in float32."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from sparvar_convert.export import export_part
+
+    ours = TextEncoder.from_checkpoint(narrow, dtype="float32")
+    features, lengths = ours(["a red apple", "an owl"])
+    alike = TextEncoder.from_checkpoint(dense, dtype="float32", weights="int8")
+    np.testing.assert_array_equal(alike(["a red apple", "an owl"]).features, features)
+    ids, _ = load_tokenizer(narrow / "text").encode(["a red apple", "an owl"], features.shape[1])
+    config = tiny_model.TEXT
+    model = transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=config.vocab, d_model=config.width, d_kv=config.head_dim,
+            d_ff=config.mlp_width, num_layers=config.depth, num_heads=config.heads,
+            feed_forward_proj="gated-gelu",
+        )
+    ).double().eval()  # fmt: skip
+    tensors = dict(export_part(narrow, "text"))
+    model.load_state_dict({name: value.double() for name, value in tensors.items()}, strict=False)
+    mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor(ids).long(), attention_mask=mask.long())
+    expected = (out.last_hidden_state * mask[..., None]).numpy()
+    # Sums of a hundred float32 terms, see test_t5.py.
+    assert np.abs(features - expected).max() <= 1e-5 * np.abs(expected).max()
+    dtypes = {x.dtype for x in jax.tree.leaves(load_model(narrow).text_encoder.blocks)}
+    assert dtypes == {jnp.dtype("int8"), jnp.dtype("float32")}
+
+
+def test_forms_that_mean_the_same_to_a_part_do_not_contradict(dense, narrow, tmp_path):
+    """Both forms round a text encoder alike, so what one left is what the other asks for."""
+    quantise_model(dense, tmp_path / "fp8", "fp8")
+    loaded = load_model(tmp_path / "fp8", weights="fp8")
+    sharing.save(loaded, tmp_path / "saved")
+    same_leaves(load_model(tmp_path / "saved", weights="fp8"), loaded)
+    described = loading.describe_model(tmp_path / "saved", weights="fp8")
+    assert eight_bits.form_of(described.text_encoder) == "int8"
+    assert eight_bits.form_of(described.transformer) == "fp8"
+    half = loading.describe_model(dense).text_encoder
+    full = memory.parameter_bytes(checkpoint.abstract_parameters(half))
+    rounded = memory.parameter_bytes(checkpoint.abstract_parameters(described.text_encoder))
+    matrices = sum(
+        np.prod(leaf.shape)
+        for path, leaf in checkpoint.abstract_parameters(half).items()
+        if path.endswith("kernel")
+    )
+    scales = sum(
+        leaf.shape[-1]
+        for path, leaf in checkpoint.abstract_parameters(half).items()
+        if path.endswith("kernel")
+    )
+    assert rounded == full - 3 * matrices + 4 * scales
+
+
 def test_the_directory_says_what_it_is(dense, narrow, capsys):
     assert main(["info", "--model", str(narrow)]) == 0
-    (line,) = (one for one in capsys.readouterr().out.splitlines() if " transformer " in one)
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (one for one in lines if " text " in one)
+    assert " int8 " in line
+    (line,) = (one for one in lines if " transformer " in one)
     assert " int8 " in line
     assert main(["info", "--model", str(dense), "--weights", "fp8"]) == 0
     assert " fp8 " in capsys.readouterr().out
@@ -88,7 +149,7 @@ def test_a_run_that_was_stopped_is_gone_on_with(dense, narrow, tmp_path, monkeyp
 
     def stopped(self, path, array):
         write(self, path, array)
-        if path.endswith("kernel_scale"):
+        if path.endswith("qkv.kernel_scale"):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(quantising.OrbaxWriter, "write", stopped)

@@ -8,6 +8,7 @@ from flax import nnx
 from sparvar_convert.rules import Ignore, translate
 from sparvar_convert.tables.t5 import TABLE, table_for
 
+from sparvar_jax.models import eight_bits
 from sparvar_jax.models.t5 import T5Config, T5Encoder, encode, relative_buckets
 
 torch = pytest.importorskip("torch")
@@ -91,6 +92,44 @@ def test_features_equal_those_of_transformers(name):
     got = np.asarray(jax.jit(encode)(ours, ids, lengths))
     assert got.dtype == np.float32
     assert np.abs(got - expected).max() / np.abs(expected).max() <= TOLERANCE
+
+
+def rounded_by_hand(model):
+    """Every matrix of the blocks in int8 with one scale an output, as transformers would hold it
+    in float64."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim == 2 and ".layer." in name and "relative" not in name:
+                scale = value.abs().amax(dim=1, keepdim=True) / 127
+                value.copy_(torch.round(value / scale) * scale)
+    return model.double()
+
+
+@pytest.mark.parametrize("name", ["small", "original T5"])
+def test_eight_bit_weights_give_what_transformers_gives_with_weights_rounded_alike(name):
+    """What is multiplied by them stays float32, so that the bound is that of dense matrices."""
+    model = reference_encoder(CONFIGS[name])
+    ids, lengths = random_batch(37, [37, 11, 1])
+    dense = reference_features(model, ids, lengths)
+    ours = {dtype: ours_from(model, CONFIGS[name], dtype) for dtype in ("float32", "bfloat16")}
+    expected = reference_features(rounded_by_hand(model), ids, lengths)
+    for encoder in ours.values():
+        paths = eight_bits.kernels(encoder)
+        maps = 7 if encoder.config.activation == "gated-gelu" else 6
+        assert set(paths.values()) == {"int8 weights"}
+        assert len(paths) == maps * encoder.config.depth
+        eight_bits.narrow(encoder, paths)
+        assert {leaf.dtype for leaf in jax.tree.leaves(encoder.blocks)} == {
+            jnp.dtype("int8"), jnp.dtype("float32"),
+        }  # fmt: skip
+        assert eight_bits.form_of(encoder) == "int8"
+    got = np.asarray(jax.jit(encode)(ours["float32"], ids, lengths))
+    largest = np.abs(expected).max()
+    assert np.abs(got - expected).max() / largest <= TOLERANCE
+    assert np.abs(dense - expected).max() / largest > 100 * TOLERANCE
+    rough = np.asarray(jax.jit(encode)(ours["bfloat16"], ids, lengths))
+    # Rounded twice, from bfloat16, weights are off by as much again as in the test of bfloat16.
+    assert np.abs(rough - expected).mean() / np.abs(expected).mean() <= 20 * 2**-9
 
 
 def test_padding_has_no_influence():

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from sparvar_convert.families import family_of
 from sparvar_convert.rules import ConversionError
 from sparvar_convert.stream import export_tensors
+from sparvar_jax.models import eight_bits
+from sparvar_jax.pipelines.parts import stored_form
 from sparvar_jax.weights import checkpoint
 from sparvar_jax.weights.large_file import large_file
 from sparvar_jax.weights.told import told
@@ -24,19 +26,29 @@ _BATCH = 32
 def export_part(model: str | Path, part: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Released keys and tensors of one part, in the stored dtypes, bit for bit what was converted.
 
-    Raises ValueError where the part is missing or of an unknown kind.
+    Matrices in 8 bits become float32: values times scales. Raises ValueError where the part is
+    missing or of an unknown kind.
     """
-    entry = checkpoint.read_config(model).get(part)
+    described = checkpoint.read_config(model)
+    entry = described.get(part)
     if part not in checkpoint.PARTS or entry is None:
         raise ConversionError(f"{model} has no {told(part, 60)}: name one of its parts")
     family = family_of(entry["kind"])
     config = checkpoint.config_from_json(family.config, entry)
     table = family.table(config, ())
     reader = checkpoint.part_reader(model, part)
-    checkpoint.require_fit(family.abstract(config), reader.shapes)
-    paths = list(reader.shapes)
+    module = family.abstract(config)
+    paths = list(checkpoint.abstract_parameters(module))
+    form = stored_form(described, part)
+    dtypes = {} if form is None else eight_bits.kernels(module, form)
+    eight_bits.narrow(module, dtypes)
+    checkpoint.require_fit(module, reader.shapes)
     for start in range(0, len(paths), _BATCH):
-        loaded = reader.restore(paths[start : start + _BATCH])
+        batch = paths[start : start + _BATCH]
+        loaded = reader.restore([*batch, *(f"{path}_scale" for path in batch if path in dtypes)])
+        for path in dtypes.keys() & loaded.keys():
+            values, scale = loaded[path], loaded.pop(f"{path}_scale")
+            loaded[path] = eight_bits.dense(values, scale, dtypes[path])
         for key, array in export_tensors(table, loaded, loaded.__getitem__):
             yield key, to_torch(array)
 

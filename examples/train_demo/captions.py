@@ -58,13 +58,15 @@ class Recipe:
 
     `centre` and `size` are in units of the picture's side, (y, x); `sprite` is -1 for an empty
     layer; colours are 0..1 RGB at both ends of the gradient; `angle` in radians; `noise` is the
-    standard deviation of the smooth background noise.
+    standard deviation of the smooth background noise; `paint` is the RGB that a layer's coloured
+    parts take, -1 where they stay as they are.
     """
 
     sprite: Int[np.ndarray, "layers"]
     centre: Float[np.ndarray, "layers 2"]
     size: Float[np.ndarray, "layers"]
     colours: Float[np.ndarray, "2 3"]
+    paint: Float[np.ndarray, "layers 3"]
     angle: float = 0.0
     noise: float = 0.0
     seed: int = 0
@@ -115,20 +117,40 @@ def empty_recipe(rng: np.random.Generator) -> Recipe:
         centre=np.full((LAYERS, 2), 0.5, np.float32),
         size=np.full(LAYERS, 0.5, np.float32),
         colours=np.ones((2, 3), np.float32),
+        paint=np.full((LAYERS, 3), -1, np.float32),
         angle=float(rng.uniform(0, 2 * np.pi)),
         seed=int(rng.integers(2**31)),
     )
 
 
-def single(index: int, picture: Picture, rng: np.random.Generator) -> tuple[str, Recipe]:
-    """One large thing, on white (unsaid or said) or on a coloured background (always said)."""
+def style_said(style: str, plain: str, rng: np.random.Generator) -> str:
+    """Whether a caption of one thing says its style before it, after it, or not: ""
+
+    plain: the one style that may go unsaid. A caption that says none means four drawings where
+    there is none such, and a model that draws the bits of a scale each for itself mixes them.
+    """
+    chance = rng.random()
+    before, after = (0.5, 0.8) if not plain else (0.25, 0.4) if style == plain else (0.6, 1.0)
+    return "before" if chance < before else "after" if chance < after else ""
+
+
+def single(
+    index: int, picture: Picture, rng: np.random.Generator, plain: str = "", paint: str = ""
+) -> tuple[str, Recipe]:
+    """One large thing, on white (unsaid or said) or on a coloured background (always said).
+
+    plain: see `style_said`. paint: the colour that it is painted in, said before its name.
+    """
     recipe = empty_recipe(rng)
     recipe.sprite[0] = index
     recipe.size[0] = rng.uniform(0.84, 0.92)
     recipe.centre[0] = 0.5 + rng.uniform(-0.25, 0.25, 2) * (1 - recipe.size[0])
-    words = picture.name if rng.random() < 0.15 else article(picture.name)
-    told = rng.random()
-    if told < 0.5:
+    name = f"{paint} {picture.name}".strip()
+    if paint:
+        recipe.paint[0] = colour(paint, rng)
+    words = name if rng.random() < 0.15 else article(name)
+    told = style_said(picture.style, plain, rng)
+    if told == "before":
         words = STYLE_PREFIX[picture.style][rng.integers(2)] + words
     chance = rng.random()
     if chance < 0.1:
@@ -136,7 +158,7 @@ def single(index: int, picture: Picture, rng: np.random.Generator) -> tuple[str,
     elif chance > 0.45:
         phrase, recipe.colours, recipe.noise = draw_background(rng)
         words += phrase
-    if 0.5 <= told < 0.8:
+    if told == "after":
         words += STYLE_SUFFIX[picture.style]
     if picture.tags and rng.random() < 0.12:
         words += ", " + ", ".join(rng.permutation(picture.tags)[:2])
@@ -186,17 +208,26 @@ def arrange(words: list[str], recipe: Recipe, rng: np.random.Generator) -> str:
 
 
 def scene(
-    indices: list[int], pictures: list[Picture], rng: np.random.Generator
+    indices: list[int], pictures: list[Picture], rng: np.random.Generator, plain: str = ""
 ) -> tuple[str, Recipe]:
     """One to three cut-outs of one style on a coloured background."""
     recipe = empty_recipe(rng)
     recipe.sprite[: len(indices)] = indices
     words = arrange([article(pictures[i].name) for i in indices], recipe, rng)
+    return words + surroundings(recipe, pictures[indices[0]].style, rng, plain), recipe
+
+
+def surroundings(recipe: Recipe, style: str, rng: np.random.Generator, plain: str = "") -> str:
+    """Give a scene its background; what a caption says of it, and often of the style."""
     phrase, recipe.colours, recipe.noise = draw_background(rng)
-    words += phrase
-    if rng.random() < 0.6:
-        words += STYLE_SUFFIX[pictures[indices[0]].style]
-    return words, recipe
+    said = 0.6 if not plain else 0.4 if style == plain else 1.0
+    return phrase + STYLE_SUFFIX[style] if rng.random() < said else phrase
+
+
+def draw_style(by_style: dict[str, np.ndarray], rng: np.random.Generator) -> str:
+    """A style, by how many pictures it has."""
+    weights = np.array([len(v) for v in by_style.values()], float)
+    return list(by_style)[rng.choice(len(by_style), p=weights / weights.sum())]
 
 
 def draw_example(
@@ -204,15 +235,19 @@ def draw_example(
     by_style: dict[str, np.ndarray],
     rng: np.random.Generator,
     scenes: float = 0.5,
+    plain: str = "",
 ) -> tuple[str, Recipe]:
-    """A random caption and its recipe; `scenes` is the share of composed scenes."""
-    weights = np.array([len(v) for v in by_style.values()], float)
-    style = list(by_style)[rng.choice(len(by_style), p=weights / weights.sum())]
+    """A random caption and its recipe; `scenes` is the share of composed scenes.
+
+    plain: the one style that may go unsaid, see `style_said`; none: all may.
+    """
+    style = draw_style(by_style, rng)
     if rng.random() >= scenes:
         index = int(rng.choice(by_style[style]))
-        return single(index, pictures[index], rng)
+        return single(index, pictures[index], rng, plain)
     count = int(rng.choice(3, p=(0.2, 0.5, 0.3))) + 1
-    return scene([int(i) for i in rng.choice(by_style[style], count, replace=False)], pictures, rng)
+    chosen = [int(i) for i in rng.choice(by_style[style], count, replace=False)]
+    return scene(chosen, pictures, rng, plain)
 
 
 def stack(recipes: list[Recipe]) -> dict[str, np.ndarray]:
@@ -222,6 +257,7 @@ def stack(recipes: list[Recipe]) -> dict[str, np.ndarray]:
         "centre": np.stack([r.centre for r in recipes]).astype(np.float32),
         "size": np.stack([r.size for r in recipes]).astype(np.float32),
         "colours": np.stack([r.colours for r in recipes]).astype(np.float32),
+        "paint": np.stack([r.paint for r in recipes]).astype(np.float32),
         "angle": np.array([r.angle for r in recipes], np.float32),
         "noise": np.array([r.noise for r in recipes], np.float32),
         "seed": np.array([r.seed for r in recipes], np.uint32),

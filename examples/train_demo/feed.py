@@ -10,17 +10,33 @@ import numpy as np
 from examples.train_demo import vocabulary
 from examples.train_demo.captions import draw_example, stack
 from examples.train_demo.pictures import Collection
+from examples.train_demo.variety import Variety
 
 Chunk = dict[str, Any]
 
 
 def make_chunk(
-    collection: Collection, indices: np.ndarray, size: int, seed: int, scenes: float = 0.5
+    collection: Collection,
+    indices: np.ndarray,
+    size: int,
+    seed: int,
+    scenes: float = 0.5,
+    variety: Variety | None = None,
+    plain: str = "",
 ) -> Chunk:
-    """`size` random captions and recipes of the given pictures: `recipes`, `ids`, `lengths`."""
+    """`size` random captions and recipes of the given pictures: `recipes`, `ids`, `lengths`.
+
+    scenes: share of composed scenes. variety: of which share there are other examples instead.
+    plain: the one style that captions may leave unsaid, see `captions.style_said`.
+    """
     rng = np.random.default_rng(seed)
     by_style = {s: v for s, v in collection.by_style(indices).items() if len(v) >= 3}
-    drawn = [draw_example(collection.pictures, by_style, rng, scenes) for _ in range(size)]
+    drawn = [
+        variety.draw(collection.pictures, by_style, rng, scenes, plain)
+        if variety is not None and rng.random() < variety.share
+        else draw_example(collection.pictures, by_style, rng, scenes, plain)
+        for _ in range(size)
+    ]
     ids, lengths = vocabulary.tokenise(vocabulary.read(), [words for words, _ in drawn])
     return {"recipes": stack([recipe for _, recipe in drawn]), "ids": ids, "lengths": lengths}
 

@@ -31,13 +31,18 @@ class TrainState(NamedTuple):
 
 
 class Packing:
-    """Which parameters of a tree lie together."""
+    """Which parameters of a tree lie together.
 
-    def __init__(self, like: Any, muon: bool):
+    apart: a top-level part of the tree that lies with nothing else, so that it can learn at a rate
+    of its own; the names of its groups end in it.
+    """
+
+    def __init__(self, like: Any, muon: bool, apart: str | None = None):
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(like)
         self._groups: dict[str, list[int]] = {}
         for index, (path, leaf) in enumerate(leaves):
             name = f"{_kind(path, leaf, muon)}.{'x'.join(map(str, leaf.shape))}"
+            name += f".{apart}" if apart is not None and _names(path)[0] == apart else ""
             self._groups.setdefault(name, []).append(index)
         self._count = len(leaves)
 
@@ -62,8 +67,12 @@ class Packing:
         return self.unpack(jax.device_get(state.average))
 
 
+def _names(path: tuple) -> list[str]:
+    return [str(getattr(step, "key", step)) for step in path]
+
+
 def _kind(path: tuple, leaf: Any, muon: bool) -> str:
-    names = [str(getattr(step, "key", step)) for step in path]
+    names = _names(path)
     # Not the text encoder: T5 does not scale its scores, and under Muon's updates they grew to a
     # spread of 40 to 120. Every word then looked at one other, whatever the order of words.
     in_transformer = "blocks" in names and names[0] != "text"
@@ -128,18 +137,42 @@ def abstract_state(
     return jax.eval_shape(lambda: start(packing.pack(zeros()), optimizer))
 
 
-def apply(state: TrainState, grads: Packed, rate: Float[Array, ""], optimizer: Any) -> TrainState:
-    """One update; the average's memory grows with training to the last twentieth of it."""
+def apply(
+    state: TrainState,
+    grads: Packed,
+    rate: Float[Array, ""],
+    optimizer: Any,
+    *,
+    apart: tuple[str, Float[Array, ""]] | None = None,
+    memory: int | None = None,
+) -> TrainState:
+    """One update. apart: a part that was packed apart, and its own rate; at 0 it does not move.
+
+    memory: steps that the exponential average looks back; None lets it grow with training to the
+    last twentieth of it. While fewer steps than that were taken, the average is of those.
+    """
     updates, inner = optimizer.update(grads, state.optimizer, state.params)
-    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    rates = {
+        name: apart[1] if apart is not None and name.endswith(f".{apart[0]}") else rate
+        for name in state.params
+    }
+    params = {name: p - rates[name] * updates[name] for name, p in state.params.items()}
     weight = 1 / (1 + 0.05 * state.step.astype(jnp.float32))
+    if memory is not None:
+        weight = jnp.maximum(1 / (1 + state.step.astype(jnp.float32)), 1 / memory)
     average = jax.tree.map(lambda a, p: a + weight * (p - a), state.average, params)
     return TrainState(params, inner, average, state.step + 1)
 
 
 def learning_rate(
-    peak: float, fraction: float, step: int, *, warmup: int = 100, constant: float = 0.0
+    peak: float,
+    fraction: float,
+    step: int,
+    *,
+    warmup: int = 100,
+    constant: float = 0.0,
+    final: float = 0.02,
 ) -> float:
-    """Linear warm-up, the peak until a share of the time, then a straight line to 2 % of it."""
+    """Linear warm-up, the peak until a share of the time, then a straight line to `final` of it."""
     left = (1 - min(fraction, 1.0)) / (1 - constant)
-    return peak * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * min(1.0, left))
+    return peak * min(1.0, (step + 1) / warmup) * (final + (1 - final) * min(1.0, left))

@@ -7,6 +7,7 @@ memory each on an H100.
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,11 +22,26 @@ from sparvar_jax.models.quantizer import quantise
 from sparvar_jax.models.t5 import encode
 
 FLIP_STRENGTH = 0.2
-TEXT_DROPPED = 0.1
+LAST_SCALES = 3
+TEXT = "text"
 BATCHES = {5: 640, 7: 128, 10: 40, 13: 8}
 # Measuring every matrix product in three programs at once takes a minute and gains next to
 # nothing over the library's own choice.
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises, and what it keeps.
+
+    last_weight: how many times their usual weight the losses of the last three of the 13 scales
+    have. text_dropped: share of pictures that are learnt without their caption. memory: steps that
+    the average of the weights looks back, see `optim.apply`.
+    """
+
+    last_weight: float = 1.0
+    text_dropped: float = 0.1
+    memory: int | None = None
 
 
 def bit_losses(
@@ -44,24 +60,32 @@ def bit_losses(
     return jnp.stack(losses), jnp.stack(right)
 
 
-def scale_weights(scales: int) -> np.ndarray:
+def scale_weights(scales: int, last_weight: float = 1.0) -> np.ndarray:
     """Weights of the scales' mean losses, summing to one: between one a scale and one a token.
 
-    The first scales, a few tokens each, decide what is drawn.
+    The first scales, a few tokens each, decide what is drawn; the last three of the 13 decide how
+    sharp it is, and their weights are multiplied by `last_weight`.
     """
-    tokens = np.array([s.tokens for s in SCHEDULE.scales[:scales]], np.float64)
-    return (tokens**0.35 / np.sum(tokens**0.35)).astype(np.float32)
+    weights = np.array([s.tokens for s in SCHEDULE.scales[:scales]], np.float64) ** 0.35
+    weights[len(SCHEDULE) - LAST_SCALES :] *= last_weight
+    return (weights / np.sum(weights)).astype(np.float32)
 
 
 def losses_of_batch(
-    nets: dict[str, Network], params: Any, batch: pool.Pool, key: Array, scales: int, remat: bool
+    nets: dict[str, Network],
+    params: Any,
+    batch: pool.Pool,
+    key: Array,
+    scales: int,
+    remat: bool,
+    text_dropped: float = Objective.text_dropped,
 ) -> Float[Array, "scales"]:
     """Per-scale bit losses of a batch of the pool, with flipped input bits and dropped text."""
     key_flip, key_drop = jax.random.split(key)
     quantised = quantise(batch["latents"], SCHEDULE.sizes, flip=(key_flip, FLIP_STRENGTH))
     model = nets["transformer"].assemble(params["transformer"])
     text = encode(nets["text"].assemble(params["text"]), batch["ids"], batch["lengths"])
-    dropped = jax.random.bernoulli(key_drop, TEXT_DROPPED, (text.shape[0], 1, 1))
+    dropped = jax.random.bernoulli(key_drop, text_dropped, (text.shape[0], 1, 1))
     text = jnp.where(dropped, model.uncond_text[...][: text.shape[1]], text)
     logits = teacher_forced(
         model, text, batch["lengths"], quantised.inputs[: scales - 1], SCHEDULE, remat=remat
@@ -77,23 +101,29 @@ def make_step(
     scales: int,
     batch: int,
     remat: bool,
+    objective: Objective,
 ) -> Any:
-    """The step of one prefix length: `(state, pool, seed, rate) -> state, losses`.
+    """The step of one prefix length: `(state, pool, seed, rates) -> state, losses`.
 
-    `batch` counts the pictures of all devices together.
+    `batch` counts the pictures of all devices together. rates: of the transformer and of the text
+    encoder.
     """
+    weights = scale_weights(scales, objective.last_weight)
 
-    def step(state: optim.TrainState, data: pool.Pool, seed: Array, rate: Array):
+    def step(state: optim.TrainState, data: pool.Pool, seed: Array, rates: Array):
         key_batch, key_rest = jax.random.split(parallel.device_key(seed))
         drawn = pool.draw(data, key_batch, batch // mesh.size)
 
         def loss(params: Any) -> tuple[Array, Array]:
-            losses = losses_of_batch(nets, params, drawn, key_rest, scales, remat)
-            return jnp.sum(losses * scale_weights(scales)), losses
+            dropped = objective.text_dropped
+            losses = losses_of_batch(nets, params, drawn, key_rest, scales, remat, dropped)
+            return jnp.sum(losses * weights), losses
 
         grads, losses = jax.grad(loss, has_aux=True)(packing.unpack(state.params))
         grads, losses = parallel.mean((packing.pack(grads), losses))
-        return optim.apply(state, grads, rate, optimizer), losses
+        apart, memory = (TEXT, rates[1]), objective.memory
+        after = optim.apply(state, grads, rates[0], optimizer, apart=apart, memory=memory)
+        return after, losses
 
     whole, split = parallel.WHOLE, parallel.SPLIT
     return parallel.spread(step, mesh, (whole, split, whole, whole), (whole, whole))
@@ -109,24 +139,27 @@ class Programs:
         batches: dict[int, int],
         pool_size: int,
         remat: bool = False,
+        objective: Objective = Objective(),
     ):
         self.optimizer = optim.make_optimizer()
         self._began = time.time()
-        params = {name: nets[name].like for name in ("transformer", "text")}
-        self.packing = optim.Packing(params, muon=True)
-        state = optim.abstract_state(params, self.packing, self.optimizer)
+        params = {name: nets[name].like for name in ("transformer", TEXT)}
+        self.packing = optim.Packing(params, muon=True, apart=TEXT)
+        self.state = state = optim.abstract_state(params, self.packing, self.optimizer)
         code_width = nets["transformer"].config.bits
         data = jax.eval_shape(lambda: pool.empty(pool_size, SCHEDULE.final, code_width))
         self._arguments = (
             parallel.abstract(state, mesh),
             parallel.abstract(data, mesh, parallel.SPLIT),
             np.uint32(0),
-            np.float32(0),
+            np.zeros(2, np.float32),
         )
         executor = ThreadPoolExecutor(len(batches))
         self._futures: dict[int, Future] = {}
         for scales, batch in sorted(batches.items()):
-            step = make_step(nets, self.packing, self.optimizer, mesh, scales, batch, remat)
+            step = make_step(
+                nets, self.packing, self.optimizer, mesh, scales, batch, remat, objective
+            )
             self._futures[scales] = executor.submit(self._compile, step, scales)
             self._futures[scales].add_done_callback(lambda f, s=scales: _complain(f, s))
         executor.shutdown(wait=False)

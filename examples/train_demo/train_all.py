@@ -15,15 +15,16 @@ from typing import Any
 
 import jax
 
-from examples.train_demo import parallel, store, train_tokenizer, train_transformer
+from examples.train_demo import optim, parallel, resume, store, train_tokenizer, train_transformer
+from examples.train_demo.course import Budget, Record, Used
 from examples.train_demo.models import SIZES, DemoConfig, Network, initial, networks
 from examples.train_demo.pictures import load, render
-from examples.train_demo.programs import BATCHES
+from examples.train_demo.programs import BATCHES, Programs
 from examples.train_demo.train_transformer import (
-    Budget,
-    Record,
+    Setting,
     chosen,
     make_programs,
+    maker,
     start_params,
 )
 from sparvar_jax.models.bsq_vae import BsqVae
@@ -45,6 +46,16 @@ def arguments() -> argparse.Namespace:
         type=Path,
         default=START,
         help="folder of the first tokenizer weights; one without them starts from nothing",
+    )
+    parser.add_argument(
+        "--state",
+        type=Path,
+        help="folder of the whole state of a course that several calls share: go on from it",
+    )
+    parser.add_argument("--course-seconds", type=float, help="how long they train all together")
+    parser.add_argument("--course-steps", type=int, help="or how many steps")
+    parser.add_argument(
+        "--used", type=float, default=0.0, help="seconds of it that are over (weights alone came)"
     )
     train_transformer.add_arguments(parser)
     return parser.parse_args()
@@ -81,7 +92,6 @@ def train_and_save_tokenizer(
 def main() -> None:
     """Train both stages and save after each."""
     began, args = time.time(), arguments()
-    earlier = earlier_runs(args.restart)
     config, mesh = SIZES[args.size], parallel.make_mesh()
     nets = networks(config)
     collection, drawings = load(limit=args.things)
@@ -98,7 +108,8 @@ def main() -> None:
             else None
         )
         programs = make_programs(args, nets, mesh)
-        sprites = parallel.put(render(drawings), mesh)
+        pixels = render(drawings)
+        sprites = parallel.put(pixels, mesh)
         print(f"{len(drawings)} pictures after {time.time() - began:.0f} s", flush=True)
         folder = args.restart or args.tokenizer_from
         tokenizer, trained = train_and_save_tokenizer(
@@ -106,45 +117,69 @@ def main() -> None:
             sprites, collection, mesh,
         )  # fmt: skip
 
-    things = chosen(args, collection)
+    state, used, earlier = first_state(args, config, nets, programs)
+    things = len(chosen(args, collection))
 
     def save(params: Any, record: Record) -> None:
         if store.save(args.out, "transformer", params):
-            write_record(args, len(things), earlier, trained, record)
+            write_record(args, args.out, things, earlier, trained, record)
+
+    def keep(state: optim.TrainState, used: Used, record: Record) -> None:
+        write_record(args, args.state, things, earlier, trained, record)
+        resume.save(args.state, state, used)
 
     train_transformer.train(
         nets,
-        start_params(config, nets, args.restart, args.fresh_text),
+        state,
         parallel.put(tokenizer, mesh),
         sprites,
-        collection,
+        maker(args, collection, pixels),
         mesh,
         programs,
-        things=things,
-        budget=Budget(began + args.seconds, tuple(args.span), args.max_steps),
-        pool_size=args.pool,
-        peak=args.rate,
-        scenes=args.scenes,
-        cycle=args.cycle,
+        setting=Setting.of(args),
+        budget=Budget(
+            began + args.seconds,
+            tuple(args.span),
+            args.max_steps,
+            args.course_seconds,
+            args.course_steps,
+            used,
+        ),
         save=save,
+        keep=keep if args.state else None,
     )
     print(f"ended after {time.time() - began:.0f} s", flush=True)
 
 
+def first_state(
+    args: argparse.Namespace, config: DemoConfig, nets: dict[str, Network], programs: Programs
+) -> tuple[optim.TrainState, Used, list[dict[str, Any]]]:
+    """What training goes on from, what of the course is over, and the runs before this one."""
+    resumed = None if args.state is None else resume.load(args.state, programs.state)
+    if resumed is not None:
+        state, used = resumed
+        print(f"going on after {used.seconds:.0f} s and {used.steps} steps", flush=True)
+        return state, used, earlier_runs(args.state)
+    params = start_params(config, nets, args.restart, args.fresh_text)
+    state = optim.start(programs.packing.pack(params), programs.optimizer)
+    return state, Used(args.used), earlier_runs(args.restart)
+
+
 def earlier_runs(folder: Path | None) -> list[dict[str, Any]]:
-    """What `training.json` says of the weights that this run goes on from."""
+    """What `training.json` of a folder says of the weights that this run goes on from."""
     file = None if folder is None else folder / "training.json"
     return json.loads(file.read_text()) if file is not None and file.exists() else []
 
 
 def write_record(
     args: argparse.Namespace,
+    folder: Path,
     pictures: int,
     earlier: list[dict[str, Any]],
     tokenizer: dict[str, Any],
     record: Record,
 ) -> None:
-    """`training.json` beside the weights: one entry a run, the runs it went on from before it."""
+    """`training.json` in a folder: one entry a run, the runs it went on from before it."""
     entry = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "span": list(args.span),
@@ -152,11 +187,19 @@ def write_record(
         "tokenizer": tokenizer,
         "transformer_seconds": round(record.seconds),
         "scenes": args.scenes,
+        "variety": args.variety,
+        "plain_style": args.plain_style,
+        "rate": [args.rate, args.constant, args.final_rate],
+        "last_weight": args.last_weight,
+        "text_dropped": args.text_dropped,
+        "text_until": args.text_until,
+        "memory": args.memory,
         "batches": dict(zip(map(str, BATCHES), args.batches, strict=True)),
         "steps": {str(k): v for k, v in sorted(record.steps.items())},
         "training_losses": {str(k): v for k, v in sorted(record.losses.items())},
     }
-    (args.out / "training.json").write_text(json.dumps([*earlier, entry], indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "training.json").write_text(json.dumps([*earlier, entry], indent=1) + "\n")
 
 
 if __name__ == "__main__":

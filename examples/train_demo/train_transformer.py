@@ -9,9 +9,10 @@ ten, and both networks trained together.
 
 import argparse
 import collections
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import numpy as np
 from jaxtyping import Array
 
 from examples.train_demo import optim, parallel, pool, store
-from examples.train_demo.feed import Feeder, make_chunk
+from examples.train_demo.captions import STYLE_SUFFIX
+from examples.train_demo.course import COURSES, Budget, Record, Used, course
+from examples.train_demo.feed import Chunk, Feeder, make_chunk
 from examples.train_demo.models import (
     SCHEDULE,
     SIZES,
@@ -30,84 +33,54 @@ from examples.train_demo.models import (
     networks,
 )
 from examples.train_demo.pictures import Collection, load_sprites
-from examples.train_demo.programs import BATCHES, Programs
+from examples.train_demo.programs import BATCHES, Objective, Programs
+from examples.train_demo.variety import Variety, paintable
 from sparvar_jax.models.infinity import Infinity
 from sparvar_jax.models.t5 import T5Encoder
 
 PEAK_RATE = 2e-3
 CONSTANT_SHARE = 0.5
+FINAL_RATE = 0.02
 SCENES = 0.5
 POOL = 16384
-REFILL = 32  # pictures a device and a step
+REFILL = 32
 IN_FLIGHT = 2
 SAVE_SECONDS = 45
+KEEP_SECONDS = 150
+SEEDS_A_STEP = 1_000_000  # apart, so that calls of one course draw other pictures
 REPORT_SECONDS = 10
 
 
 @dataclass(frozen=True)
-class Course:
-    """Which prefix lengths a part of the training cycles through, until a share of its time."""
+class Setting:
+    """How a training goes; `add_arguments` says what each of these means."""
 
-    until: float
-    cycle: tuple[int, ...]
+    pool: int = POOL
+    peak: float = PEAK_RATE
+    constant: float = CONSTANT_SHARE
+    final: float = FINAL_RATE
+    text_until: float = 1.0
+    cycle: tuple[int, ...] = ()
+    refill: int = REFILL
 
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Setting":
+        """What a command line asks for."""
+        return cls(
+            args.pool, args.rate, args.constant, args.final_rate, args.text_until,
+            tuple(args.cycle), args.refill,
+        )  # fmt: skip
 
-# The whole sequence enters well before the rate begins to fall: the last scales start last, and
-# a falling rate would leave them noisy.
-COURSES = (Course(0.28, (7,)), Course(0.42, (10, 7)), Course(1.0, (13, 7, 10, 7)))
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When to stop, and which part of the whole course this run covers.
-
-    until: `time.time()` at which to stop. span: shares of the course, (0, 1) for all of it; a run
-    that goes on from weights covers a later part. steps: at most so many, for rehearsals.
-    """
-
-    until: float
-    span: tuple[float, float] = (0.0, 1.0)
-    steps: int | None = None
-
-    def fraction(self, began: float) -> float:
-        """Where in the whole course a run that began then is now; its end is the end of `span`."""
-        share = min(1.0, (time.time() - began) / max(self.until - began, 1e-3))
-        first, last = self.span
-        return first + share * (last - first)
-
-    def over(self, count: int) -> bool:
-        """Whether time or steps are used up."""
-        return time.time() >= self.until or count == self.steps
-
-
-@dataclass
-class Record:
-    """What a run did, for the log and the model card."""
-
-    steps: collections.Counter = field(default_factory=collections.Counter)
-    losses: dict[int, list[float]] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def show(self, fraction: float) -> None:
-        """Print the latest loss of every scale for every prefix length."""
-        for scales, losses in sorted(self.losses.items()):
-            values = " ".join(f"{v:.3f}" for v in losses)
-            print(
-                f"{self.seconds:.0f} s {fraction:.0%} | {scales} scales "
-                f"x{self.steps[scales]}: {values}",
-                flush=True,
-            )
-
-
-def course(fraction: float, count: int, cycle: Sequence[int] = ()) -> int:
-    """The prefix length of step `count` after a fraction of the course, or of a fixed cycle."""
-    if not cycle:
-        cycle = next((c for c in COURSES if fraction < c.until), COURSES[-1]).cycle
-    return cycle[count % len(cycle)]
+    def rates(self, fraction: float, step: int) -> np.ndarray:
+        """Rates of the transformer and of the text encoder, which is held after its share."""
+        rate = optim.learning_rate(
+            self.peak, fraction, step, warmup=50, constant=self.constant, final=self.final
+        )
+        return np.array([rate, rate if fraction < self.text_until else 0.0], np.float32)
 
 
 def fill(
-    size: int,
+    setting: Setting,
     nets: dict[str, Network],
     mesh: Any,
     refill: Callable[..., pool.Pool],
@@ -117,9 +90,10 @@ def fill(
 ) -> pool.Pool:
     """A pool full of freshly encoded pictures."""
     began = time.time()
+    size = setting.pool
     data = pool.empty(size, SCHEDULE.final, nets["transformer"].config.bits)
     data = parallel.put(data, mesh, parallel.SPLIT)
-    for start in range(0, size // mesh.size, REFILL):
+    for start in range(0, size // mesh.size, setting.refill):
         data = refill(data, tokenizer, sprites, next(chunks), np.int32(start))
     data = jax.block_until_ready(data)
     print(f"pool of {size} pictures in {time.time() - began:.0f} s", flush=True)
@@ -128,41 +102,40 @@ def fill(
 
 def train(
     nets: dict[str, Network],
-    params: Any,
+    state: optim.TrainState,
     tokenizer: Any,
     sprites: Array,
-    collection: Collection,
+    make: Callable[[int, int], Chunk],
     mesh: Any,
     programs: Programs,
     *,
-    things: np.ndarray,
+    setting: Setting,
     budget: Budget,
-    pool_size: int,
     save: Callable[[Any, Record], Any],
-    peak: float = PEAK_RATE,
-    scenes: float = SCENES,
-    cycle: Sequence[int] = (),
+    keep: Callable[[optim.TrainState, Used, Record], Any] | None = None,
 ) -> None:
-    """Train on the pictures of indices `things` until the budget is used up.
+    """Train on from a state, until the budget is used up.
 
-    `save(averaged params, record)` is called now and then, and last. scenes: share of composed
-    scenes. cycle: prefix lengths in turn, instead of those of `COURSES`.
+    `make(size, seed)` draws captions and recipes. Called now and then, and last:
+    `save(averaged params, record)`, and `keep` with the whole state and what of the course is used.
     """
-    state = parallel.put(optim.start(programs.packing.pack(params), programs.optimizer), mesh)
+    first, warm = budget.used.steps, int(state.step)
+    state = parallel.put(state, mesh)
     refill = pool.make_refill(nets["tokenizer"], mesh)
-    fresh = REFILL * mesh.size
-    feeder = Feeder(lambda seed: make_chunk(collection, things, fresh, seed, scenes), 256)
+    draw = functools.partial(make, setting.refill * mesh.size)
+    feeder = Feeder(draw, 256, (first + 1) * SEEDS_A_STEP)
     chunks = iter(feeder)
-    data = fill(pool_size, nets, mesh, refill, tokenizer, sprites, chunks)
+    data = fill(setting, nets, mesh, refill, tokenizer, sprites, chunks)
     programs.wait()
     record, began = Record(), time.time()
-    shown, saved, count, waiting = began, began, 0, collections.deque()
-    while not budget.over(count):
-        fraction = budget.fraction(began)
-        scales, step = programs.pick(course(fraction, count, cycle))
-        rate = optim.learning_rate(peak, fraction, count, warmup=50, constant=CONSTANT_SHARE)
-        state, losses = step(state, data, np.uint32(count), np.float32(rate))
-        start = np.int32(count * REFILL % (pool_size // mesh.size))
+    shown = saved = kept = began
+    count, waiting = 0, collections.deque()
+    while not budget.over(began, count):
+        fraction = budget.fraction(began, count)
+        scales, step = programs.pick(course(fraction, first + count, setting.cycle))
+        rates = setting.rates(fraction, warm + count)
+        state, losses = step(state, data, np.uint32(first + count), rates)
+        start = np.int32(count * setting.refill % (setting.pool // mesh.size))
         data = refill(data, tokenizer, sprites, next(chunks), start)
         count += 1
         record.steps[scales] += 1
@@ -171,17 +144,24 @@ def train(
             # Waiting for an older step bounds the queue, so that the deadline holds.
             done, values = waiting.popleft()
             record.losses[done] = np.asarray(values).tolist()
-        record.seconds = time.time() - began
-        if time.time() - shown > REPORT_SECONDS:
-            shown = time.time()
-            record.show(fraction)
-        if time.time() - saved > SAVE_SECONDS:
-            saved = time.time()
+        now = time.time()
+        record.seconds = now - began
+        if now - shown > REPORT_SECONDS:
+            shown = now
+            record.show(fraction, float(rates[0]))
+        if now - saved > SAVE_SECONDS:
+            saved = now
             save(programs.packing.averaged(state), record)
+        if keep is not None and now - kept > KEEP_SECONDS:
+            kept = now
+            keep(state, budget.after(record.seconds, count), record)
     feeder.close()
     record.losses |= {scales: np.asarray(values).tolist() for scales, values in waiting}
     save(programs.packing.averaged(state), record)
-    record.show(budget.fraction(began))
+    if keep is not None:
+        keep(state, budget.after(record.seconds, count), record)
+    fraction = budget.fraction(began, count)
+    record.show(fraction, float(setting.rates(fraction, warm + count)[0]))
 
 
 def start_params(
@@ -203,6 +183,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this stage that both commands have."""
     parser.add_argument("--pool", type=int, default=POOL, help="encoded pictures kept")
     parser.add_argument(
+        "--refill", type=int, default=REFILL, help="of them drawn anew, a device and a step"
+    )
+    parser.add_argument(
         "--batches",
         type=int,
         nargs=len(BATCHES),
@@ -213,7 +196,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cycle", type=int, nargs="+", choices=BATCHES, default=(), help="prefix lengths in turn"
     )
+    parser.add_argument(
+        "--variety",
+        type=float,
+        default=0.0,
+        help="share of examples with a thing in other colours, or several times",
+    )
+    parser.add_argument(
+        "--plain-style",
+        choices=("", *STYLE_SUFFIX),
+        default="",
+        help="the one style that captions may leave unsaid; by default all styles",
+    )
     parser.add_argument("--rate", type=float, default=PEAK_RATE)
+    parser.add_argument(
+        "--constant", type=float, default=CONSTANT_SHARE, help="share of the course at that rate"
+    )
+    parser.add_argument(
+        "--final-rate", type=float, default=FINAL_RATE, help="its share that is left at the end"
+    )
+    parser.add_argument(
+        "--text-until",
+        type=float,
+        default=1.0,
+        help="share of the course after which the text encoder is held (0: from the start)",
+    )
+    parser.add_argument(
+        "--last-weight",
+        type=float,
+        default=Objective.last_weight,
+        help="times the usual weight of the last three scales' losses",
+    )
+    parser.add_argument(
+        "--text-dropped", type=float, default=Objective.text_dropped, help="share without text"
+    )
+    parser.add_argument(
+        "--memory",
+        type=int,
+        default=Objective.memory,
+        help="steps the exponential average looks back; by default the last twentieth of all",
+    )
     parser.add_argument(
         "--distinct", action="store_true", help="leave out people, faces, hands and hearts"
     )
@@ -243,7 +265,19 @@ def make_programs(args: argparse.Namespace, nets: dict[str, Network], mesh: Any)
     used = args.cycle or {scales for part in COURSES for scales in part.cycle}
     batches = dict(zip(BATCHES, args.batches, strict=True))
     batches = {scales: batch for scales, batch in batches.items() if scales in used}
-    return Programs(nets, mesh, batches, args.pool, args.remat)
+    objective = Objective(args.last_weight, args.text_dropped, args.memory)
+    return Programs(nets, mesh, batches, args.pool, args.remat, objective)
+
+
+def maker(
+    args: argparse.Namespace, collection: Collection, sprites: np.ndarray
+) -> Callable[[int, int], Chunk]:
+    """What draws captions and recipes as a command line asks for them."""
+    variety = Variety(args.variety, paintable(collection.pictures, sprites))
+    things = chosen(args, collection)
+    return lambda size, seed: make_chunk(
+        collection, things, size, seed, args.scenes, variety, args.plain_style
+    )
 
 
 def main() -> None:
@@ -258,20 +292,17 @@ def main() -> None:
     programs = make_programs(args, nets, mesh)
     collection, sprites = load_sprites(args.things)
     tokenizer = store.load(args.restart or args.out, "tokenizer", nets["tokenizer"].like)
+    params = start_params(config, nets, args.restart, args.fresh_text)
     train(
         nets,
-        start_params(config, nets, args.restart, args.fresh_text),
+        optim.start(programs.packing.pack(params), programs.optimizer),
         parallel.put(tokenizer, mesh),
         parallel.put(sprites, mesh),
-        collection,
+        maker(args, collection, sprites),
         mesh,
         programs,
-        things=chosen(args, collection),
+        setting=Setting.of(args),
         budget=Budget(until, tuple(args.span), args.max_steps),
-        pool_size=args.pool,
-        peak=args.rate,
-        scenes=args.scenes,
-        cycle=args.cycle,
         save=lambda params, _: store.save(args.out, "transformer", params),
     )
 

@@ -84,7 +84,7 @@ def _call(
     if dtype in LARGEST:
         outputs["y_scale"] = jax.ShapeDtypeStruct(x.shape[:2], jnp.float32)
     if "branch" in operands:
-        outputs["x_new"] = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        outputs["x_new"] = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
     def residual_norm_kernel(*refs):
         gmem = dict(zip([*operands, *outputs], refs, strict=True))
@@ -148,14 +148,16 @@ class _ResidualNorm:
         return values
 
     def _token(self, token, vectors: dict[str, Float[Array, " C"]]) -> None:
-        x = mosaic.load(self.gmem["x"].at[self.row, token], self.layout)
+        x = mosaic.load(self.gmem["x"].at[self.row, token], self.layout).astype(jnp.float32)
         if "branch" in self.gmem:
             branch = mosaic.load(self.gmem["branch"].at[self.row, token], self.layout)
             branch = branch.astype(jnp.float32)
             if "bias" in vectors:
                 branch = branch + vectors["bias"]
             x = x + (branch * vectors["gain"] if "gain" in vectors else branch)
-            self.gmem["x_new"][self.row, token] = x
+            kept = x.astype(self.gmem["x_new"].dtype)
+            self.gmem["x_new"][self.row, token] = kept
+            x = kept.astype(jnp.float32)  # the norm of what the next block reads
         share = 1.0 / x.shape[0]
         centred = x - jnp.sum(x) * share
         inverse = lax.rsqrt(jnp.sum(centred * centred) * share + EPSILON)

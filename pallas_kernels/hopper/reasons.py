@@ -74,8 +74,8 @@ def norm_reason(call: calls.ResidualNorm) -> str:
     width = call.x.shape[-1]
     if reason := device_reason(call.device):
         return reason
-    if call.x.dtype != jnp.float32:
-        return f"the fused norm takes a float32 residual stream; got {call.x.dtype}"
+    if call.x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the fused norm takes a bfloat16 or float32 residual stream; got {call.x.dtype}"
     if width % 128 or width > 4096:
         return f"the fused norm takes widths up to 4096 in steps of 128; got {width}"
     if call.dtype in LARGEST and width % 512:

@@ -51,12 +51,15 @@ def residual_norm(call: calls.ResidualNorm) -> tuple[Array, Array]:
             token = first + number
             seen = there & (token < tokens)
             new = pltriton.load(given["x"].at[row, token, columns], mask=seen, other=0.0)
+            new = new.astype(jnp.float32)
             if branch is not None:
                 at = given["branch"].at[row, token, columns]
                 update = pltriton.load(at, mask=seen, other=0.0).astype(jnp.float32)
                 update = update + vectors["bias"] if "bias" in vectors else update
                 new = new + (vectors["gain"] * update if "gain" in vectors else update)
-                pltriton.store(outs[0].at[row, token, columns], new, mask=seen)
+                kept = new.astype(x.dtype)
+                pltriton.store(outs[0].at[row, token, columns], kept, mask=seen)
+                new = kept.astype(jnp.float32)
             centred = jnp.where(there, new - new.sum() * (1.0 / width), 0.0)
             deviation = (centred * centred).sum() * (1.0 / width) + EPSILON
             scale = 1.0 + vectors["scale"] if call.one_plus else vectors["scale"]

@@ -18,20 +18,31 @@ def residual_norm(
     one_plus: bool,
     dtype: jnp.dtype,
 ) -> tuple[Float[Array, "R T C"], Array | tuple[Array, Array]]:
-    """Residual update in float32, two-pass layer norm without affine, modulation; in 8 bits values
-    and their scales."""
+    """Residual update in float32, rounded to the dtype of x; two-pass layer norm of that without
+    affine, modulation; in 8 bits values and their scales."""
+    stream, x = x.dtype, x.astype(jnp.float32)
     values = {name: table[: len(x), index, None] for name, (table, index) in vectors.items()}
     if branch is not None:
         if "bias" in values:
             branch = branch + values["bias"].astype(branch.dtype)
         x = x + (values["gain"].astype(jnp.float32) * branch if "gain" in values else branch)
+        x = rounded(x, stream)
     mean = jnp.mean(x, axis=-1, keepdims=True)
     centred = x - mean
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(variance + EPSILON)
     scale, shift = (values[name].astype(jnp.float32) for name in ("scale", "shift"))
     y = normed * (1 + scale if one_plus else scale) + shift
+    x = x.astype(stream)
     return x, quantise(y, dtype, y.shape[-1]) if dtype in LARGEST else y.astype(dtype)
+
+
+def rounded(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """float32 with the values of another dtype; a cast there and back XLA would leave out."""
+    if dtype == jnp.float32:
+        return x
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
 
 
 def rotary_to_cache(

@@ -36,6 +36,7 @@ def bench(
     out: Annotated[Path, typer.Option("--out", help="HTML page to write.")] = Path("bench.html"),
     dtype: options.Precision = None,
     weights: options.Weights = None,
+    stream: options.Stream = None,
 ) -> None:
     """Measure dense and sparse plans: seconds by part, memory, and likeness of the pictures."""
     from sparvar_jax.pipelines import loading
@@ -54,8 +55,7 @@ def bench(
         "seed": seed,
         "repeats": 1 if quick else repeats,
     }
-    how = {"dtype": options.name_of(dtype), "weights": options.form_of(weights)}
-    _run(folder, how, out, asked | drawing)
+    _run(folder, options.loading(dtype, weights, stream), out, asked | drawing)
 
 
 def _run(folder: Path, how: dict[str, Any], out: Path, asked: dict[str, Any]) -> None:

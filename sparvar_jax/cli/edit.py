@@ -41,6 +41,7 @@ def edit(
     plan: options.Plan = None,
     dtype: options.Precision = None,
     weights: options.Weights = None,
+    stream: options.Stream = None,
 ) -> None:
     """Redraw a part of a picture: in-painting, out-painting, editing by class."""
     drawing = {
@@ -51,8 +52,8 @@ def edit(
         "guidance": guidance,
         "plan": plan,
     }
-    how = options.name_of(dtype), options.form_of(weights)
-    asked = Asked(picture, model, region, mask, outside, label, *how)
+    how = options.loading(dtype, weights, stream)
+    asked = Asked(picture, model, region, mask, outside, label, how)
     side = _run(asked, out, drawing)
     console.say(f"{out}: {side}x{side}")
 
@@ -67,8 +68,8 @@ class Asked:
     mask: Path | None
     outside: bool
     label: int | None
-    dtype: str | None
-    weights: Any = "dense"
+    how: dict[str, Any]
+    """How the model is loaded: dtype, weights, stream."""
 
     def region(self, side: int, of: tuple[int, int]) -> Any:
         """True where to draw. of: (width, height) of the picture's file."""
@@ -89,9 +90,7 @@ def _run(asked: Asked, out: Path, drawing: dict[str, Any]) -> int:
         raise ValueError(f"--out must name a .png file, got {out}")
     with whole_files([out]) as (opened,), console.progress() as report:
         options.check_draws(asked.model, "classes")
-        pipe = Pipeline.from_checkpoint(
-            asked.model, dtype=asked.dtype, weights=asked.weights, progress=report
-        )
+        pipe = Pipeline.from_checkpoint(asked.model, **asked.how, progress=report)
         side = pipe.picture_side
         picture = read_picture(asked.picture, side)
         region = asked.region(side, picture.size)

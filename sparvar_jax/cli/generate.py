@@ -21,7 +21,7 @@ class Order:
     model: Path | None
     num: int
     kind: dict[str, Any]
-    """How it is loaded: dtype, weights, cache, devices."""
+    """How it is loaded: dtype, weights, stream, cache, devices."""
     text_first: bool
     compare: bool
     drawing: dict[str, Any]
@@ -62,7 +62,8 @@ class Order:
         from sparvar_jax.pipelines import loading
 
         family = loading.family_in(loading.model_folder(self.model))
-        encoder = family.encoder.from_checkpoint(self.model, dtype=self.kind["dtype"])
+        how = {name: self.kind[name] for name in ("dtype", "weights")}
+        encoder = family.encoder.from_checkpoint(self.model, **how)
         texts = {name: self.drawing[name] for name in ("negative",) if name in self.drawing}
         others = {name: encoder([text] * self.num) for name, text in texts.items()}
         return encoder(prompts), others
@@ -73,6 +74,7 @@ class Order:
         from sparvar_jax.pipelines import metadata
 
         form = eight_bits.form_of(pipe.model.transformer)
+        precision = pipe.model.transformer.config.precision
         drawing, defaults = self.drawing, dataclasses.asdict(pipe.model.defaults)
         subject = {"class": str(self.label)} if self.prompt is None else {"prompt": self.prompt}
         settings = ("plan", "guidance", "temperature", "negative", "size", "aspect_ratio")
@@ -82,6 +84,7 @@ class Order:
             **{name: value for name, value in told.items() if value != "None"},
             "model": pipe.model.name,
             "dtype": pipe.model.transformer.config.dtype,
+            **({"stream": precision.stream} if precision.stream != "float32" else {}),
             **({"matrices": form} if form else {}),
             "cache": pipe.cache,
             "versions": ", ".join(f"{k} {v}" for k, v in metadata.versions().items()),
@@ -117,6 +120,7 @@ def generate(
     ] = False,
     dtype: options.Precision = None,
     weights: options.Weights = None,
+    stream: options.Stream = None,
     cache: options.CacheKind = options.Cache.full,
     devices: options.Devices = None,
     prompts: Annotated[
@@ -144,8 +148,7 @@ def generate(
     }
     drawing = {"seed": seed} | {name: value for name, value in asked.items() if value is not None}
     kind = {
-        "dtype": options.name_of(dtype),
-        "weights": options.form_of(weights),
+        **options.loading(dtype, weights, stream),
         "cache": cache.value,
         "devices": devices,
     }

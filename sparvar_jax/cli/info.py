@@ -23,6 +23,7 @@ def info(
     size: options.Size = None,
     dtype: options.Precision = None,
     weights: options.Weights = None,
+    stream: options.Stream = None,
     cache: options.CacheKind = options.Cache.full,
     devices: options.Devices = None,
 ) -> None:
@@ -34,7 +35,9 @@ def info(
 
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
-    described = loading.describe_model(folder, precision, options.form_of(weights))
+    described = loading.describe_model(
+        folder, precision, options.form_of(weights), options.name_of(stream)
+    )
     if described.family.draws == "classes":
         options.refuse(folder, aspect=aspect, size=size)
     asked = options.given(plan=plan, aspect_ratio=aspect, size=size)

@@ -53,6 +53,10 @@ Weights = Annotated[
     Matrices | None,
     typer.Option("--weights", help="int8, fp8: products in 8 bits; stored: 8 bits on disk stay."),
 ]
+Stream = Annotated[
+    Dtype | None,
+    typer.Option("--stream", help="Residual stream; bfloat16 moves half the bytes, see docs."),
+]
 CacheKind = Annotated[
     Cache,
     typer.Option("--cache", help="Keys and values: lean keeps what is read later, int8 in 8 bits."),
@@ -87,6 +91,12 @@ def name_of(dtype: Dtype | None) -> str | None:
 def form_of(weights: Matrices | None) -> Any:
     """The form of matrices as the library names it."""
     return weights.value if weights else "dense"
+
+
+def loading(dtype: Dtype | None, weights: Matrices | None, stream: Dtype | None) -> dict[str, Any]:
+    """How a model is loaded, as arguments of the library."""
+    how = {"dtype": name_of(dtype), "weights": form_of(weights)}
+    return how | given(stream=name_of(stream))
 
 
 def given(**asked: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Job:
     model: Path | None
     batch: int
     kind: dict[str, Any]
-    """How the model is loaded: dtype, weights, cache, devices."""
+    """How the model is loaded: dtype, weights, stream, cache, devices."""
     drawing: dict[str, Any]
     """Options of the pipeline's call."""
     hosts: tuple[str | None, int | None, int | None] = (None, None, None)

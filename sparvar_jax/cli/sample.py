@@ -35,6 +35,7 @@ def sample(
     ] = None,
     dtype: options.Precision = None,
     weights: options.Weights = None,
+    stream: options.Stream = None,
     devices: options.Devices = None,
     coordinator: options.Coordinator = None,
     processes: options.Processes = None,
@@ -48,8 +49,8 @@ def sample(
         "top_k": top_k,
         "top_p": top_p,
     }
-    form, hosts = options.form_of(weights), (coordinator, processes, process)
-    asked = Asked(classes, per_class, batch, seed, options.name_of(dtype), form, devices, hosts)
+    how, hosts = options.loading(dtype, weights, stream), (coordinator, processes, process)
+    asked = Asked(classes, per_class, batch, seed, how, devices, hosts)
     total, drew = _run(model, out, asked, drawing)
     state = "drawn" if drew else "was complete already"
     console.say(f"{out}: {total} pictures, {state}")
@@ -63,8 +64,8 @@ class Asked:
     per_class: int
     batch: int
     seed: int
-    dtype: str | None
-    weights: Any
+    how: dict[str, Any]
+    """How the model is loaded: dtype, weights, stream."""
     devices: str | None
     hosts: tuple[str | None, int | None, int | None]
 
@@ -81,13 +82,7 @@ def _run(model: Path, out: Path, asked: Asked, drawing: dict[str, Any]) -> tuple
         options.check_draws(model, "classes")
         model = loading.model_folder(model)
         job = _job(model, asked, drawing)  # complains before the work
-        pipe = Pipeline.from_checkpoint(
-            model,
-            dtype=asked.dtype,
-            weights=asked.weights,
-            devices=asked.devices,
-            progress=report,
-        )
+        pipe = Pipeline.from_checkpoint(model, **asked.how, devices=asked.devices, progress=report)
 
         def draw(labels, seeds):
             return pipe(labels, seed=seeds, **drawing)
@@ -101,8 +96,9 @@ def _job(model: Path, asked: Asked, drawing: dict[str, Any]) -> Any:
     from sparvar_jax.pipelines.numbers import first_seed
 
     described = loading.describe_model(model)
-    settings = {**drawing, "dtype": asked.dtype, "model": options.fingerprint(model)}
-    settings |= {} if asked.weights == "dense" else {"weights": asked.weights}
+    settings = {**drawing, **asked.how, "model": options.fingerprint(model)}
+    if settings["weights"] == "dense":
+        del settings["weights"]
     job = sampling_jobs.SampleJob(
         sampling_jobs.parse_classes(asked.classes, described.transformer.config.classes),
         asked.per_class,

@@ -67,6 +67,7 @@ def serve(
     page: Annotated[bool, typer.Option("--page", help="Also serve the page.")] = False,
     dtype: options.Precision = None,
     weights: options.Weights = None,
+    stream: options.Stream = None,
 ) -> None:
     """Serve the OpenAI images API: POST /v1/images/generations. Compiles, then opens the port."""
     from sparvar_jax.serve.settings import Settings
@@ -84,7 +85,7 @@ def serve(
         flagged=_filter(safety_filter),
         page=page,
     )
-    _run(model, _how(dtype, weights), settings, host, port)
+    _run(model, options.loading(dtype, weights, stream), settings, host, port)
 
 
 def web(
@@ -100,6 +101,7 @@ def web(
     ] = True,
     dtype: options.Precision = None,
     weights: options.Weights = None,
+    stream: options.Stream = None,
 ) -> None:
     """Open a page that draws, compares plans and shows attention; the API is served beside it."""
     from sparvar_jax.serve.settings import Settings
@@ -112,12 +114,7 @@ def web(
         page=True,
         study=True,
     )
-    _run(model, _how(dtype, weights), settings, host, port, show=opened)
-
-
-def _how(dtype: options.Dtype | None, weights: options.Matrices | None) -> dict[str, Any]:
-    """How the model is loaded."""
-    return {"dtype": options.name_of(dtype), "weights": options.form_of(weights)}
+    _run(model, options.loading(dtype, weights, stream), settings, host, port, show=opened)
 
 
 def _run(

@@ -24,6 +24,7 @@ def warmup(
     ] = None,
     dtype: options.Precision = None,
     weights: options.Weights = None,
+    stream: options.Stream = None,
     cache: options.CacheKind = options.Cache.full,
     devices: options.Devices = None,
 ) -> None:
@@ -34,7 +35,9 @@ def warmup(
     programs, watch = console.use_compilation_cache(), console.Stopwatch()
     folder = loading.model_folder(model)
     precision = loading.compute_dtype(options.name_of(dtype))
-    described = loading.describe_model(folder, precision, options.form_of(weights))
+    described = loading.describe_model(
+        folder, precision, options.form_of(weights), options.name_of(stream)
+    )
     pipe = Pipeline(described, cache=cache.value, devices=devices)
     shown = {"negative": negative, "aspect_ratio": aspect, "size": size}
     drawing, subject = options.given(plan=plan, guidance=guidance, **shown), [prompt] * num

@@ -12,8 +12,9 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float, Shaped
 
 from sparvar_jax.models.layers import EightBits, Linear
 from sparvar_jax.weights import matrix
@@ -34,15 +35,20 @@ def kernels(module: nnx.Module, form: Form = "int8") -> dict[str, EightBits]:
 
 
 def form_of(module: nnx.Module) -> Form | None:
-    """The form of a model, with weights or abstract; None where no product takes 8 bits."""
-    found = {
-        part.narrow
+    """The form of a module, with weights or abstract; None where no product takes 8 bits.
+
+    Modules that have nothing but weights rounded are alike in all forms: the first stands for them.
+    """
+    maps = [
+        part
         for _, part in nnx.iter_modules(module)
-        if isinstance(part, Linear) and part.is_narrow
-    }
-    if not found:
-        return None
-    return "int8" if "int8" in found else "fp8"
+        if isinstance(part, Linear) and part.narrow is not None
+    ]
+    found = {part.narrow for part in maps if part.is_narrow}
+    if found:
+        return "int8" if "int8" in found else "fp8"
+    rounded = all(part.narrow == WEIGHTS and part.kernel_scale is not None for part in maps)
+    return FORMS[0] if maps and rounded else None
 
 
 def narrow(module: nnx.Module, dtypes: Mapping[str, EightBits]) -> None:
@@ -77,6 +83,14 @@ def rounded(
         del array
         yield path, made.values
         yield f"{path}_scale", made.scale
+
+
+def dense(
+    values: Shaped[np.ndarray, "..."], scale: Float[np.ndarray, "O"], dtype: EightBits
+) -> Float[np.ndarray, "I O"]:
+    """The float32 matrix [inputs, outputs] that 8-bit values of `kernels` stand for."""
+    matrix = values if dtype == WEIGHTS else values.T
+    return matrix.astype(np.float32) * scale
 
 
 def keep_stored(module: nnx.Module, paths: Collection[str]) -> None:

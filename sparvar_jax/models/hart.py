@@ -113,7 +113,7 @@ class Hart(nnx.Module):
 
     def add_level(self, x: Float[Array, "R T C"], place: Place) -> Float[Array, "R T C"]:
         """The residual stream before block 0."""
-        return x + self.levels()[place.index]
+        return (x + self.levels()[place.index]).astype(self.config.stream)
 
     def positions(self, condition: Condition, place: Place) -> Rotary:
         """Rotary (cos, sin) of a scale's tokens in every row."""

@@ -60,6 +60,7 @@ class HartConfig:
     residual_depth: int = 6
     residual_steps: int = 8
     dtype: DtypeName = "bfloat16"
+    stream: DtypeName = "float32"
 
     def __post_init__(self):
         if not self.mlp_width:
@@ -102,7 +103,7 @@ class HartConfig:
 
     @property
     def precision(self) -> Precision:
-        return Precision(self.dtype)
+        return Precision(self.dtype, self.stream)
 
     @property
     def residual(self) -> ResidualShape:
@@ -228,7 +229,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward on a float32 residual stream; both norms share one gain."""
+    """Attention and feed-forward on the residual stream; both norms share one gain."""
 
     def __init__(self, config: HartConfig, rngs: nnx.Rngs):
         self.norm = layers.Scale(config.width, bias=False, dtype=jnp.float32)
@@ -247,6 +248,6 @@ class Block(nnx.Module):
         del inputs
         x, dtype, gain = stream.settled(), config.precision.compute, self.norm.scale[...]
         y = self.attn(layers.rms_norm(x, gain).astype(dtype), positions, attend)
-        x = x + y.astype(jnp.float32)
+        x = layers.updated(x, y)
         y = self.ffn(layers.rms_norm(x, gain).astype(dtype))
-        return Stream(x + y.astype(jnp.float32))
+        return Stream(layers.updated(x, y))

@@ -126,7 +126,7 @@ class Infinity(nnx.Module):
                 f"the plan draws scale {place.index}, the model has embeddings of {len(levels)} "
                 "levels: take a schedule of at most so many scales"
             )
-        return x + levels[place.index]
+        return (x + levels[place.index]).astype(self.config.stream)
 
     def positions(self, condition: Condition, place: Place) -> Rotary:
         """Rotary (cos, sin) of a scale's tokens, for every channel of a head."""

@@ -45,6 +45,7 @@ class InfinityConfig:
 
     bits: bits of one token. patchify: a token covers 2x2 latents (bits are 4 times the code width).
     chunks: how the released checkpoints group blocks; it changes names in files, nothing else.
+    stream: dtype of the residual stream.
     fused: which implementation serves the fused element-wise operations, None for the default.
     """
 
@@ -59,6 +60,7 @@ class InfinityConfig:
     text_max_length: int = 512
     levels: int = 15
     dtype: DtypeName = "bfloat16"
+    stream: DtypeName = "float32"
     fused: Implementation | None = None
 
     def __post_init__(self):
@@ -110,7 +112,7 @@ class InfinityConfig:
 
     @property
     def precision(self) -> Precision:
-        return Precision(self.dtype)
+        return Precision(self.dtype, self.stream)
 
 
 class TextPool(nnx.Module):
@@ -221,7 +223,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention and feed-forward on a float32 residual stream."""
+    """Self-attention, cross-attention and feed-forward on the residual stream."""
 
     def __init__(self, config: InfinityConfig, rngs: nnx.Rngs):
         dtype = config.precision.compute

@@ -16,6 +16,7 @@ import pallas_kernels
 from pallas_kernels import Eight
 from pallas_kernels.api import Implementation
 from pallas_kernels.quantised import BLOCK
+from pallas_kernels.xla.fused import rounded
 from sparvar_jax.weights import matrix
 from sparvar_jax.weights.matrix import Dense, Narrow, Scaled, Weight
 
@@ -25,20 +26,25 @@ EightBits = Literal["int8", "float8_e4m3fn", "int8 weights"]
 activations as they are."""
 MAX_LOG_TEMPERATURE = 4.605170185988092  # ln 100, the clamp of cosine attention's temperature
 NORM_EPSILON = 1e-6
+_SMALL = nnx.initializers.truncated_normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """How a model computes: `weights` and `compute` dtypes, and the matmul precision they imply.
 
-    float32 asks for exact products (no tf32), which parity needs.
+    float32 asks for exact products (no tf32), which parity needs. stream: of the residual stream
+    between blocks; updates and norms are computed in float32 whatever it is.
     """
 
     dtype: DtypeName = "bfloat16"
+    stream: DtypeName = "float32"
 
     def __post_init__(self):
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+        for name in ("dtype", "stream"):
+            found = getattr(self, name)
+            if found not in ("bfloat16", "float32"):
+                raise ValueError(f"{name} must be 'bfloat16' or 'float32', got {found!r}")
 
     @property
     def compute(self) -> jnp.dtype:
@@ -55,7 +61,7 @@ class Linear(nnx.Module):
 
     dtype: of products and results. weights: of the parameters. narrow: what the matrix becomes when
     its model is made one of 8 bits, None for one that stays as it is. implementation: of 8-bit
-    products, None for the best one.
+    products, None for the best one. draw: what the matrix begins as.
     """
 
     def __init__(
@@ -68,9 +74,9 @@ class Linear(nnx.Module):
         weights: DTypeLike,
         precision: jax.lax.Precision,
         narrow: EightBits | None = None,
+        draw: nnx.Initializer = _SMALL,
         rngs: nnx.Rngs,
     ):
-        draw = nnx.initializers.truncated_normal(0.02)
         self.kernel = nnx.Param(draw(rngs.params(), (inputs, outputs), weights))
         self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.bias: nnx.Param | None = nnx.data(None)
@@ -182,7 +188,7 @@ class Scale(nnx.Module):
 )
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """The float32 residual stream between blocks: `x + gain * (branch + bias)`.
+    """The residual stream between blocks, in its dtype: `x + gain * (branch + bias)`.
 
     A block leaves its last update undone, so that the norm that opens the next block makes both in
     one pass over memory. The gain is row `index` of `table`, of which the first R rows are meant;
@@ -197,7 +203,7 @@ class Stream:
 
     def settled(self) -> Float[Array, "R T C"]:
         """The stream as one array."""
-        return self.x if self.branch is None else self.x + self.update()
+        return self.x if self.branch is None else updated(self.x, self.update())
 
     def update(self) -> Float[Array, "R T C"]:
         """What is still to be added to x."""
@@ -230,6 +236,11 @@ class Stream:
             dtype=dtype,
             implementation=implementation,
         )
+
+
+def updated(x: Float[Array, "R T C"], update: Float[Array, "R T C"]) -> Float[Array, "R T C"]:
+    """A residual stream with an update, added in float32 and rounded to the stream's dtype."""
+    return rounded(x.astype(jnp.float32) + update, x.dtype).astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "... C"]) -> Float[Array, "... C"]:

@@ -10,7 +10,7 @@ together with its transformer uses.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
@@ -18,7 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sparvar_jax.models.layers import Linear, Precision
+from sparvar_jax.weights import matrix
 
 ACTIVATIONS = ("gated-gelu", "relu")
 
@@ -120,17 +123,30 @@ class RmsNorm(nnx.Module):
         return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps) * self.scale[...]
 
 
-class Projection(nnx.Module):
-    """Matrix product without bias in the dtype of its kernel, accumulated and given in float32."""
+class Projection(Linear):
+    """Linear map without bias in the model's dtype, accumulated and given in float32.
+
+    Models of 8 bits have its weights so; what it is given stays as it is.
+    """
 
     def __init__(
-        self, inputs: int, outputs: int, *, std: float, dtype: DTypeLike, rngs: nnx.Rngs
+        self, inputs: int, outputs: int, *, std: float, precision: Precision, rngs: nnx.Rngs
     ) -> None:
-        self.kernel = nnx.Param(_normal(rngs, (inputs, outputs), std, dtype))
+        super().__init__(
+            inputs,
+            outputs,
+            bias=False,
+            dtype=precision.compute,
+            weights=precision.compute,
+            precision=precision.matmul,
+            narrow="int8 weights",
+            draw=partial(_normal, std=std),
+            rngs=rngs,
+        )
 
     def __call__(self, x: Float[Array, "B T inputs"]) -> Float[Array, "B T outputs"]:
-        kernel = self.kernel[...]
-        return _product("btc,cd->btd", x.astype(kernel.dtype), kernel)
+        how = {"dtype": self.dtype, "precision": self.precision}
+        return matrix.product(x, self.weight, **how, result=jnp.float32)
 
 
 class Attention(nnx.Module):
@@ -138,20 +154,20 @@ class Attention(nnx.Module):
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         self.heads, self.head_dim = config.heads, config.head_dim
-        inner, dtype = config.heads * config.head_dim, jnp.dtype(config.dtype)
+        inner, precision = config.heads * config.head_dim, Precision(config.dtype)
         inputs = config.width**-0.5
         self.q = Projection(
-            config.width, inner, std=inputs * config.head_dim**-0.5, dtype=dtype, rngs=rngs
+            config.width, inner, std=inputs * config.head_dim**-0.5, precision=precision, rngs=rngs
         )
-        self.k = Projection(config.width, inner, std=inputs, dtype=dtype, rngs=rngs)
-        self.v = Projection(config.width, inner, std=inputs, dtype=dtype, rngs=rngs)
-        self.o = Projection(inner, config.width, std=inner**-0.5, dtype=dtype, rngs=rngs)
+        self.k = Projection(config.width, inner, std=inputs, precision=precision, rngs=rngs)
+        self.v = Projection(config.width, inner, std=inputs, precision=precision, rngs=rngs)
+        self.o = Projection(inner, config.width, std=inner**-0.5, precision=precision, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T Ct"], bias: Float[Array, "B H T T"]
     ) -> Float[Array, "B T Ct"]:
         split = (*x.shape[:2], self.heads, self.head_dim)
-        dtype = self.q.kernel[...].dtype
+        dtype = self.q.dtype
         q, k, v = (f(x).astype(dtype).reshape(split) for f in (self.q, self.k, self.v))
         scores = _product("bqhd,bkhd->bhqk", q, k) + bias
         weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
@@ -163,15 +179,17 @@ class FeedForward(nnx.Module):
     """`wo(gelu(wi_0 x) * wi_1 x)` with the tanh GELU, or `wo(relu(wi x))` for the original T5."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
-        dtype, inputs = jnp.dtype(config.dtype), config.width**-0.5
+        precision, inputs = Precision(config.dtype), config.width**-0.5
         self.gated = config.activation == "gated-gelu"
         sizes = (config.width, config.mlp_width)
         if self.gated:
-            self.wi_0 = Projection(*sizes, std=inputs, dtype=dtype, rngs=rngs)
-            self.wi_1 = Projection(*sizes, std=inputs, dtype=dtype, rngs=rngs)
+            self.wi_0 = Projection(*sizes, std=inputs, precision=precision, rngs=rngs)
+            self.wi_1 = Projection(*sizes, std=inputs, precision=precision, rngs=rngs)
         else:
-            self.wi = Projection(*sizes, std=inputs, dtype=dtype, rngs=rngs)
-        self.wo = Projection(*sizes[::-1], std=config.mlp_width**-0.5, dtype=dtype, rngs=rngs)
+            self.wi = Projection(*sizes, std=inputs, precision=precision, rngs=rngs)
+        self.wo = Projection(
+            *sizes[::-1], std=config.mlp_width**-0.5, precision=precision, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "B T Ct"]) -> Float[Array, "B T Ct"]:
         if self.gated:
@@ -201,11 +219,11 @@ class T5Encoder(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embed = nnx.Param(
-            _normal(rngs, (config.vocab, config.width), 1.0, jnp.dtype(config.dtype))
+            _normal(rngs.params(), (config.vocab, config.width), config.dtype, std=1.0)
         )
         self.relative_bias = nnx.Param(
             _normal(
-                rngs, (config.buckets, config.heads), config.width**-0.5, jnp.dtype(jnp.float32)
+                rngs.params(), (config.buckets, config.heads), jnp.float32, std=config.width**-0.5
             )
         )
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
@@ -234,8 +252,8 @@ def encode(
     return jnp.where(visible[..., None], features, 0.0)
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> Array:
-    return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+def _normal(key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike, *, std: float) -> Array:
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 def _product(formula: str, a: Array, b: Array) -> Array:

@@ -86,7 +86,8 @@ class Var(nnx.Module):
         """The residual stream before block 0: level and learned positions added."""
         scale = place.scale
         positions = self.pos_embed[...][scale.offset : scale.end]
-        return x + (self.level_embed[...][scale.index] + positions)
+        x = x + (self.level_embed[...][scale.index] + positions)
+        return x.astype(self.config.stream)
 
     def positions(self, condition: Condition, place: Place) -> tuple[()]:
         """Nothing: this family knows positions from its input alone."""

@@ -56,6 +56,7 @@ class VarConfig:
     l2_norm: bool = True
     smooth: bool = False
     dtype: DtypeName = "bfloat16"
+    stream: DtypeName = "float32"
     fused: Implementation | None = None
 
     def __post_init__(self):
@@ -92,7 +93,7 @@ class VarConfig:
 
     @property
     def precision(self) -> Precision:
-        return Precision(self.dtype)
+        return Precision(self.dtype, self.stream)
 
     @property
     def schedule(self) -> ScaleSchedule:
@@ -156,7 +157,7 @@ class SelfAttention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Modulated self-attention and feed-forward on a float32 residual stream."""
+    """Modulated self-attention and feed-forward on the residual stream."""
 
     def __init__(self, config: VarConfig, rngs: nnx.Rngs):
         width, precision = config.width, config.precision

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from sparvar_jax.models import eight_bits
 from sparvar_jax.models.eight_bits import FORMS
+from sparvar_jax.models.layers import DtypeName, Precision
 from sparvar_jax.pipelines import parts
 from sparvar_jax.pipelines.family import Family, families, family_of
 from sparvar_jax.pipelines.parts import DEMO, compute_dtype, model_folder
@@ -57,6 +59,19 @@ class Model:
             self, **{names.get(part, part): module for part, module in modules.items()}
         )
 
+    def with_stream(self, dtype: DtypeName) -> Model:
+        """The model with its residual stream in another dtype; weights are the same arrays.
+
+        Raises ValueError for other dtypes than float32 and bfloat16.
+        """
+        config = self.transformer.config
+        if config.precision.stream == dtype:
+            return self
+        Precision(stream=dtype)
+        transformer = nnx.merge(*nnx.split(self.transformer))
+        transformer.config = dataclasses.replace(config, stream=dtype)
+        return self.with_parts({"transformer": transformer})
+
     @property
     def stride(self) -> int:
         """Pixels of a side that one token covers."""
@@ -94,7 +109,8 @@ def abstract_part(
     Which matrices a file stores in 8 bits its config does not say, so "stored" gives dense ones.
     """
     parts.check_weights(weights)
-    kind, form = part_config(config, part, dtype), parts.stored_form(config, part, weights)
+    kind = part_config(config, part, dtype)
+    form = parts.stored_form(config, part, weights, kind)
     if form is None and weights in FORMS:
         form = weights
     return parts.abstract_module(*kind, form)
@@ -109,7 +125,8 @@ def load_part(
     sharding: jax.sharding.Sharding | None = None,
 ) -> Any:
     """One part with its weights, by default on the default device; see `parts.load_module`."""
-    kind, stored = part_config(config, part, dtype), parts.stored_form(config, part, weights)
+    kind = part_config(config, part, dtype)
+    stored = parts.stored_form(config, part, weights, kind)
     return parts.load_module(folder, part, *kind, weights, stored, sharding)
 
 
@@ -119,13 +136,15 @@ def load_model(
     dtype: str | None = None,
     text_encoder: bool = True,
     weights: parts.Weights = "dense",
+    stream: DtypeName | None = None,
     devices: Devices | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model directory, or the demo model.
 
     dtype: of all parts, see `compute_dtype`. text_encoder: False leaves its weights on disk; the
-    model then holds their shapes alone. weights: see `parts.load_module`. devices: transformer and
+    model then holds their shapes alone. weights: see `parts.load_module`. stream: of the residual
+    stream, None for what the model says (float32, unless it was changed). devices: transformer and
     tokenizer are restored to all of them; the text encoder runs on the default device.
     """
     dtype = compute_dtype(dtype)
@@ -134,7 +153,7 @@ def load_model(
     folder = model_folder(directory)
     config = checkpoint.read_config(folder)
     # Everything cheap first: a model that does not fit together is found before any weights.
-    model = describe_model(folder, dtype, weights)
+    model = describe_model(folder, dtype, weights, stream)
     wanted = [part for part in model.parts if text_encoder or part != "text"]
     loaded = {}
     for done, part in enumerate(wanted, 1):
@@ -142,7 +161,8 @@ def load_model(
         loaded[part] = load_part(folder, config, part, dtype, weights, where)
         if progress:
             progress("load", done, len(wanted))
-    return model.with_parts(loaded)
+    model = model.with_parts(loaded)
+    return model if stream is None else model.with_stream(stream)
 
 
 def devices_for(directory: str | Path | None, asked: Asked) -> Devices | None:
@@ -154,9 +174,15 @@ def devices_for(directory: str | Path | None, asked: Asked) -> Devices | None:
 
 
 def describe_model(
-    folder: Path, dtype: str | None = None, weights: parts.Weights = "dense"
+    folder: Path,
+    dtype: str | None = None,
+    weights: parts.Weights = "dense",
+    stream: DtypeName | None = None,
 ) -> Model:
-    """The model with shapes and dtypes in place of weights; dtype None is the stored one."""
+    """The model with shapes and dtypes in place of weights; dtype None is the stored one.
+
+    Other arguments as in `load_model`.
+    """
     config = checkpoint.read_config(folder)
     family = family_of(config)
     modules = {part: abstract_part(config, part, dtype, weights) for part in family.parts}
@@ -166,7 +192,7 @@ def describe_model(
     if weights in FORMS and eight_bits.form_of(modules["transformer"]) is None:
         kind = config["transformer"]["kind"]
         raise ValueError(f"a model of kind {kind} has no 8-bit products: leave out {weights}")
-    return Model(
+    model = Model(
         family,
         modules["transformer"],
         modules["tokenizer"],
@@ -175,3 +201,4 @@ def describe_model(
         checkpoint.config_from_json(family.defaults, config.get("defaults", {})),
         folder.name,
     )
+    return model if stream is None else model.with_stream(stream)

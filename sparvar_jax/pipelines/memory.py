@@ -22,9 +22,9 @@ from sparvar_jax.runtime.state import empty_buffers, pools
 from sparvar_jax.weights import checkpoint
 
 _DECODER_MAPS = 4  # a residual block holds its input, its branch and two temporaries
-_STREAM, _WIDE = 4, 3  # bytes of the residual stream; its norm, a branch and what a product leaves
+_WIDE = 3  # the norm of the residual stream, a branch and what a product leaves
 _ATTENDING = 4  # queries, keys and values as a product leaves them, and queries with their places
-_LOGITS = 2  # raw float32 logits of a row, guided ones of a picture and what filters make of them
+_LOGITS = 2 * 4  # bytes: raw float32 logits of a row, guided ones and what filters make of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +92,13 @@ def step_bytes(config: Any, rows: int, tokens: int) -> int:
     item, width = np.dtype(config.precision.compute).itemsize, config.width
     every, together = rows * tokens, at_once(rows, tokens, PICTURE) * tokens
     hidden = config.mlp_width * getattr(config, "mlp_maps", 1)  # gated layers hold more than one
-    logits = _LOGITS * _STREAM * getattr(config, "vocab", 0)
+    logits = _LOGITS * getattr(config, "vocab", 0)
     more = (
         every * _ATTENDING * width * item,
         every * _WIDE * width * item + together * hidden * item,
         together * logits,
     )
-    return every * _STREAM * width + max(more)
+    return every * np.dtype(config.precision.stream).itemsize * width + max(more)
 
 
 def condition_bytes(model: Model, plan: Plan, batch: int) -> int:

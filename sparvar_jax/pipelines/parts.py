@@ -19,7 +19,8 @@ from sparvar_jax.weights.told import told
 
 Weights = Literal["dense", "stored", "int8", "fp8"]
 """How matrices lie in memory: in the model's dtype; in 8 bits where they are stored so; or, for a
-transformer's large products, in a form of `eight_bits`, with activations rounded to 8 bits too."""
+transformer's large products, in a form of `eight_bits`, with activations rounded to 8 bits too, and
+for a T5 encoder's matrices in int8."""
 Kind = tuple[type, Any]
 """A module class with its configuration, or configuration class."""
 DEMO = Path(__file__).parents[1] / "demo"
@@ -58,10 +59,13 @@ def part_config(
     return module, values if dtype is None else dataclasses.replace(values, dtype=dtype)
 
 
-def stored_form(config: Mapping[str, Any], part: str, weights: Weights = "dense") -> Form | None:
+def stored_form(
+    config: Mapping[str, Any], part: str, weights: Weights = "dense", kind: Kind | None = None
+) -> Form | None:
     """The form of `eight_bits` in which a part's large matrices are stored, None for dense ones.
 
-    Raises ValueError for an unknown form, and for one that `weights` contradicts.
+    kind: of the part, whose matrices tell whether another form is another thing. Raises ValueError
+    for an unknown form, and for one that `weights` contradicts.
     """
     found = config[part].get("matrices")
     if found is not None and found not in FORMS:
@@ -69,7 +73,10 @@ def stored_form(config: Mapping[str, Any], part: str, weights: Weights = "dense"
             f"the matrices of {part} are in the form {told(found, 60)}, expected "
             f"{' or '.join(FORMS)}: make the model again or update sparvar_jax"
         )
-    if found is not None and weights in FORMS and weights != found:
+    if found is None or weights not in FORMS or weights == found:
+        return found
+    module = abstract_module(*kind) if kind else None
+    if module is None or eight_bits.kernels(module, weights) != eight_bits.kernels(module, found):
         raise ValueError(
             f"the matrices of {part} are stored as {found}, asked for was {weights}: leave that "
             "out, or take the model that it was made from"
@@ -83,6 +90,14 @@ def abstract_module(module: type, values: Any, form: Form | None = None) -> Any:
     if form is not None:
         eight_bits.narrow(made, eight_bits.kernels(made, form))
     return made
+
+
+def load_text(folder: Path, kinds: Mapping[str, Kind], dtype: str | None, weights: Weights) -> Any:
+    """The text encoder of a model directory, of the kinds given, and nothing else."""
+    config = checkpoint.read_config(folder)
+    kind = part_config(config, "text", kinds, compute_dtype(dtype))
+    stored = stored_form(config, "text", weights, kind)
+    return load_module(folder, "text", *kind, weights, stored)
 
 
 def check_weights(weights: str) -> None:
@@ -105,8 +120,8 @@ def load_module(
     """One part with its weights in the dtypes its config asks for.
 
     weights: "stored" leaves kernels of linear maps in 8 bits where they are stored so; everything
-    else (embeddings, vectors, convolutions, the text encoder) is made dense. "int8" and "fp8" round
-    the matrices of a transformer's blocks, see `eight_bits`, without ever holding all of them in
+    else (embeddings, vectors, convolutions) is made dense. "int8" and "fp8" round the matrices of a
+    transformer's or T5 encoder's blocks, see `eight_bits`, without ever holding all of them in
     full. stored: see `stored_form`; such matrices stay as they are. sharding: where weights are
     restored to, None is the default device.
     """

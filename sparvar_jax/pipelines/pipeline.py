@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from sparvar_jax.models.family import How
+from sparvar_jax.models.layers import DtypeName
 from sparvar_jax.models.sampling import Controls
 from sparvar_jax.models.vqvae import Tokenised
 from sparvar_jax.pipelines import asking, loading
@@ -75,6 +76,7 @@ class Pipeline(Shared):
         dtype: str | None = None,
         text_encoder: bool = True,
         weights: Weights = "dense",
+        stream: DtypeName | None = None,
         cache: Cache = "full",
         devices: Asked = None,
         progress: Progress | None = None,
@@ -92,6 +94,7 @@ class Pipeline(Shared):
             dtype=dtype,
             text_encoder=text_encoder,
             weights=weights,
+            stream=stream,
             devices=found,
             progress=progress,
         )

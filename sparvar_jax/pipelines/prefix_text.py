@@ -63,15 +63,21 @@ class PrefixEncoder:
 
     @classmethod
     def from_checkpoint(
-        cls, directory: str | Path | None = None, *, dtype: str | None = None
+        cls,
+        directory: str | Path | None = None,
+        *,
+        dtype: str | None = None,
+        weights: parts.Weights = "dense",
     ) -> PrefixEncoder:
-        """Load the text encoder of a model directory and nothing else."""
+        """Load the text encoder of a model directory and nothing else.
+
+        dtype, weights: as in `loading.load_model`.
+        """
         folder = parts.model_folder(directory)
         config = checkpoint.read_config(folder)
         _, transformer = parts.part_config(config, "transformer", {"hart": (Hart, HartConfig)})
         kinds = {"qwen2": (Qwen2, Qwen2Config)}
-        found = parts.part_config(config, "text", kinds, parts.compute_dtype(dtype))
-        encoder = parts.load_module(folder, "text", *found)
+        encoder = parts.load_text(folder, kinds, dtype, weights)
         tokenizer = load_prefix_tokenizer(folder / "text")
         defaults = checkpoint.config_from_json(PrefixDefaults, config.get("defaults", {}))
         length, system = transformer.text_tokens, defaults.system_prompt

@@ -19,7 +19,7 @@ import numpy as np
 
 from sparvar_jax.models import eight_bits
 from sparvar_jax.models.eight_bits import FORMS, Form
-from sparvar_jax.pipelines import loading, parts
+from sparvar_jax.pipelines import loading, sharing
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.weights import checkpoint, orbax_calls
 from sparvar_jax.weights.storage import OrbaxWriter
@@ -29,7 +29,7 @@ from sparvar_jax.weights.told import told
 def quantise_model(
     model: str | Path, into: str | Path, form: Form = "int8", progress: Progress | None = None
 ) -> tuple[str, ...]:
-    """Write a model directory whose transformer is in a form of `eight_bits`; parts written now.
+    """Write a model directory in a form of `eight_bits`; names of the parts written now.
 
     model: directory or name, of any family with such products. What is loaded from `into` draws
     what `weights=form` draws from `model`. Raises ValueError, before anything is written, where the
@@ -40,42 +40,50 @@ def quantise_model(
         raise ValueError(f"a form is {' or '.join(FORMS)}, got {form!r}")
     folder, into = loading.model_folder(model), Path(into)
     config, manifest = checkpoint.read_config(folder), checkpoint.read_manifest(folder)
-    wanted = [part for part in loading.describe_model(folder).parts if part != "transformer"]
-    wanted.append("transformer")
-    for part in wanted:
-        checkpoint.require_fit(
-            loading.abstract_part(config, part), checkpoint.part_reader(folder, part).shapes
-        )
-    dtypes = eight_bits.kernels(loading.abstract_part(config, "transformer"), form)
-    if parts.stored_form(config, "transformer") is not None:
+    described = loading.describe_model(folder)
+    for part, module in described.parts.items():
+        checkpoint.require_fit(module, checkpoint.part_reader(folder, part).shapes)
+    if eight_bits.form_of(described.transformer) is not None:
         raise ValueError(f"{folder} is in 8 bits already: take the model that it was made from")
-    if not dtypes:
+    if not eight_bits.kernels(described.transformer, form):
         kind = config["transformer"]["kind"]
         raise ValueError(f"a model of kind {kind} has no 8-bit products: nothing to quantise")
     origin = {"model": folder.resolve().name, "json": _fingerprint(folder), "form": form}
     written = []
-    for part in wanted:
+    for part, module in _transformer_last(described.parts):
         if _is_there(into, part, origin):
             continue
         with checkpoint.new_part(into, part) as new:
             new.config, new.defaults = dict(config[part]), config.get("defaults", {})
             made: dict[str, Any] = manifest.get(part, {})
             new.source = {"source": origin["model"], **made, "quantised": origin}
-            if part != "transformer":
+            dtypes = eight_bits.kernels(module, form)
+            if not dtypes or eight_bits.form_of(module) is not None:
                 with _writing(into):
                     shutil.copytree(folder / part, new.folder)
             else:
                 new.config["matrices"] = form
-                _round_part(folder, new.folder, into, dtypes, progress)
+                _round_part(folder, part, new.folder, into, dtypes, progress)
+                if part == "text":
+                    sharing.copy_tokenizer(described.text_tokenizer.file, new.folder)
         written.append(part)
     return tuple(written)
 
 
+def _transformer_last(modules: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(modules.items(), key=lambda entry: entry[0] == "transformer")
+
+
 def _round_part(
-    folder: Path, out: Path, into: Path, dtypes: dict[str, Any], progress: Progress | None
+    folder: Path,
+    part: str,
+    out: Path,
+    into: Path,
+    dtypes: dict[str, Any],
+    progress: Progress | None,
 ) -> None:
-    """Write the transformer's parameters, as they are stored or rounded from that."""
-    reader = checkpoint.part_reader(folder, "transformer")
+    """Write a part's parameters, as they are stored or rounded from that."""
+    reader = checkpoint.part_reader(folder, part)
     writer, arrays = OrbaxWriter(out), checkpoint.load_batches(reader)
     for path, array in eight_bits.rounded(_counted(arrays, len(reader.shapes), progress), dtypes):
         with _writing(into):

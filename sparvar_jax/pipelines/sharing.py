@@ -129,7 +129,7 @@ def _save_part(model: Any, part: str, module: Any, folder: Path) -> None:
             arrays = {_stored_name(path, flat): np.asarray(leaf) for path, leaf in flat.items()}
             storage.write_safetensors(new.folder / storage.SAFETENSORS, arrays)
         if part == "text" and model.text_tokenizer is not None:
-            _copy_tokenizer(model.text_tokenizer.file, new.folder)
+            copy_tokenizer(model.text_tokenizer.file, new.folder)
         new.config = {"kind": kind, **checkpoint.config_to_json(module.config)}
         new.config |= {} if form is None else {"matrices": form}
         new.source = {"source": f"saved from {model.name}", "sparvar-jax": __version__}
@@ -143,7 +143,8 @@ def _stored_name(path: str, flat: dict[str, Any]) -> str:
     return values + storage.SCALE_SUFFIX if scaled else path
 
 
-def _copy_tokenizer(file: Path, folder: Path) -> None:
+def copy_tokenizer(file: Path, folder: Path) -> None:
+    """Put a text tokenizer's file into a part; ValueError where it cannot be copied."""
     try:
         shutil.copyfile(file, folder / file.name)
     except OSError as error:

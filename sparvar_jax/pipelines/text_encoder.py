@@ -48,16 +48,22 @@ class TextEncoder:
 
     @classmethod
     def from_checkpoint(
-        cls, directory: str | Path | None = None, *, dtype: str | None = None
+        cls,
+        directory: str | Path | None = None,
+        *,
+        dtype: str | None = None,
+        weights: parts.Weights = "dense",
     ) -> TextEncoder:
-        """Load the text encoder of a model directory and nothing else; None is the demo model."""
+        """Load the text encoder of a model directory and nothing else; None is the demo model.
+
+        dtype, weights: as in `loading.load_model`.
+        """
         folder = parts.model_folder(directory)
         config, kinds = checkpoint.read_config(folder), {"t5": (t5.T5Encoder, t5.T5Config)}
         _, transformer = parts.part_config(
             config, "transformer", {"infinity": (Infinity, InfinityConfig)}
         )
-        found = parts.part_config(config, "text", kinds, parts.compute_dtype(dtype))
-        encoder = parts.load_module(folder, "text", *found)
+        encoder = parts.load_text(folder, kinds, dtype, weights)
         tokenizer = load_tokenizer(folder / "text")
         return cls(lambda: encoder, tokenizer, transformer.text_max_length)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparvar_jax.models import quantizer
-from sparvar_jax.models.layers import Stream
+from sparvar_jax.models.layers import Stream, updated
 from sparvar_jax.plans.plan import Plan, Segment, Step, map_segments
 from sparvar_jax.plans.strategy import AllTokens, BranchOutput, LayerState, Place
 from sparvar_jax.policies.arguments import checked
@@ -100,7 +100,7 @@ class Liveliest:
         positions = jax.tree.map(lambda table: _of_tokens(table, kept), positions)
         update = run(Stream(x[rows, kept]), positions).update()
         old = resized(state[f"{name} update"][: len(x)], self.source, place)
-        return BranchOutput(Stream(x + old.at[rows, kept].set(update)))
+        return BranchOutput(Stream(updated(x, old.at[rows, kept].set(update))))
 
 
 def liveliness(x: Float[Array, "R T C"]) -> Float[Array, "R T"]:

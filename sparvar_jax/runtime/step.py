@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from sparvar_jax.models import sampling
 from sparvar_jax.models.family import Draw, How
-from sparvar_jax.models.layers import Stream
+from sparvar_jax.models.layers import Stream, updated
 from sparvar_jax.plans.attend import Attend, HeadSplit
 from sparvar_jax.plans.plan import Plan, Step
 from sparvar_jax.plans.stores import Store, Write
@@ -180,11 +180,12 @@ class _Body:
             before = stream.settled()
             batch = len(before) // 2
             x = self.tokens(segment, Stream(before[:batch]), left, captured).settled()
-            stream = Stream(jnp.concatenate([x, before[batch:] + (x - before[:batch])]))
+            update = x.astype(jnp.float32) - before[:batch]
+            stream = Stream(jnp.concatenate([x, updated(before[batch:], update)]))
         else:
             stream = self.tokens(segment, stream, left, captured)
         if last == self.spec.step.merge_at:
-            mixed = sampling.mix(stream.settled(), self.guidance)
+            mixed = sampling.mix(stream.settled(), self.guidance).astype(stream.x.dtype)
             stream = Stream(jnp.concatenate([mixed, mixed]))
         if self.spec.capture:
             captured[f"hidden.{last}"] = self.heads.all_tokens(stream.settled())

@@ -112,17 +112,21 @@ def product(
     *,
     dtype: DTypeLike,
     precision: jax.lax.Precision | None = None,
+    result: DTypeLike | None = None,
 ) -> Float[Array, "... O"]:
-    """`x` times a matrix, computed and given in `dtype`; activations stay as they are.
+    """`x` times a matrix, computed in `dtype`; activations stay as they are.
 
-    Of scaled values the sums are taken in float32 and multiplied by the scales once: 8-bit values
-    are exact in every dtype that is computed in.
+    result: the dtype it is given in, None for `dtype`; sums are not rounded on the way. Of scaled
+    values the sums are taken in float32 and multiplied by the scales once: 8-bit values are exact
+    in every dtype that is computed in.
     """
     inner = 1 if isinstance(weight, Narrow) else 0
     contract = (((x.ndim - 1,), (inner,)), ((), ()))
     if isinstance(weight, Dense):
         kernel = weight.kernel.astype(dtype)
-        return jax.lax.dot_general(x.astype(dtype), kernel, contract, precision=precision)
+        return jax.lax.dot_general(
+            x.astype(dtype), kernel, contract, precision=precision, preferred_element_type=result
+        )
     sums = jax.lax.dot_general(
         x.astype(dtype),
         weight.values.astype(dtype),
@@ -130,7 +134,8 @@ def product(
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    return (sums * weight.scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(dtype)
+    scaled = sums * weight.scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    return scaled.astype(dtype if result is None else result)
 
 
 def dense_of(weight: Weight, dtype: DTypeLike) -> Float[Array, "I O"]:

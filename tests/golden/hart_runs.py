@@ -169,5 +169,8 @@ def nhwc(x: np.ndarray) -> np.ndarray:
     return np.moveaxis(x, 1, -1)
 
 
+decode = jax.jit(lambda model, x: model.decode(x))
+
+
 def decoded(vqvae, code_sum) -> np.ndarray:
-    return np.asarray(jax.jit(lambda model, x: model.decode(x))(vqvae, jnp.asarray(code_sum)))
+    return np.asarray(decode(vqvae, jnp.asarray(code_sum)))

@@ -103,6 +103,7 @@ def replay(
     batch = len(lengths)
     state = generator.start(plan, batch)
     captured, labels = [], []
+    likelier = jax.jit(lambda pairs, top_p: sampling.sample_bits(pairs, top_p, None))
     for index in range(run["stop_after_scales"] or len(scales)):
         forced = jnp.asarray(tensors[f"{name}.bit_labels.scale_{index:02d}"])
         state, output = generator.decode_scale(
@@ -116,6 +117,6 @@ def replay(
             capture=True,
         )
         captured.append({key: np.asarray(value) for key, value in output.captured.items()})
-        pairs = output.captured["guided_logits"].reshape(*forced.shape, 2)
-        labels.append(np.asarray(sampling.sample_bits(pairs, controls.top_p, None)))
+        pairs = captured[-1]["guided_logits"].reshape(*forced.shape, 2)
+        labels.append(np.asarray(likelier(pairs, controls.top_p)))
     return Replay(tuple(captured), tuple(labels), np.asarray(state.code_sum))

@@ -6,6 +6,8 @@ times a growth of two or three, stay below 1e-4. Ids and filters are compared wh
 the error measured in that run (which this bound limits) could not change them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,11 +67,12 @@ def test_text_features_and_positions(stem):
 def test_levels_and_rotary_tables(stem):
     """Angles of some hundred radians have a rounding of 1e-5."""
     data, model = golden(stem), transformer(stem)
-    close(model.levels(), data.tensors["level_embedding"], ROUNDING)
+    close(jax.jit(lambda m: m.levels())(model), data.tensors["level_embedding"], ROUNDING)
     positions = data.tensors["text.position_ids"].astype(np.int32)
     positions = np.concatenate([positions, np.zeros_like(positions)])
     for scale in model.config.schedule.scales:
-        table = hart_parts.rotary(model.config, jnp.asarray(positions), scale)
+        rotary = functools.partial(hart_parts.rotary, model.config, scale=scale)
+        table = jax.jit(rotary)(jnp.asarray(positions))
         for name, got in zip(("cos", "sin"), table, strict=True):
             expected = data.at(f"rotary.{name}", scale.index)
             if expected is not None:
@@ -84,7 +87,9 @@ def test_production_loop(stem, run, golden_note):
     condition, plan = hart_runs.condition(stem, run), hart_runs.plan(stem)
     for scale, captured in enumerate(replayed.captured):
         hidden = [captured[f"hidden.{layer}"] for layer in range(model.config.depth)]
-        entering = model.add_level(jnp.asarray(captured["input"]), plan.place(scale))
+        place = plan.place(scale)
+        add_level = jax.jit(lambda m, x, place=place: m.add_level(x, place))
+        entering = add_level(model, captured["input"])
         logits = captured["raw_logits"]
         if scale == 0:  # the loop asks for the last position alone
             logits = model.head_logits(jnp.asarray(hidden[-1]), condition)
@@ -165,13 +170,14 @@ def test_mixtures(stem, run):
             continue
         share = hart_parts.progress(scale, len(data.sides))
         noise = -np.log(draws.astype(np.float32))
+        mixed = jax.jit(lambda book, *x, s=share: book.lookup(vocabulary.mixed(*x, s)))
         change = 2 * replayed.error * (1 + share) / taus[scale]
         stored = data.at(f"{run}.guided_logits", scale)
         sources = [(captured["guided_logits"], ROUNDING + change * largest)]
         sources += [] if stored is None else [(stored, TOLERANCE)]
         for logits, tolerance in sources:
-            kept = jnp.where(captured["removed"], -jnp.inf, logits)
-            got = book.lookup(vocabulary.mixed(kept, jnp.asarray(noise), share))
+            kept = np.where(captured["removed"], -np.inf, logits)
+            got = mixed(book, jnp.asarray(kept), jnp.asarray(noise))
             close(got, nhwc(expected).reshape(got.shape), tolerance)
             checked += 1
     assert checked
@@ -211,17 +217,23 @@ def known_ids(book, latent, stored, sides) -> tuple[np.ndarray, np.ndarray]:
     Those of every scale come out wherever the second nearest code is clearly farther.
     """
     codes, total, inputs = np.asarray(book.codes[...], np.float64), jnp.zeros_like(latent), []
-    for scale, side in enumerate(sides):
-        if scale:
-            grid = quantizer.next_input(total, (side, side), mode="area")
-            inputs.append(np.asarray(grid).reshape(len(latent), side * side, -1))
+
+    @functools.partial(jax.jit, static_argnames="scale")
+    def step(book, total, known, scale):
+        side = sides[scale]
+        grid = quantizer.next_input(total, (side, side), mode="area") if scale else None
         rest = quantizer.resize(latent - total, (side, side), "area")
         flat = rest.reshape(len(latent), side * side, -1)
+        found = book.lookup(known).reshape(rest.shape)
+        return grid, flat, book.nearest(flat), book.add(total, found, scale, len(sides))
+
+    for scale, side in enumerate(sides):
+        grid, flat, nearest_ids, total = step(book, total, jnp.asarray(stored[scale]), scale)
+        if scale:
+            inputs.append(np.asarray(grid).reshape(len(latent), side * side, -1))
         points = np.asarray(flat, np.float64)
         distance = (codes**2).sum(-1) - 2 * points @ codes.T
         nearest = np.partition(distance, 1, axis=-1)
         clear = nearest[..., 1] - nearest[..., 0] > NEAREST
-        np.testing.assert_array_equal(np.asarray(book.nearest(flat))[clear], stored[scale][clear])
-        found = book.lookup(jnp.asarray(stored[scale])).reshape(rest.shape)
-        total = book.add(total, found, scale, len(sides))
+        np.testing.assert_array_equal(np.asarray(nearest_ids)[clear], stored[scale][clear])
     return np.concatenate(inputs, axis=1), np.asarray(total)

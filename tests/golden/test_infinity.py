@@ -81,7 +81,7 @@ def check_labels(guided, drawn, tensors, run, index, greedy):
         # A label is removed at probability 1 - top_p, that is at this logit gap.
         safe = np.abs(gap - np.log(TOP_P / (1 - TOP_P))) > 2 * TOLERANCE
         pairs = jnp.asarray(guided.reshape(stored.shape))
-        removed = np.asarray(sampling.bits_removed(pairs, jnp.float32(TOP_P)))
+        removed = np.asarray(jax.jit(sampling.bits_removed)(pairs, jnp.float32(TOP_P)))
         assert np.array_equal(removed[safe], tensors[key][safe].astype(bool)), key
         exempt += int((~safe).sum())
     return exempt, gap.size

@@ -45,8 +45,11 @@ def nhwc(x: np.ndarray) -> np.ndarray:
     return np.moveaxis(x, 1, -1)
 
 
+decode = jax.jit(lambda model, x: model.decode(x))
+
+
 def decoded(vqvae, code_sum) -> np.ndarray:
-    return np.asarray(jax.jit(lambda model, x: model.decode(x))(vqvae, code_sum))
+    return np.asarray(decode(vqvae, code_sum))
 
 
 def teacher_inputs(data: Golden) -> list[np.ndarray]:
@@ -84,7 +87,9 @@ def test_production_loop(stem, run, golden_note):
         close(captured["raw_logits"], data.tensors[f"{run}.raw_logits.{name}"], TOLERANCE)
         last = captured[f"hidden.{model.config.depth - 1}"]
         close(last, data.tensors[f"{run}.final_hidden.{name}"], TOLERANCE)
-        entering = model.add_level(jnp.asarray(captured["input"]), plan(stem).place(scale))
+        place = plan(stem).place(scale)
+        add_level = jax.jit(lambda model, x, place=place: model.add_level(x, place))
+        entering = add_level(model, captured["input"])
         close(entering, data.tensors[f"{run}.transformer_input.{name}"], ROUNDING)
         close(replayed.sums[scale], nhwc(data.tensors[f"{run}.fhat.{name}"]), ROUNDING)
     if f"{run}.final_image" in data.tensors:
@@ -108,11 +113,11 @@ def clear_ids(stem: str) -> Iterator[np.ndarray]:
     data, replayed = golden(stem), replay(stem, "argmax")
     expected = data.scales("argmax.guided_logits.scale")
     ids = data.scales("argmax.token_ids.scale")
+    largest = jax.jit(lambda x: vocabulary.sample(x, jnp.int32(0), jnp.float32(1), None))
     for scale, captured in enumerate(replayed.captured):
         best = np.sort(expected[scale], axis=-1)
         clear = best[..., -1] - best[..., -2] > 2 * replayed.error
-        guided = jnp.asarray(captured["guided_logits"])
-        drawn = np.asarray(vocabulary.sample(guided, jnp.int32(0), jnp.float32(1), None))
+        drawn = np.asarray(largest(captured["guided_logits"]))
         np.testing.assert_array_equal(drawn[clear], ids[scale][clear])
         yield clear.reshape(-1)
 

@@ -119,9 +119,7 @@ def families():
         return jax.tree.map(lambda x: x[rows], condition), controls, keys[part]
 
     def of_words(part):
-        condition = jax.jit(lambda model, *one: model.embed_condition(*one, "learned"))(
-            words, features[part], places[part]
-        )
+        condition = support.embed(words, features[part], places[part])
         return condition, controls, image_keys(0, BATCH)[part]
 
     return {

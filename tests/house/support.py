@@ -39,11 +39,14 @@ def lively(module, config):
     return nnx.merge(graph, jax.tree.map(weights, shapes))
 
 
+embed = jax.jit(lambda model, *text: model.embed_condition(*text, "learned"))
+
+
 def arguments(transformer, batch=BATCH):
     """Condition, controls and keys of a generation."""
     text = jax.random.normal(jax.random.key(1), (batch, 5, 128))
     lengths = jnp.arange(batch) % 3 + 3
-    condition = jax.jit(lambda m: m.embed_condition(text, lengths, "learned"))(transformer)
+    condition = embed(transformer, text, lengths)
     controls = generate.controls(len(SCHEDULE), guidance=2.0, temperature=1.0)
     return condition, controls, sampling.image_keys(0, batch)
 

@@ -119,7 +119,7 @@ def test_chosen_blocks_hold_the_prefix(layout, sinks):
     place, later = Place(MIDDLE, layout, 5), Place(MIDDLE, layout, 7)
     state = attend(AdaptiveDecision(64), *cache(place), place, {})[1]
     strategy = AdaptiveSparse(5, 0.5, 0.6, 0.0, 64, sinks)
-    table = strategy.table(state[MASS], later)
+    table = jax.jit(lambda mass: strategy.table(mass, later))(state[MASS])
     counts = np.asarray(table.counts)
     mask = np.zeros((1, 2, later.scale.tokens, later.kv_length), bool)
     for row, head, query in np.ndindex(counts.shape):
@@ -146,13 +146,19 @@ def test_chosen_columns_hold_the_prefix(mapping, granularity, layout):
     place, later = Place(MIDDLE, layout, 5), Place(MIDDLE, layout, 7)
     state = attend(Cs4aDecision(selection), *cache(place), place, {})[1]
     flat = cache(Place(MIDDLE, "packed", 5))
-    mask = lists_mask(*columns.at_decision(state[COLUMNS], selection, place), selection, place)
+    at_decision = jax.jit(lambda chosen: columns.at_decision(chosen, selection, place))
+    mask = lists_mask(*at_decision(state[COLUMNS]), selection, place)
     missed = oracle(*flat, np.ones(mask.shape[-2:], bool)) - oracle(*flat, mask)
     np.testing.assert_allclose(state[DIFFERENCE], missed, **CLOSE)
     strategy = Cs4aSparse(Reuse(5, selection, (3, 5), mapping, sinks=0))
-    lists = columns.at_later_scale(state[COLUMNS], strategy.reuse, later)
+    lists, kept = jax.jit(
+        lambda state: (
+            columns.at_later_scale(state[COLUMNS], strategy.reuse, later),
+            strategy.kept(state, later),
+        )
+    )(state)
     mask = lists_mask(*lists, selection, later)
-    assert mask.sum((-1, -2)).mean() == pytest.approx(float(strategy.kept(state, later)))
+    assert mask.sum((-1, -2)).mean() == pytest.approx(float(kept))
     assert mask.sum((-1, -2)).max() <= strategy.pairs(later) < later.dense_pairs
     out = attend(strategy, *cache(later, seed=1), later, state)[0]
     expected = oracle(*cache(Place(MIDDLE, "packed", 7), seed=1), mask)

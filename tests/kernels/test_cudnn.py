@@ -32,10 +32,12 @@ BOTH = [pytest.param(jnp.bfloat16, marks=pytest.mark.gpu, id="cudnn"),
 @pytest.fixture
 def run(request, on, monkeypatch):
     """Compile and run a call with cuDNN, or with float32 operands and its substitute."""
+
+    def compiled(call, *operands):
+        return jax.jit(lambda *a: call(*a, implementation="cudnn"))(*operands)
+
     if request.node.get_closest_marker("gpu"):
-        yield lambda call, *operands: jax.jit(
-            lambda *a: call(*a, implementation="cudnn")
-        )(*operands)  # fmt: skip
+        yield compiled
         return
     on(AMPERE)
     inner = jax.nn.dot_product_attention
@@ -47,7 +49,7 @@ def run(request, on, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", substitute)
     monkeypatch.setattr(cudnn, "HALVES", (jnp.float32,))
     with jax.default_matmul_precision("highest"):
-        yield lambda call, *operands: call(*operands, implementation="cudnn")
+        yield compiled
 
 
 def draw(dtype, queries, keys, *, gaps=(), head_dim=64):

@@ -1,5 +1,6 @@
 """References of the fused operations against float64 and the model's own code."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,8 +33,9 @@ def rotate(x, cos, sin):
     return jnp.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
 
 
-def test_residual_norm_reference_is_right():
-    inputs = norm_inputs()
+@pytest.mark.parametrize("stream", [jnp.float32, jnp.bfloat16])
+def test_residual_norm_reference_is_right(stream):
+    inputs = norm_inputs(stream=stream)
     check_norm(norm_calls(inputs), inputs)
 
 
@@ -57,6 +59,22 @@ def test_an_update_left_to_the_next_norm_gives_the_bits_of_one_made_at_once():
         np.testing.assert_array_equal(settled, made)
         np.testing.assert_array_equal(stands.settled(), made)
         np.testing.assert_array_equal(y, want)
+
+
+@pytest.mark.parametrize("gain", [(1,), ()])
+def test_the_norm_of_a_bfloat16_stream_is_that_of_what_the_next_block_reads(gain):
+    """One rounding an update, of a float32 sum; compiled too, where XLA drops casts in pairs."""
+    inputs = norm_inputs(stream=jnp.bfloat16)
+    x, branch, table, bias = (inputs[name] for name in ("x", "branch", "table", "bias"))
+    stream = layers.Stream(x, branch, table if gain else None, bias, index=1)
+    want = (x.astype(jnp.float32) + stream.update()).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(stream.settled(), want)
+    for run in (lambda f: f, jax.jit):
+        normed = run(lambda s: s.normed(table, 2, 4, jnp.dtype(jnp.float32), None))
+        settled, y = normed(stream)
+        np.testing.assert_array_equal(run(layers.Stream.settled)(stream), settled)
+        _, again = normed(layers.Stream(settled))
+        np.testing.assert_allclose(y, again, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

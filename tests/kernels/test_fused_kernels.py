@@ -118,6 +118,10 @@ def test_residual_norm_lowers(lowered, model):
         x, table = (struct(2, n, width, dtype=jnp.float32) for n in (side * side, 6))
         text = lowered(call, x, struct(*x.shape), table, struct(width))
         assert text.count("@mosaic_gpu") == 3
+    for side in (1, 64):
+        stream = struct(2, side * side, width)
+        text = lowered(call, stream, stream, table, struct(width))
+        assert text.count("@mosaic_gpu") == 3
 
 
 @needs_mosaic

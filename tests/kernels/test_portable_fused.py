@@ -40,9 +40,12 @@ def compiled(request, on, monkeypatch):
     return lambda function: function
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(5, 256), (37, 384)])
-def test_residual_norm(compiled, tokens, width):
-    inputs = norm_inputs(tokens=tokens, width=width)
+@pytest.mark.parametrize(
+    ("tokens", "width", "stream"),
+    [(5, 256, jnp.float32), (37, 384, jnp.float32), (5, 384, jnp.bfloat16)],
+)
+def test_residual_norm(compiled, tokens, width, stream):
+    inputs = norm_inputs(tokens=tokens, width=width, stream=stream)
     check_norm(compiled(lambda i: norm_calls(i, **ASKED))(inputs), inputs)
 
 
@@ -106,7 +109,8 @@ def test_all_lower_in_place_for_the_released_sizes(on):
     for heads, head_dim, side in ((16, 128, 64), (28, 128, 6), (6, 64, 1)):
         width, tokens = heads * head_dim, side * side
         x, table = (struct(2, n, width, dtype=jnp.float32) for n in (tokens, 6))
-        assert "triton" in lower(norm, x, struct(*x.shape), table, struct(width))
+        for stream in (x, struct(*x.shape)):
+            assert "triton" in lower(norm, stream, struct(*x.shape), table, struct(width))
         cache, angles = struct(2, heads, 10624, head_dim), struct(tokens, head_dim, dtype="f4")
         place = dict(start=16, width=side, pitch=-(-side // 8) * 8, clear=40)
         text = lower(
@@ -127,7 +131,7 @@ def test_what_is_left_to_the_compiler(on):
     with pytest.raises(NotImplementedError, match="16 or 32 bits"):
         norm_calls(inputs, dtype=jnp.int8, **ASKED)
     with pytest.raises(NotImplementedError, match="float32 residual"):
-        norm_calls(inputs | {"x": inputs["branch"]}, **ASKED)
+        norm_calls(inputs | {"x": inputs["x"].astype(jnp.float16)}, **ASKED)
     q, k, v, mask, bias = cross_inputs(keys=129)
     offsets = fused.text_offsets(mask, k, bias)
     with pytest.raises(NotImplementedError, match="up to 128 keys"):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,9 +34,13 @@ def cache(place: Place, rows: int = 1, heads: int = 2, depth: int = 16, seed: in
 
 
 def attend(strategy, q, k, v, place: Place, state):
-    """(output, state entries left) of an attention over a plain cache."""
-    output = strategy(View(k, v), q, place, state)
-    return output.out, dict(output.state)
+    """(output, state entries left) of an attention over a plain cache, as part of a program."""
+
+    def attention(q, k, v, state):
+        output = strategy(View(k, v), q, place, state)
+        return output.out, dict(output.state)
+
+    return jax.jit(attention)(q, k, v, state)
 
 
 def oracle(q, k, v, mask) -> np.ndarray:

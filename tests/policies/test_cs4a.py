@@ -1,5 +1,8 @@
 """CS4A: lists by hand, lists over every schedule, and attention against a float64 oracle."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,7 +27,12 @@ def fixed_choice(selection: Selection, place: Place, decision: int):
     count = selection.units(source)
     whole = source.kv_length // selection.granularity
     units = np.random.default_rng(3).permutation(whole)[:count]
-    return jnp.broadcast_to(jnp.asarray(units, jnp.int32), (1, 1, groups, count))
+    return jnp.asarray(np.broadcast_to(np.int32(units), (1, 1, groups, count)))
+
+
+def at_later_scale(chosen, reuse: Reuse, place: Place):
+    """The lists of a later scale by one program, as in a step."""
+    return jax.jit(lambda chosen: columns.at_later_scale(chosen, reuse, place))(chosen)
 
 
 def tokens_of(lists, counts, granularity: int, end: int) -> list[list[int]]:
@@ -52,7 +60,7 @@ def test_relative_lists_by_hand():
     reuse = Reuse(1, selection, windows=(1,), mapping="relative", sinks=1)
     place = Place(schedule, "packed", 2)
     chosen = jnp.array([2, 0, 1], jnp.int32)[None, None, None]
-    lists, counts = columns.at_later_scale(chosen, reuse, place)
+    lists, counts = at_later_scale(chosen, reuse, place)
     assert lists.shape == (1, 1, 2, 11)
     assert counts.tolist() == [[[10, 11]]]
     assert lists[0, 0, 0, :10].tolist() == [5, 6, 7, 8, 9, 10, 11, 12, 0, 1]
@@ -64,7 +72,7 @@ def test_scale_lists_by_hand():
     schedule = ScaleSchedule.of(((1, 1), (2, 2), (4, 4)))
     reuse = Reuse(1, Selection(0.6, 8, 1), windows=(1,), mapping="scale")
     chosen = jnp.array([2, 0, 1], jnp.int32)[None, None, None]
-    lists, counts = columns.at_later_scale(chosen, reuse, Place(schedule, "packed", 2))
+    lists, counts = at_later_scale(chosen, reuse, Place(schedule, "packed", 2))
     assert counts.tolist() == [[[10, 11]]]
     assert lists[0, 0, 0, :10].tolist() == [*range(5, 13), 0, 4]
     assert lists[0, 0, 1].tolist() == [*range(13, 21), 8, 0, 4]
@@ -97,7 +105,7 @@ def check_lists(schedule, granularity, mapping):
     selection = Selection(granularity=granularity, multiple=64, ranked=mapping == "relative")
     reuse = Reuse(decision, selection, mapping=mapping)
     place = Place(schedule, "packed", len(schedule) - 1)
-    lists, counts = columns.at_later_scale(fixed_choice(selection, place, decision), reuse, place)
+    lists, counts = at_later_scale(fixed_choice(selection, place, decision), reuse, place)
     tokens = tokens_of(lists, counts, granularity, place.scale.end)
     windows = columns.indices.local_union(place.scale, 9, selection.group)
     for keys, union in zip(tokens, windows, strict=True):
@@ -125,7 +133,8 @@ def test_attention_over_lists(layout, granularity, mapping):
     everything = np.ones((place.scale.tokens, place.scale.end), bool)
     exact = oracle(flat_q, flat_k, flat_v, everything)
     np.testing.assert_allclose(dense, exact, **CLOSE)
-    lists, counts = columns.at_decision(state[COLUMNS], selection, place)
+    at_decision = jax.jit(lambda chosen: columns.at_decision(chosen, selection, place))
+    lists, counts = at_decision(state[COLUMNS])
     mask = mask_of(lists, counts, selection, place)
     sparse = oracle(flat_q, flat_k, flat_v, mask)
     np.testing.assert_allclose(state[DIFFERENCE], exact - sparse, **CLOSE)
@@ -135,8 +144,8 @@ def test_attention_over_lists(layout, granularity, mapping):
     out, left = attend(Cs4aSparse(reuse), q, k, v, later, state)
     assert left == {}
     flat_q, flat_k, flat_v = cache(Place(SMALL, "packed", 6), seed=1)
-    mask = mask_of(*columns.at_later_scale(state[COLUMNS], reuse, later), selection, later)
-    kept = Cs4aSparse(reuse).kept(state, later)
+    mask = mask_of(*at_later_scale(state[COLUMNS], reuse, later), selection, later)
+    kept = jax.jit(lambda state: Cs4aSparse(reuse).kept(state, later))(state)
     assert float(kept) == pytest.approx(mask.sum((-1, -2)).mean())
     missed = columns.upsample(state[DIFFERENCE], SMALL.sizes[4], SMALL.sizes[6])
     np.testing.assert_allclose(out, oracle(flat_q, flat_k, flat_v, mask) + missed, **CLOSE)
@@ -162,7 +171,8 @@ def test_selection_takes_the_heaviest_runs():
     for granularity in (1, 8):
         for ranked in (False, True):
             selection = Selection(0.3, 24, 8, granularity, ranked)
-            chosen = np.asarray(columns.select(sums, selection, place))
+            select = jax.jit(functools.partial(columns.select, selection=selection, place=place))
+            chosen = np.asarray(select(sums))
             whole = place.scale.end // granularity
             mass = np.asarray(sums)[..., : whole * granularity]
             mass = mass.reshape(*mass.shape[:-1], whole, granularity).sum(-1)

@@ -15,6 +15,7 @@ from sparvar_jax.models.infinity import Infinity, InfinityConfig
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.policies import parse_plan
 from sparvar_jax.runtime import generate
+from tests.house.support import embed
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (4, 3), (6, 5), (9, 7)))
 DEPTH = 2
@@ -44,7 +45,7 @@ def world():
     config = InfinityConfig(DEPTH, 64, 2, text_width=128, bits=8, dtype="float32")
     generator = generate.Generator(Infinity(config, rngs=nnx.Rngs(0)))
     text = jax.random.normal(jax.random.key(1), (2, 5, 128)), jnp.array([3, 5])
-    condition = generator.model.embed_condition(*text, "learned")
+    condition = embed(generator.model, *text)
     controls = generate.controls(len(SCHEDULE), guidance=2.0, temperature=1.0)
     keys = sampling.image_keys(0, 2)
 
