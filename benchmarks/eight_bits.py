@@ -28,7 +28,7 @@ from benchmarks import _record as record
 from benchmarks import eight_bits_models as variants
 from benchmarks.quality import DEMO_PROMPTS, read_prompts
 from benchmarks.quality_report import sheet
-from benchmarks.report import COLUMNS
+from benchmarks.report_columns import COLUMNS
 from benchmarks.teacher_forcing import logits_and_bits
 from sparvar_jax.models import eight_bits
 from sparvar_jax.models.eight_bits import FORMS
