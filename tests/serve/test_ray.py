@@ -9,7 +9,12 @@ import pytest
 from tests.serve.conftest import pixels
 from tests.serve.process import PLAN, free_port
 
-pytestmark = pytest.mark.slow
+# Ray declares fields in pydantic's older way, and forks below the threads of jax: its own affairs.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+]
 REQUESTS, CLIENTS = 80, 4
 
 
