@@ -10,14 +10,16 @@ multiprocessor, are named and left out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Iterator
 
 from benchmarks import kernel_cases, kernels
 from pallas_kernels import backends, shapes, support
 from pallas_kernels.portable import tuning
-from pallas_kernels.portable.tuning import TileConfig
+from pallas_kernels.portable.tuning import Launch, TileConfig
 
 OPS = {
     "dense": ("dense", 128),
@@ -41,15 +43,24 @@ def candidates(group: int) -> list[TileConfig]:
     ]
 
 
+@contextlib.contextmanager
+def trial(name: str) -> Iterator[Callable[[Launch], None]]:
+    """Takes tiles of that name into this GPU family's table, which is as before at the end."""
+    table = tuning.measured(tuning.family(support.device_of().capability))
+    before = table.get(name)
+    try:
+        yield lambda tiles: table.update({name: dataclasses.asdict(tiles)})
+    finally:
+        table.pop(name, None) if before is None else table.update({name: before})
+
+
 def times(kind: str, calls: int, batches: int) -> dict[TileConfig, float]:
     """Milliseconds of every candidate that runs and is right."""
     op, group = OPS[kind]
-    table = tuning.measured(tuning.family(support.device_of().capability))
-    name = tuning.key(op, SHAPE.head_dim, True, group)
-    before, found = table.get(name), {}
-    try:
+    found: dict[TileConfig, float] = {}
+    with trial(tuning.key(op, SHAPE.head_dim, True, group)) as take:
         for config in candidates(group):
-            table[name] = dataclasses.asdict(config)
+            take(config)
             try:
                 row = kernels.run_ours(kernel_cases.Case(SHAPE, kind), 2, calls, batches)
             except Exception as error:  # no room, or whatever a compiler raises
@@ -61,8 +72,6 @@ def times(kind: str, calls: int, batches: int) -> dict[TileConfig, float]:
             print(f"{kind} {config}: {row.median_ms:.4f} ms{verdict}", flush=True)
             if right:
                 found[config] = row.median_ms
-    finally:
-        table.pop(name) if before is None else table.update({name: before})
     return found
 
 

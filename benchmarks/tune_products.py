@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +22,8 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as pk
+from benchmarks.kernel_rows import measure
+from benchmarks.tune import trial
 from pallas_kernels import support
 from pallas_kernels.portable import tuning
 from pallas_kernels.portable.tuning import ProductTiles
@@ -81,8 +81,7 @@ def activations(rows: int) -> dict[int, jax.Array]:
 
 def compiled(most: int, operands: Any) -> dict[ProductTiles, Program | Exception]:
     """All products in one program for each candidate: traced one by one, compiled together."""
-    table, name = tuning.measured(tuning.family(support.device_of().capability)), f"weights/{most}"
-    before, lowered = table.get(name), []
+    lowered = []
 
     def ours(xs: Any, given: Any) -> list[jax.Array]:
         return [
@@ -96,27 +95,18 @@ def compiled(most: int, operands: Any) -> dict[ProductTiles, Program | Exception
         except Exception as refusal:  # no room, or whatever a compiler raises
             return refusal
 
-    try:
+    with trial(f"weights/{most}") as take:
         for tiles in candidates(most):
-            table[name] = dataclasses.asdict(tiles)
+            take(tiles)
             # A function of its own, because tiles are no part of what jax knows a trace by.
             lowered.append(jax.jit(lambda *given: ours(*given)).lower(*operands))
-    finally:
-        table.pop(name) if before is None else table.update({name: before})
     with ThreadPoolExecutor() as pool:
         return dict(zip(candidates(most), pool.map(built, lowered), strict=True))
 
 
-def seconds(program: Program, operands: Any, repeats: int) -> float:
-    """Of one program, by calls that wait for the last of ten."""
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(10):
-            out = program(*operands)
-        jax.block_until_ready(out)
-        found.append((time.perf_counter() - start) / 10)
-    return statistics.median(found)
+def milliseconds(program: Program, operands: Any, repeats: int) -> float:
+    """Of a block, by calls that wait for the last of ten."""
+    return measure(lambda: program(*operands), 10, repeats)[0] / BLOCKS
 
 
 def tried(most: int, given: Any, repeats: int) -> Iterator[tuple[ProductTiles, float]]:
@@ -131,7 +121,7 @@ def tried(most: int, given: Any, repeats: int) -> Iterator[tuple[ProductTiles, f
 
     reference = jax.jit(lambda xs, all_of: [plain(xs[w.shape[0]], w, s) for w, s in all_of])
     want = jax.block_until_ready(reference(xs, wide))
-    beside = seconds(reference, (xs, wide), repeats) / BLOCKS * 1e3
+    beside = milliseconds(reference, (xs, wide), repeats)
     print(f"{rows} rows, XLA in bfloat16: {beside:.4f} ms a block", flush=True)
     del wide
     for tiles, program in compiled(most, (xs, given)).items():
@@ -139,7 +129,7 @@ def tried(most: int, given: Any, repeats: int) -> Iterator[tuple[ProductTiles, f
             print(f"{tiles}: {type(program).__name__}: {program}".partition("\n")[0][:200])
             continue
         error = max(map(_error, program(xs, given), want))
-        spent = seconds(program, (xs, given), repeats) / BLOCKS * 1e3
+        spent = milliseconds(program, (xs, given), repeats)
         verdict = "" if error <= TOLERANCE else f", wrong by {error:.3g}"
         print(f"{rows} rows, {tiles}: {spent:.4f} ms a block{verdict}", flush=True)
         if not verdict:
