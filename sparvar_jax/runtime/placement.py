@@ -228,14 +228,29 @@ def _swapped(tree: Any, parts: tuple[int, int]) -> Any:
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
     """Arrays where they are asked for; those that lie so already stay, whatever the mesh's name."""
-    leaves, treedef = jax.tree.flatten(tree)
-    there = [_lies(x, sharding) for x in leaves]
-    if all(there):
-        return tree
-    wrong = [x for x, lies in zip(leaves, there, strict=True) if not lies]
-    moved = iter(jax.device_put(wrong, sharding))
-    placed = [x if lies else next(moved) for x, lies in zip(leaves, there, strict=True)]
+    placed, treedef = jax.tree.flatten(tree)
+    wrong = [n for n, x in enumerate(placed) if not _lies(x, sharding)]
+    here = [n for n in wrong if _same_devices(placed[n], sharding)]
+    elsewhere = [n for n in wrong if n not in here]
+    moves = (here, _relaid(sharding)), (elsewhere, lambda arrays: jax.device_put(arrays, sharding))
+    for numbers, move in moves:
+        moved = move([placed[n] for n in numbers]) if numbers else ()
+        for n, array in zip(numbers, moved, strict=True):
+            placed[n] = array
     return jax.tree.unflatten(treedef, placed)
+
+
+@functools.lru_cache(maxsize=16)
+def _relaid(sharding: NamedSharding) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """One program that lays arrays out anew: one by one, jax takes each through the host."""
+    return jax.jit(lambda arrays: arrays, out_shardings=sharding)
+
+
+def _same_devices(x: Any, sharding: NamedSharding) -> bool:
+    """Whether an array lies on the devices of a mesh already, in the mesh's order."""
+    if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding):
+        return False
+    return list(x.sharding.mesh.devices.flat) == list(sharding.mesh.devices.flat)
 
 
 def _lies(tree: Any, sharding: NamedSharding) -> bool:

@@ -255,7 +255,18 @@ def some():
             told["refusals"]["capture"] = refusal(
                 functools.partial(drawn, four, plan_of(name, "dense", schedule), arguments)
             )
-    return told | {"bands": bands(), "pipeline": pipeline()}
+    return told | {"relaid": relaid(), "bands": bands(), "pipeline": pipeline()}
+
+
+def relaid():
+    """Whether rows that all devices have get to those that draw them, past the host."""
+    before = Placement(mesh_of(1, 4))
+    after = Placement(mesh_of(1, 2, guidance=2), guidance="guidance")
+    rows = [before.put_parameters(np.arange(8 * n).reshape(2, -1)) for n in (1, 3)]
+    with jax.transfer_guard("disallow_explicit"):
+        placed = after.put_rows(rows, 2)
+    own = [[int(shard.data[0, 0]) for shard in x.addressable_shards] for x in placed]
+    return {"own": own, "equal": all(map(np.array_equal, placed, rows))}
 
 
 def divided(one, arguments, plan, shape, theirs=None):
