@@ -45,6 +45,14 @@ def tiled_smem(shape: tuple[int, ...], dtype: DTypeLike):
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def swizzled_smem(shape: tuple[int, ...], dtype: DTypeLike):
+    """Shared memory whose rows are swizzled as wide as they are, up to 128 bytes."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = min(128, shape[-1] * size)
+    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
 def _named_barrier(operation: str, index: Array, threads: int) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
     def emit(_, barrier):

@@ -156,6 +156,15 @@ def _quantised_matmul(call: calls.QuantisedMatmul) -> Any:
     return values if len(out) == 1 else (values, out[1].reshape(-1, rows, tokens))
 
 
+def _weight_matmul(call: calls.WeightMatmul) -> Any:
+    from pallas_kernels.hopper import weight_matmul as kernel
+
+    rows = call.x.reshape(-1, call.x.shape[-1])
+    ctas = call.device.multiprocessors
+    out = kernel.weight_matmul(rows, call.weight, call.weight_scale, ctas)
+    return out.reshape(*call.x.shape[:2], -1)
+
+
 def served() -> dict[str, Backend]:
     """The backend of every operation."""
     return {
@@ -170,6 +179,7 @@ def served() -> dict[str, Backend]:
         "text_memory": _backend(reasons.text_reason, _text_memory),
         "cross_attention": _backend(reasons.cross_reason, _cross_attention),
         "quantised_matmul": _backend(reasons.matmul_reason, _quantised_matmul),
+        "weight_matmul": _backend(reasons.weight_reason, _weight_matmul, reasons.weight_unasked),
     }
 
 

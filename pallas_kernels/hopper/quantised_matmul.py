@@ -103,9 +103,9 @@ def _scratch(config: MatmulConfig, dtype, out_dtype, blockwise: bool) -> dict[st
     quantise = out_dtype in LARGEST
     width, slots = (128, 1) if quantise else (32, 3)
     buffers = dict(
-        x_smem=_tiled((stages, TILE_ROWS, DEPTH), dtype),
-        w_smem=_tiled((stages, TILE_COLUMNS, DEPTH), dtype),
-        out_smem=_tiled((CONSUMERS, slots, ROWS, width), out_dtype),
+        x_smem=mosaic.swizzled_smem((stages, TILE_ROWS, DEPTH), dtype),
+        w_smem=mosaic.swizzled_smem((stages, TILE_COLUMNS, DEPTH), dtype),
+        out_smem=mosaic.swizzled_smem((CONSUMERS, slots, ROWS, width), out_dtype),
         rows_smem=plgpu.SMEM((stages // 2 if blockwise else 1, TILE_ROWS), jnp.float32),
         columns_smem=plgpu.SMEM((2, TILE_COLUMNS), jnp.float32),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -118,14 +118,6 @@ def _scratch(config: MatmulConfig, dtype, out_dtype, blockwise: bool) -> dict[st
     if quantise:
         buffers["scale_smem"] = plgpu.SMEM((TILE_ROWS,), jnp.float32)
     return buffers
-
-
-def _tiled(shape: tuple[int, ...], dtype):
-    """Shared memory in the swizzled tiling that TMA and WGMMA agree on."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = min(128, shape[-1] * size)
-    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 class _Matmul:

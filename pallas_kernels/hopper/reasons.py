@@ -107,6 +107,29 @@ def matmul_reason(call: calls.QuantisedMatmul) -> str:
     return ""
 
 
+def weight_reason(call: calls.WeightMatmul) -> str:
+    """Device, dtypes, and sizes that its copies and tiles take."""
+    outputs, inputs = call.weight.shape
+    if reason := device_reason(call.device):
+        return reason
+    if call.x.dtype != jnp.bfloat16 or call.weight.dtype != jnp.int8:
+        return (
+            "Hopper's product with 8-bit weights takes bfloat16 and int8; got "
+            f"{call.x.dtype} and {call.weight.dtype}"
+        )
+    if inputs % 64 or outputs % 128:
+        return f"it takes inputs in steps of 64 and outputs of 128; got {inputs} and {outputs}"
+    return ""
+
+
+def weight_unasked(call: calls.WeightMatmul) -> str:
+    """Where it serves only on request: smaller programs read the weights of few rows as fast."""
+    rows = call.x.shape[0] * call.x.shape[1]
+    if not 64 <= rows <= 512:
+        return f"the product of {rows} rows is left to other kernels unless asked for"
+    return ""
+
+
 def cross_reason(call: calls.CrossAttention) -> str:
     """Device, dtypes, and the size of the text."""
     return device_reason(call.device) or _text_reason(call.q.dtype, call.k, call.v)

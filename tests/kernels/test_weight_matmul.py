@@ -1,17 +1,23 @@
 """Products of activations as they are with 8-bit weights: XLA's, interpreted, lowered, on a GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import support
+from pallas_kernels import backends, support
+from pallas_kernels.hopper import reasons as hopper_reasons
 from pallas_kernels.portable import reasons
 
 HOPPER = support.Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
 AMPERE = support.Device("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108)
 INT8, E4M3 = jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn)
+needs_mosaic = pytest.mark.skipif(
+    bool(hopper_reasons.jax_reason()), reason=hopper_reasons.jax_reason() or "-"
+)
 needs_triton = pytest.mark.skipif(bool(reasons.jax_reason()), reason=reasons.jax_reason() or "-")
 
 
@@ -65,39 +71,95 @@ def test_the_kernel_against_float64(batch, tokens, inputs, outputs, weights, on,
     check(pk.weight_matmul(*given, implementation="portable"), given)
 
 
-@needs_triton
+@needs_mosaic
 @pytest.mark.parametrize(
-    ("device", "dtype", "weights", "tokens", "reason"),
+    ("device", "dtype", "weights", "tokens", "server"),
     [
-        (HOPPER, jnp.bfloat16, INT8, 144, ""),
-        (HOPPER, jnp.bfloat16, E4M3, 144, ""),
-        (AMPERE, jnp.bfloat16, INT8, 144, ""),
-        (AMPERE, jnp.bfloat16, E4M3, 144, "capability 8.9"),
-        (HOPPER, jnp.float32, INT8, 144, "16-bit activations"),
-        (HOPPER, jnp.bfloat16, INT8, 2000, "left to the compiler"),
+        (HOPPER, jnp.bfloat16, INT8, 16, "portable"),
+        (HOPPER, jnp.bfloat16, INT8, 144, "hopper"),
+        (HOPPER, jnp.bfloat16, INT8, 400, "portable"),
+        (HOPPER, jnp.bfloat16, E4M3, 144, "portable"),
+        (HOPPER, jnp.float16, INT8, 144, "portable"),
+        (AMPERE, jnp.bfloat16, INT8, 144, "portable"),
+        (AMPERE, jnp.bfloat16, E4M3, 144, "xla"),
+        (HOPPER, jnp.float32, INT8, 144, "xla"),
+        (HOPPER, jnp.bfloat16, INT8, 2000, "xla"),
     ],
 )
-def test_who_serves(device, dtype, weights, tokens, reason, on):
+def test_who_serves(device, dtype, weights, tokens, server, on):
     on(device)
-    x, weight, scale = (
-        jax.ShapeDtypeStruct(shape, kind)
-        for shape, kind in (((2, tokens, 3584), dtype), ((512, 3584), weights),
-                            ((512,), jnp.float32))
-    )  # fmt: skip
-    traced = jax.jit(lambda *a: pk.weight_matmul(*a)).trace(x, weight, scale)
-    assert ("pallas_call" in str(traced.jaxpr)) == (not reason)
-    if "compiler" not in reason and reason:
-        with pytest.raises(NotImplementedError, match=reason):
-            jax.eval_shape(lambda *a: pk.weight_matmul(*a, implementation="portable"), x, weight,
-                           scale)  # fmt: skip
+    with backends.watch() as seen:
+        jax.eval_shape(lambda *a: pk.weight_matmul(*a), *shapes(dtype, weights, tokens))
+    assert seen == {("weight_matmul", server)}
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("device", "dtype", "weights", "named", "reason"),
+    [
+        (AMPERE, jnp.bfloat16, E4M3, "portable", "capability 8.9"),
+        (HOPPER, jnp.float32, INT8, "portable", "16-bit activations"),
+        (AMPERE, jnp.bfloat16, INT8, "hopper", "compute capability 9.0"),
+        (HOPPER, jnp.float16, INT8, "hopper", "takes bfloat16 and int8; got float16 and int8"),
+    ],
+)
+def test_what_a_kernel_cannot_serve_is_said(device, dtype, weights, named, reason, on):
+    on(device)
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(
+            lambda *a: pk.weight_matmul(*a, implementation=named), *shapes(dtype, weights, 144)
+        )
+
+
+def shapes(dtype, weights, tokens):
+    return (
+        jax.ShapeDtypeStruct((2, tokens, 3584), dtype),
+        jax.ShapeDtypeStruct((512, 3584), weights),
+        jax.ShapeDtypeStruct((512,), jnp.float32),
+    )
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs"),
+    [(1, 64, 128), (37, 3584, 384), (144, 14336, 3584), (300, 192, 128)],
+    ids=["one step", "tails", "two tiles of rows", "three steps"],
+)
+def test_hoppers_kernel_lowers(tokens, inputs, outputs, on):
+    on(HOPPER)
+    given = (
+        jax.ShapeDtypeStruct((2, tokens, inputs), jnp.bfloat16),
+        jax.ShapeDtypeStruct((outputs, inputs), jnp.int8),
+        jax.ShapeDtypeStruct((outputs,), jnp.float32),
+    )
+    call = jax.jit(lambda *a: pk.weight_matmul(*a, implementation="hopper"))
+    call.trace(*given).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize(
+    ("tiles", "steps", "rows", "parts"), [(84, 56, 16, 3), (112, 56, 144, 1), (1, 2, 16, 2)]
+)
+def test_inputs_are_parted_where_that_fills_the_gpu(tiles, steps, rows, parts):
+    """By hand, of 132 multiprocessors: 84 tiles of 56 + 6 steps, or two turns of 252 of 19 + 6."""
+    kernel = pytest.importorskip("pallas_kernels.hopper.weight_matmul")
+    assert kernel.parts_of(tiles, steps, rows, 132) == parts
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("weights", [INT8, E4M3], ids=str)
-@pytest.mark.parametrize("tokens", [1, 16, 144, 255])
-def test_the_kernel_on_a_gpu(tokens, weights):
-    given = operands(jnp.bfloat16, weights, 2, tokens, 3584, 10752)
-    check(jax.jit(pk.weight_matmul)(*given), given)
+@pytest.mark.parametrize(("weights", "named"), [(INT8, "portable"), (E4M3, "portable"),
+                                                (INT8, "hopper")], ids=str)  # fmt: skip
+@pytest.mark.parametrize("tokens", [1, 16, 37, 144, 255])
+def test_the_kernels_on_a_gpu(tokens, weights, named):
+    if named == "hopper" and (reason := hopper_reasons.device_reason(support.device_of())):
+        pytest.skip(reason)
+    for inputs, outputs in ((3584, 10752), (14336, 3584)):
+        given = operands(jnp.bfloat16, weights, 2, tokens, inputs, outputs)
+        call = jax.jit(functools.partial(pk.weight_matmul, implementation=named))
+        poison = jnp.full((16 * 2 * tokens, outputs), jnp.nan, jnp.float32).block_until_ready()
+        del poison
+        out = call(*given)
+        check(out, given)
+        np.testing.assert_array_equal(np.asarray(out), np.asarray(call(*given)))
 
 
 def test_other_weights_are_refused():
