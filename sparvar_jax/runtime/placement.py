@@ -250,7 +250,7 @@ def _same_devices(x: Any, sharding: NamedSharding) -> bool:
     """Whether an array lies on the devices of a mesh already, in the mesh's order."""
     if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding):
         return False
-    return list(x.sharding.mesh.devices.flat) == list(sharding.mesh.devices.flat)
+    return np.ravel(x.sharding.mesh.devices).tolist() == np.ravel(sharding.mesh.devices).tolist()
 
 
 def _lies(tree: Any, sharding: NamedSharding) -> bool:
