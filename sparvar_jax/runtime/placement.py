@@ -250,7 +250,8 @@ def _same_devices(x: Any, sharding: NamedSharding) -> bool:
     """Whether an array lies on the devices of a mesh already, in the mesh's order."""
     if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding):
         return False
-    return np.ravel(x.sharding.mesh.devices).tolist() == np.ravel(sharding.mesh.devices).tolist()
+    ours, theirs = (np.asarray(mesh.devices) for mesh in (x.sharding.mesh, sharding.mesh))
+    return ours.ravel().tolist() == theirs.ravel().tolist()
 
 
 def _lies(tree: Any, sharding: NamedSharding) -> bool:
