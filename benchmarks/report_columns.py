@@ -28,6 +28,11 @@ def _text(name: str) -> Callable[[Row], str]:
     return lambda row: str(row.get(name, ""))
 
 
+def _known(name: str) -> Callable[[Row], str]:
+    """As `_text`; nothing for what is none."""
+    return lambda row: "" if row.get(name) is None else str(row[name])
+
+
 def _parts(row: Row) -> str:
     parts = row.get("seconds_by_part", {})
     return ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in parts.items())
@@ -189,11 +194,11 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("plan", _text("plan")),
         ("images", _text("pictures")),
         ("devices", _text("devices")),
-        ("rows x heads", _text("mesh")),
+        ("mesh", _text("mesh")),
         ("seconds", _seconds),
         ("one device, seconds", lambda row: _seconds(row["one_device"])),
         ("images a second, times", _number("speedup", 2)),
-        ("divided from scale", _text("divided_from")),
+        ("divided from scale", _known("divided_from")),
     ),
     "serve": (
         ("model", _text("model")),

@@ -4,14 +4,16 @@
     python -m benchmarks.tune_products --write    # and puts them there
 
 Times the four products of blocks of Infinity-8B at the rows of its first scales, with more weights
-than the cache of a GPU holds, beside XLA's products with bfloat16 weights. Candidates whose output
-is wrong, or that do not fit a multiprocessor, are named and left out.
+than the cache of a GPU holds, beside XLA's products with bfloat16 weights and, where it runs,
+Hopper's own kernel. Candidates whose output is wrong, or that do not fit a multiprocessor, are
+named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ import pallas_kernels as pk
 from benchmarks.kernel_rows import measure
 from benchmarks.tune import trial
 from pallas_kernels import support
+from pallas_kernels.backends import Implementation
 from pallas_kernels.portable import tuning
 from pallas_kernels.portable.tuning import ProductTiles
 
@@ -79,15 +82,27 @@ def activations(rows: int) -> dict[int, jax.Array]:
     }
 
 
+def products(xs: Any, given: Any, implementation: Implementation) -> list[jax.Array]:
+    """Of all weights with the activations of their width."""
+    return [
+        pk.weight_matmul(xs[values.shape[1]], values, scale, implementation=implementation)
+        for values, scale in given
+    ]
+
+
+def of_hopper(operands: Any, want: list[jax.Array], repeats: int) -> str:
+    """What Hopper's own kernel takes a block, or why it does not run here."""
+    program = jax.jit(functools.partial(products, implementation="hopper"))
+    try:
+        error = max(map(_error, program(*operands), want))
+    except NotImplementedError as refusal:
+        return str(refusal)
+    return f"{milliseconds(program, operands, repeats):.4f} ms a block, error {error:.3g}"
+
+
 def compiled(most: int, operands: Any) -> dict[ProductTiles, Program | Exception]:
     """All products in one program for each candidate: traced one by one, compiled together."""
     lowered = []
-
-    def ours(xs: Any, given: Any) -> list[jax.Array]:
-        return [
-            pk.weight_matmul(xs[values.shape[1]], values, scale, implementation="portable")
-            for values, scale in given
-        ]
 
     def built(program: Any) -> Program | Exception:
         try:
@@ -99,7 +114,8 @@ def compiled(most: int, operands: Any) -> dict[ProductTiles, Program | Exception
         for tiles in candidates(most):
             take(tiles)
             # A function of its own, because tiles are no part of what jax knows a trace by.
-            lowered.append(jax.jit(lambda *given: ours(*given)).lower(*operands))
+            call = functools.partial(products, implementation="portable")
+            lowered.append(jax.jit(lambda *given, call=call: call(*given)).lower(*operands))
     with ThreadPoolExecutor() as pool:
         return dict(zip(candidates(most), pool.map(built, lowered), strict=True))
 
@@ -124,6 +140,7 @@ def tried(most: int, given: Any, repeats: int) -> Iterator[tuple[ProductTiles, f
     beside = milliseconds(reference, (xs, wide), repeats)
     print(f"{rows} rows, XLA in bfloat16: {beside:.4f} ms a block", flush=True)
     del wide
+    print(f"{rows} rows, Hopper's kernel: {of_hopper((xs, given), want, repeats)}", flush=True)
     for tiles, program in compiled(most, (xs, given)).items():
         if isinstance(program, Exception):
             print(f"{tiles}: {type(program).__name__}: {program}".partition("\n")[0][:200])

@@ -17,7 +17,7 @@ from benchmarks import (
     generate_run,
     models,
     report,
-    sizes_chart,
+    seconds_chart,
 )
 from benchmarks import generate_stats as stats
 from benchmarks.generate_bench import Bench, schedule_of
@@ -271,17 +271,30 @@ def test_tables_show_failures_and_refuse_wrong_rows(tmp_path, monkeypatch):
         report.table("generate-latency")
 
 
-def test_the_curve_of_sizes_is_ordered_and_needs_its_file(tmp_path):
+def test_curves_of_seconds_are_ordered_and_need_their_file(tmp_path):
     row = {"model": "m", "plan": "dense", "pixels": [1024, 1024], "seconds_median": 0.2}
     small = row | {"pixels": [512, 512], "seconds_median": 0.1}
     rows = [row, small, row | {"plan": "sparvar-fast"}, {"plan": "dense", "failed": "memory"}]
-    assert sizes_chart.curves(rows)["dense"] == [(512, 0.1), (1024, 0.2)]
-    with pytest.raises(SystemExit, match="run python -m benchmarks"):
-        sizes_chart.main([str(tmp_path)])
+    dense = seconds_chart.curves("generate-sizes", rows)["dense"]
+    assert dense == [(512, 0.1, "0.100"), (1024, 0.2, "0.200")]
+    with pytest.raises(SystemExit, match="run its benchmark first"):
+        seconds_chart.main([str(tmp_path), "generate-sizes"])
     record.write("generate-sizes", rows[:3], folder=str(tmp_path))
-    sizes_chart.main([str(tmp_path)])
+    seconds_chart.main([str(tmp_path), "generate-sizes"])
     with Image.open(tmp_path / "generate-sizes.png") as picture:
         assert picture.width > 500
+
+
+def test_the_curve_of_devices_begins_with_one(tmp_path):
+    alone = {"one_device": {"seconds_median": 0.6}, "model": "m", "plan": "dense", "pictures": 1}
+    two = alone | {"devices": 2, "mesh": "1x2x1", "seconds_median": 0.37}
+    four = alone | {"devices": 4, "mesh": "1x2x2", "seconds_median": 0.27}
+    rows = [four, two, two | {"pictures": 4, "seconds_median": 1.0}]
+    wanted = [(1, 0.6, "0.600"), (2, 0.37, "0.370 (1x2x1)"), (4, 0.27, "0.270 (1x2x2)")]
+    assert seconds_chart.curves("generate-devices", rows) == {"dense": wanted}
+    record.write("generate-devices", rows, folder=str(tmp_path))
+    seconds_chart.main([str(tmp_path), "generate-devices"])
+    assert (tmp_path / "generate-devices.png").stat().st_size > 5000
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def weight_reason(call: calls.WeightMatmul) -> str:
 def weight_unasked(call: calls.WeightMatmul) -> str:
     """Where it serves only on request: smaller programs read the weights of few rows as fast."""
     rows = call.x.shape[0] * call.x.shape[1]
-    if not 64 <= rows <= 512:
+    if not 9 <= rows <= 512:
         return f"the product of {rows} rows is left to other kernels unless asked for"
     return ""
 

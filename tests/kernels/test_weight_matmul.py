@@ -75,7 +75,8 @@ def test_the_kernel_against_float64(batch, tokens, inputs, outputs, weights, on,
 @pytest.mark.parametrize(
     ("device", "dtype", "weights", "tokens", "server"),
     [
-        (HOPPER, jnp.bfloat16, INT8, 16, "portable"),
+        (HOPPER, jnp.bfloat16, INT8, 4, "portable"),
+        (HOPPER, jnp.bfloat16, INT8, 16, "hopper"),
         (HOPPER, jnp.bfloat16, INT8, 144, "hopper"),
         (HOPPER, jnp.bfloat16, INT8, 400, "portable"),
         (HOPPER, jnp.bfloat16, E4M3, 144, "portable"),
