@@ -1,6 +1,12 @@
 """Files of prompts through the command, a Ray mapper, and several devices of one process."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -68,17 +74,71 @@ def job_of(prompts):
     return PromptJob(read_prompts(prompts, 4), 2)
 
 
-@pytest.mark.slow
-def test_a_job_on_ray(model, prompts, tmp_path):
-    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
-    ray.init(num_cpus=2, include_dashboard=False)
-    try:
+# Ray warns of its own older settings, and forks below the threads of jax.
+of_ray = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+]
+ON_RAY = """
+import sys
+import ray
+from sparvar_jax.pipelines import ray_data
+from sparvar_jax.pipelines.prompt_files import read_prompts
+from sparvar_jax.pipelines.prompt_jobs import PromptJob
+
+prompts, out, model, plan = sys.argv[1:]
+ray.init(num_cpus=2, include_dashboard=False)
+job = PromptJob(read_prompts(prompts, 4), 1)
+print(ray_data.run_on_ray(job, out, model, workers=2, gpus=0, drawing={"plan": plan}))
+"""
+
+
+@pytest.fixture
+def ray():
+    found = pytest.importorskip("ray", reason="the extra ray is not installed")
+    found.init(num_cpus=2, include_dashboard=False)
+    yield found
+    found.shutdown()
+
+
+class TestRay:
+    """Two workers on a cluster of two cores, which leaves none for anything else."""
+
+    pytestmark = of_ray
+
+    def test_a_job(self, ray, model, prompts, tmp_path):
         arguments = {"workers": 2, "gpus": 0, "drawing": {"plan": SHORT}}
         assert ray_data.run_on_ray(job_of(prompts), tmp_path / "out", model, **arguments) == 3
         (tmp_path / "out" / "000002.png").unlink()
         assert ray_data.run_on_ray(job_of(prompts), tmp_path / "out", model, **arguments) == 1
-    finally:
-        ray.shutdown()
+
+    def test_a_job_that_was_killed_goes_on(self, model, tmp_path):
+        """Driver and workers die once some pictures are there; the second run draws the others."""
+        pytest.importorskip("ray", reason="the extra ray is not installed")
+        prompts, out, count = tmp_path / "prompts.txt", tmp_path / "out", 60
+        prompts.write_text("\n".join(f"a red apple number {n}" for n in range(count)))
+        command = [sys.executable, "-c", ON_RAY, prompts, out, model, SHORT]
+        first = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+        try:
+            until = time.monotonic() + 200
+            while not (before := sorted(out.glob("*.png"))):
+                assert first.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.05)
+        finally:
+            os.killpg(first.pid, signal.SIGKILL)
+            first.wait()
+            subprocess.run([Path(sys.executable).with_name("ray"), "stop", "--force"], check=True)
+        before = {file: file.read_bytes() for file in sorted(out.glob("*.png"))}
+        assert len(before) < count
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert int(done.stdout.split()[-1]) == count - len(before)
+        assert sorted(file.name for file in out.glob("*.png")) == [
+            f"{place:06d}.png" for place in range(count)
+        ]
+        assert all(file.read_bytes() == content for file, content in before.items())
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,9 @@ def run_on_ray(
     import ray.data  # pyright: ignore[reportMissingImports]
 
     with claim(Path(out), job, Host()):
-        done = ray.data.range(len(job.batches)).map_batches(
+        # Items, not a range: tasks that make one wait for a core, and workers may hold them all.
+        numbers = [{"id": index} for index in range(len(job.batches))]
+        done = ray.data.from_items(numbers).map_batches(
             PromptMapper,
             fn_constructor_args=(job, str(out), model, options, drawing),
             batch_size=1,
