@@ -32,7 +32,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from benchmarks import _record as record
-from benchmarks import generate_check, models
+from benchmarks import generate_check, models, tolerances
 from benchmarks._trace import kernel_times
 from benchmarks.generate_bench import Bench, measure
 from benchmarks.models import Parts
@@ -118,7 +118,7 @@ def check(pair: Pair, plan: Plan) -> Row:
         laid_out = _lay_out(state, placement) if following in wanted else None
     worst = max(entry["cache_error"] for entry in found.values())
     agreement = min(entry["token_agreement"] for entry in found.values())
-    allowed = generate_check.tolerance(one.parts)
+    allowed = tolerances.tolerance(one.parts)
     problem = None
     if not worst <= allowed.cache:
         problem = f"keys and values differ from one device by {worst:.3g}"
