@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _record as record
+from benchmarks._options import parser_of
 from benchmarks.gpus import GPUS, Gpu
 
 ASSEMBLER = "nvidia-cuda-nvcc"
@@ -200,9 +201,7 @@ def write(rows: list[dict[str, Any]], folder: Path) -> None:
 
 def main() -> int:
     """Assemble for every family, show what is wrong, and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--families", nargs="+", choices=GPUS, default=list(GPUS))
     parser.add_argument("--cases", nargs="+", default=["*"], help="shell patterns of case names")
     parser.add_argument("--folder", help="where to write instead of benchmarks/results")

@@ -10,7 +10,6 @@ are drawn freely with the same seed. `--write` keeps the table in `cache-error.j
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 from pathlib import Path
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 
 from benchmarks import _record as record
+from benchmarks._options import parser_of
 from benchmarks.demo_pictures import psnr
 from sparvar_jax.cli import console
 from sparvar_jax.pipelines.memory import cache_bytes
@@ -106,9 +106,7 @@ def line(row: Row) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure every form and print it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", type=Path, help="model directory, by default the demo model")
     parser.add_argument("--plan", default="dense")
     parser.add_argument("--size", default="0.25M")

@@ -9,12 +9,13 @@ Starts two processes one after the other with a new compile cache. Each makes th
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
+
+from benchmarks._options import add_out, parser_of
 
 KEY = ("model", "plan", "batch", "cache")
 
@@ -75,15 +76,13 @@ def two_processes(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write the rows."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="infinity_8b", help="released shape or directory")
     parser.add_argument("--plan", default="dense")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--cache", help="measure this process alone, with this compile cache")
-    parser.add_argument("--out", help="folder, default benchmarks/results/DEVICE")
+    add_out(parser)
     asked = parser.parse_args(arguments)
     if asked.cache is None:
         two_processes(arguments)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from benchmarks import _record as record
 from benchmarks import models
+from benchmarks._options import add_out
 from benchmarks.generate_stats import GIB, program_bytes
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig, to_uint8
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
@@ -163,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--tiny", action="store_true", help="small shapes, as a rehearsal")
-    parser.add_argument("--out", default=None, help="folder, default benchmarks/results/DEVICE")
+    add_out(parser)
     options = parser.parse_args(arguments)
     rows, name = [], "decoder-tiny" if options.tiny else "decoder"
     for case in TINY_CASES if options.tiny else CASES:

@@ -14,8 +14,6 @@ a sheet whose columns are the ways, in the order of the file.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +22,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from benchmarks import _record as record
+from benchmarks._options import add_out, parser_of
 from benchmarks.demo_pictures import psnr
 from benchmarks.demo_training import draw, encode_pictures, to_uint8
 from examples.gallery import contact_sheet
@@ -155,13 +154,11 @@ def examples(count: int, things: int | None, seed: int) -> tuple[list[str], Any,
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", help="model directory, default the demo")
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--things", type=int, help="only so many things (rehearsal)")
-    parser.add_argument("--out", type=Path, help="folder, default benchmarks/results/DEVICE")
+    add_out(parser)
     asked = parser.parse_args()
     ways = Ways(Pipeline.from_checkpoint(asked.model))
     captions, recipes, sprites = examples(asked.count, asked.things, seed=11)

@@ -9,8 +9,6 @@ worse; one that takes a caption for a bag of words does not. Writes `demo_order.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _record as record
+from benchmarks._options import add_out, parser_of
 from benchmarks.demo_training import encode_pictures, losses
 from examples.train_demo import vocabulary
 from examples.train_demo.captions import (
@@ -59,13 +58,11 @@ def scenes(collection: Collection, count: int, seed: int) -> tuple[list[Recipe],
 
 def main() -> None:
     """Print the losses and write them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", help="model directory, default the demo")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--things", type=int, help="only so many things (rehearsal)")
-    parser.add_argument("--out", type=Path, help="folder, default benchmarks/results/DEVICE")
+    add_out(parser)
     asked = parser.parse_args()
     model = load_model(asked.model)
     collection, sprites = load_sprites(asked.things)

@@ -10,7 +10,6 @@ only the second is of use on a machine that others use too. Writes `demo_widths.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _record as record
+from benchmarks._options import add_out, parser_of
 from examples.train_demo.export import write_model
 from examples.train_demo.models import SHIPPED, initial
 from sparvar_jax.models.bsq_vae import BsqVae
@@ -75,13 +75,11 @@ def measured(shape: str, size: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every shape asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("shapes", nargs="*", metavar="WIDTHxDEPTH")
     parser.add_argument("--draw", type=Path, help="draw with this model and print the seconds")
     parser.add_argument("--size", default="1M")
-    parser.add_argument("--out", type=Path, help="folder, default benchmarks/results/DEVICE")
+    add_out(parser)
     asked = parser.parse_args()
     if asked.draw is not None:
         print(json.dumps(drawings(asked.draw, asked.size)))

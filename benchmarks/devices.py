@@ -32,7 +32,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from benchmarks import _record as record
-from benchmarks import generate_check, models
+from benchmarks import generate_check, models, tolerances
+from benchmarks._options import add_out, parser_of
 from benchmarks._trace import kernel_times
 from benchmarks.generate_bench import Bench, measure
 from benchmarks.models import Parts
@@ -118,7 +119,7 @@ def check(pair: Pair, plan: Plan) -> Row:
         laid_out = _lay_out(state, placement) if following in wanted else None
     worst = max(entry["cache_error"] for entry in found.values())
     agreement = min(entry["token_agreement"] for entry in found.values())
-    allowed = generate_check.tolerance(one.parts)
+    allowed = tolerances.tolerance(one.parts)
     problem = None
     if not worst <= allowed.cache:
         problem = f"keys and values differ from one device by {worst:.3g}"
@@ -221,9 +222,7 @@ def line(row: Row) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="infinity_8b", help="released shape or directory")
     parser.add_argument("--plans", nargs="+", default=["dense", "sparvar-fast"])
     parser.add_argument("--devices", type=int, help="how many; all by default")
@@ -235,7 +234,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--trace", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", help="folder, default benchmarks/results/DEVICE")
+    add_out(parser)
     return parser.parse_args(arguments)
 
 

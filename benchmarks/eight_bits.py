@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks import _record as record
 from benchmarks import eight_bits_models as variants
+from benchmarks._options import add_out, parser_of
 from benchmarks.quality import DEMO_PROMPTS, read_prompts
 from benchmarks.quality_report import sheet
 from benchmarks.report_columns import COLUMNS
@@ -152,9 +153,7 @@ def table(rows: list[Row], tokens: list[int]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     cpu = jax.default_backend() == "cpu"
     parser.add_argument("model", nargs="?", help="directory or name, default: the demo model")
     parser.add_argument("--size", default="0.25M" if cpu else "1M")
@@ -162,7 +161,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plan", default="dense")
     parser.add_argument("--only", nargs="+", help="names of variants, default: all")
     parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", help="folder, default benchmarks/results/DEVICE")
+    add_out(parser)
     return parser.parse_args(arguments)
 
 

@@ -12,12 +12,12 @@ what limits it. Times are shown where benchmarks/results/h100/kernels-portable.j
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
 from pathlib import Path
 
+from benchmarks._options import parser_of
 from benchmarks.gpus import GPUS, Gpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,9 +70,7 @@ def render(page: str, times: dict[str, float]) -> str:
 
 def main() -> None:
     """Write or check the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--check", action="store_true")
     asked = parser.parse_args()
     before = PAGE.read_text()

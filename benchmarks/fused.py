@@ -22,6 +22,7 @@ from jax import lax
 
 import pallas_kernels as pk
 from benchmarks import _record as record
+from benchmarks._options import add_out
 
 SHAPES = {"2b": (16, 128), "8b": (28, 128)}  # heads, head dim
 TOKENS = (16, 256, 1024, 4096)
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--kernels", choices=("hopper", "portable"), default="hopper")
     parser.add_argument("--name", default="fused", help="name of the results file")
-    parser.add_argument("--out", default=None, help="folder, default benchmarks/results/DEVICE")
+    add_out(parser)
     arguments = parser.parse_args()
     rows = []
     for make in (norm_case, rotary_case, cross_case):

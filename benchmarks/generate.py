@@ -19,6 +19,7 @@ import sys
 from typing import get_args
 
 from benchmarks import _record as record
+from benchmarks._options import add_out, parser_of
 from benchmarks.generate_run import Options, Row, run
 from benchmarks.generate_suites import SUITES, Text
 from pallas_kernels import backends
@@ -57,9 +58,7 @@ def line(row: Row) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--models", nargs="+", help="released shapes or model directories")
     parser.add_argument("--plans", nargs="+")
@@ -78,7 +77,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernels", choices=backends.PATHS, help="the path, default: the best")
     parser.add_argument("--trace", action="store_true", help="also sum GPU time by kernel")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, help="compare with XLA")
-    parser.add_argument("--out", help="folder, default benchmarks/results/DEVICE")
+    add_out(parser)
     return parser.parse_args(arguments)
 
 

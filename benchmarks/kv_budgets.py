@@ -12,7 +12,6 @@ with their source: their pictures, cards and batches are not ours. `--write` kee
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import tempfile
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import _record as record
+from benchmarks._options import parser_of
 from benchmarks.cache_error import PROMPTS
 from sparvar_jax.cli import console
 from sparvar_jax.models.infinity_parts import InfinityConfig
@@ -189,9 +189,7 @@ def line(row: Row) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Draw every plan, print its row, and keep it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", type=Path, help="model directory, by default the demo model")
     parser.add_argument("--size", default="0.25M")
     parser.add_argument("--write", action="store_true", help="keep it in benchmarks/results")

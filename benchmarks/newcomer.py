@@ -10,7 +10,6 @@ What pip has downloaded before is used again. Rows go to `newcomer.json`.
 
 from __future__ import annotations
 
-import argparse
 import os
 import pathlib
 import subprocess
@@ -21,6 +20,7 @@ import venv
 from typing import Any
 
 from benchmarks import _record as record
+from benchmarks._options import add_out, parser_of
 from sparvar_jax.pipelines import metadata
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -74,14 +74,12 @@ def path(place: pathlib.Path, program: list[Any], options: list[str]) -> list[di
 
 def main() -> None:
     """Measure and write the rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--installed", action="store_true", help="install nothing")
     parser.add_argument("--extra", help="extra to install, such as cuda13")
     parser.add_argument("--size", help="0.06M, 0.25M or 0.60M: draw smaller pictures")
     parser.add_argument("--model", help="model directory or name; default the demo model")
-    parser.add_argument("--out", help="folder, default benchmarks/results/DEVICE")
+    add_out(parser)
     asked = parser.parse_args()
     options = ["--size", asked.size] if asked.size else []
     options += ["--model", asked.model] if asked.model else []

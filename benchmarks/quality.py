@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks import _record as record
 from benchmarks import quality_report
+from benchmarks._options import add_out
 from benchmarks.quality_drawing import Drawing
 from benchmarks.quality_plans import DEFAULT_PLANS
 from benchmarks.teacher_forcing import LogitComparison
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--sheets", nargs="*", default=["sparvar-paper", "sparvar-fast"])
     parser.add_argument("--name", default="quality")
-    parser.add_argument("--out", default=None, help="folder, default benchmarks/results/DEVICE")
+    add_out(parser)
     arguments = parser.parse_args()
     deadline = time.perf_counter() + arguments.budget_seconds
     pipe = Pipeline.from_checkpoint(arguments.model, dtype=arguments.dtype)

@@ -12,7 +12,8 @@ import numpy as np
 from sparvar_jax.models import bsq_vae
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.pipelines.requests import resolve_plan, resolve_schedule
-from sparvar_jax.plans.plan import LAST_SCALES, Plan, with_implementation
+from sparvar_jax.plans.plan import LAST_SCALES, Plan
+from sparvar_jax.plans.served import with_implementation
 from sparvar_jax.runtime.bound import Bound
 
 

@@ -12,12 +12,12 @@ between `|`. `with` is what a generation was asked for besides its plan, or `def
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 import re
 import sys
 
+from benchmarks._options import parser_of
 from benchmarks.report_columns import COLUMNS, asked_with
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -102,9 +102,7 @@ def render(page: str) -> str:
 
 def main() -> None:
     """Rewrite or check the tables of all pages, or print tables by name."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("names", nargs="*", help="tables to print, such as h200/generate-latency")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as pk
+from benchmarks._options import parser_of
 from pallas_kernels.sparsity import Gaps, visible_rows
 
 TOOLS = ("memcheck", "racecheck")
@@ -145,9 +146,7 @@ def watch(tool: str, command: str) -> list[str]:
 
 def main() -> int:
     """Both tools over all kernels."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()

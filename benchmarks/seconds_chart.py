@@ -8,12 +8,12 @@ Writes the PNG beside the JSON file of that name in `benchmarks/results/DEVICE`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks._options import parser_of
 from benchmarks._record import RESULTS
 
 Point = tuple[int, float, str]
@@ -82,9 +82,7 @@ def draw(name: str, content: dict[str, Any], file: pathlib.Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Draw the chart of a device's results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("device", help="folder of benchmarks/results, or a path")
     parser.add_argument("name", choices=AXES)
     asked = parser.parse_args(arguments)

@@ -26,6 +26,7 @@ import uvicorn
 
 from benchmarks import _record as record
 from benchmarks import models
+from benchmarks._options import add_out, parser_of
 from benchmarks.serve_client import PROMPT
 from sparvar_jax.cli import console
 from sparvar_jax.models.t5 import T5Encoder
@@ -153,16 +154,14 @@ def measure(name: str, asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write the rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", default=["demo"], help="demo, shapes or directories")
     parser.add_argument("--plan", default="dense")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=20.0, help="of every number of clients")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--out", help="folder, default benchmarks/results/DEVICE")
+    add_out(parser)
     asked = parser.parse_args(arguments)
     console.use_compilation_cache()
     for name in asked.models:

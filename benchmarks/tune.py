@@ -9,7 +9,6 @@ multiprocessor, are named and left out.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -17,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import kernel_cases, kernels
+from benchmarks._options import parser_of
 from pallas_kernels import backends, shapes, support
 from pallas_kernels.portable import tuning
 from pallas_kernels.portable.tuning import Launch, TileConfig
@@ -77,9 +77,7 @@ def times(kind: str, calls: int, batches: int) -> dict[TileConfig, float]:
 
 def main() -> int:
     """Try the cases asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--cases", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--calls", type=int, default=20, help="calls a batch")
     parser.add_argument("--batches", type=int, default=3)

@@ -11,7 +11,6 @@ named and left out.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as pk
+from benchmarks._options import parser_of
 from benchmarks.kernel_rows import measure
 from benchmarks.tune import trial
 from pallas_kernels import support
@@ -174,9 +174,7 @@ def write(lines: dict[str, dict[str, int]]) -> None:
 
 def main() -> None:
     """Try all candidates."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="into tuning.json")

@@ -32,7 +32,6 @@ import contextlib
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -68,45 +67,8 @@ class Backend:
     probe: Callable[[Any], str] = nothing
 
 
-class Registration:
-    """A backend that `register` has added; as a context manager it is removed at the end."""
-
-    def __init__(self, op: str, name: str):
-        self.op, self.name = op, name
-
-    def __enter__(self) -> Registration:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        unregister(self.op, self.name)
-
-
 PATHS = ("hopper", "portable", "cudnn", "xla")
 """What `use` takes: a path leaves out those in front of it, and its own backend comes first."""
-
-
-class PathChoice:
-    """A path that `use` has chosen; as a context manager the one before is back at the end."""
-
-    def __init__(self, before: str | None):
-        self.before = before
-
-    def __enter__(self) -> PathChoice:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        use(self.before)
-
 
 _chosen: dict[str, str | None] = {"path": None}
 _table: dict[str, tuple[Backend, ...]] = {op: () for op in OPS}
@@ -121,9 +83,10 @@ def declare(op: str, *backends: Backend) -> None:
     _table[op] = backends
 
 
-def register(op: str, backend: Backend, *, before: str | None = None) -> Registration:
+def register(op: str, backend: Backend, *, before: str | None = None) -> contextlib.ExitStack:
     """Add a backend to an operation in front of the one named `before` (default: of all).
 
+    What it returns removes the backend at the end of a `with`, and may be dropped to keep it.
     Raises ValueError for an unknown operation, an unknown `before`, or a name that is taken.
     """
     present = _backends(op)
@@ -138,7 +101,7 @@ def register(op: str, backend: Backend, *, before: str | None = None) -> Registr
     place = 0 if before is None else known.index(before)
     _table[op] = (*present[:place], backend, *present[place:])
     _added[op, backend.name] = backend
-    return Registration(op, backend.name)
+    return _at_the_end(unregister, op, backend.name)
 
 
 def unregister(op: str, name: str) -> None:
@@ -156,20 +119,20 @@ def unregister(op: str, name: str) -> None:
         del _warned[key]
 
 
-def use(path: str | None) -> PathChoice:
+def use(path: str | None) -> contextlib.ExitStack:
     """Serve calls that ask for no backend on one of `PATHS`; None: on the best for their device.
 
     Operations that the path's own backend cannot serve go to those behind it. Choose before the
-    first call is traced, as with `register`. Raises ValueError for an unknown path.
+    first call is traced, as with `register`. At the end of a `with` the path before is back.
+    Raises ValueError for an unknown path.
     """
     if path is not None and path not in PATHS:
         raise ValueError(
             f"a path of kernels is one of {', '.join(PATHS)}; SPARVAR_KERNELS may also be empty. "
             f"Got {path!r}."
         )
-    choice = PathChoice(_chosen["path"])
-    _chosen["path"] = path
-    return choice
+    before, _chosen["path"] = _chosen["path"], path
+    return _at_the_end(use, before)
 
 
 def path() -> str | None:
@@ -195,6 +158,13 @@ def told(seen: set[tuple[str, str]]) -> str:
     """What `watch` has seen in one line, the operations in the order of `OPS`."""
     served = {op: sorted(name for this, name in seen if this == op) for op in OPS}
     return ", ".join(f"{op} {' and '.join(names)}" for op, names in served.items() if names)
+
+
+def _at_the_end(undo: Callable[..., Any], *arguments: Any) -> contextlib.ExitStack:
+    """What undoes something where a `with` of it ends, and nothing before."""
+    stack = contextlib.ExitStack()
+    stack.callback(undo, *arguments)
+    return stack
 
 
 def _note(call: Call, backend: Backend) -> None:

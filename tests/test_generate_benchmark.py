@@ -13,11 +13,11 @@ from benchmarks import _record as record
 from benchmarks import (
     cold_start,
     generate,
-    generate_check,
     generate_run,
     models,
     report,
     seconds_chart,
+    tolerances,
 )
 from benchmarks import generate_stats as stats
 from benchmarks.generate_bench import Bench, schedule_of
@@ -142,9 +142,9 @@ def test_eight_bit_products_have_a_tolerance_of_their_own(folder):
     assert plan.schedule.scales[-1].tokens >= FEWEST_TOKENS
     done = check(narrow, plan)
     assert done.problem is None
-    assert done.tolerance == generate_check.INFINITY_EIGHT
+    assert done.tolerance == tolerances.INFINITY_EIGHT
     assert done.cache_error < 1e-4
-    assert generate_check.tolerance(parts) == generate_check.TRAINED_EIGHT
+    assert tolerances.tolerance(parts) == tolerances.TRAINED_EIGHT
     other = Bench(narrow.parts, 1)
     kernel = nnx.merge(*nnx.split(narrow.parts.transformer))
     proj = kernel.blocks[0].attn.proj

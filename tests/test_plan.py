@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from sparvar_jax.plans.plan import Plan, Segment, dense_plan, map_attention, with_implementation
+from sparvar_jax.plans.plan import Plan, Segment, dense_plan, map_attention
 from sparvar_jax.plans.schedule import ScaleSchedule, infinity_schedule
+from sparvar_jax.plans.served import with_implementation
 from sparvar_jax.plans.strategy import Dense
 
 SCHEDULE = ScaleSchedule.of(((1, 1), (2, 2), (4, 4)))

@@ -1,5 +1,6 @@
 """Recipes and captions in the background: the host's whole share of the work while training."""
 
+import argparse
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import numpy as np
 from examples.train_demo import vocabulary
 from examples.train_demo.captions import draw_example, stack
 from examples.train_demo.pictures import Collection
-from examples.train_demo.variety import Variety
+from examples.train_demo.variety import Variety, paintable
 
 Chunk = dict[str, Any]
 
@@ -39,6 +40,22 @@ def make_chunk(
     ]
     ids, lengths = vocabulary.tokenise(vocabulary.read(), [words for words, _ in drawn])
     return {"recipes": stack([recipe for _, recipe in drawn]), "ids": ids, "lengths": lengths}
+
+
+def chosen(args: argparse.Namespace, collection: Collection) -> np.ndarray:
+    """Indices of the training pictures that this run draws from."""
+    return collection.distinct(collection.train) if args.distinct else collection.train
+
+
+def maker(
+    args: argparse.Namespace, collection: Collection, sprites: np.ndarray
+) -> Callable[[int, int], Chunk]:
+    """What draws captions and recipes as a command line asks for them."""
+    variety = Variety(args.variety, paintable(collection.pictures, sprites))
+    things = chosen(args, collection)
+    return lambda size, seed: make_chunk(
+        collection, things, size, seed, args.scenes, variety, args.plain_style
+    )
 
 
 class Feeder:

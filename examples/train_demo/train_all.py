@@ -17,14 +17,13 @@ import jax
 
 from examples.train_demo import optim, parallel, resume, store, train_tokenizer, train_transformer
 from examples.train_demo.course import Budget, Record, Used
+from examples.train_demo.feed import chosen, maker
 from examples.train_demo.models import SIZES, DemoConfig, Network, initial, networks
 from examples.train_demo.pictures import load, render
 from examples.train_demo.programs import BATCHES, Programs
 from examples.train_demo.train_transformer import (
     Setting,
-    chosen,
     make_programs,
-    maker,
     start_params,
 )
 from sparvar_jax.models.bsq_vae import BsqVae

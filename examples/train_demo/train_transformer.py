@@ -23,7 +23,7 @@ from jaxtyping import Array
 from examples.train_demo import optim, parallel, pool, store
 from examples.train_demo.captions import STYLE_SUFFIX
 from examples.train_demo.course import COURSES, Budget, Record, Used, course
-from examples.train_demo.feed import Chunk, Feeder, make_chunk
+from examples.train_demo.feed import Chunk, Feeder, maker
 from examples.train_demo.models import (
     SCHEDULE,
     SIZES,
@@ -32,9 +32,8 @@ from examples.train_demo.models import (
     initial,
     networks,
 )
-from examples.train_demo.pictures import Collection, load_sprites
+from examples.train_demo.pictures import load_sprites
 from examples.train_demo.programs import BATCHES, Objective, Programs
-from examples.train_demo.variety import Variety, paintable
 from sparvar_jax.models.infinity import Infinity
 from sparvar_jax.models.t5 import T5Encoder
 
@@ -255,11 +254,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen(args: argparse.Namespace, collection: Collection) -> np.ndarray:
-    """Indices of the training pictures that this run draws from."""
-    return collection.distinct(collection.train) if args.distinct else collection.train
-
-
 def make_programs(args: argparse.Namespace, nets: dict[str, Network], mesh: Any) -> Programs:
     """The steps at the batch sizes asked for; compilation begins here."""
     used = args.cycle or {scales for part in COURSES for scales in part.cycle}
@@ -267,17 +261,6 @@ def make_programs(args: argparse.Namespace, nets: dict[str, Network], mesh: Any)
     batches = {scales: batch for scales, batch in batches.items() if scales in used}
     objective = Objective(args.last_weight, args.text_dropped, args.memory)
     return Programs(nets, mesh, batches, args.pool, args.remat, objective)
-
-
-def maker(
-    args: argparse.Namespace, collection: Collection, sprites: np.ndarray
-) -> Callable[[int, int], Chunk]:
-    """What draws captions and recipes as a command line asks for them."""
-    variety = Variety(args.variety, paintable(collection.pictures, sprites))
-    things = chosen(args, collection)
-    return lambda size, seed: make_chunk(
-        collection, things, size, seed, args.scenes, variety, args.plain_style
-    )
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from sparvar_jax.models import sampling
 from sparvar_jax.models.groups import PICTURE, at_once, in_groups
-from sparvar_jax.models.layers import Precision, Stream
+from sparvar_jax.models.layers import Precision
 from sparvar_jax.models.sampling import Controls
+from sparvar_jax.models.stream import Stream
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.schedule import Scale, ScaleSchedule
 from sparvar_jax.plans.strategy import Place

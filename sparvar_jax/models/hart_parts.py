@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from sparvar_jax.models import layers
 from sparvar_jax.models.groups import by_rows
-from sparvar_jax.models.layers import DtypeName, Precision, Stream
+from sparvar_jax.models.layers import DtypeName, Precision
 from sparvar_jax.models.residual_head import ResidualShape
+from sparvar_jax.models.stream import Stream, updated
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.rows import Slot
 from sparvar_jax.plans.schedule import Scale, ScaleSchedule
@@ -248,6 +249,6 @@ class Block(nnx.Module):
         del inputs
         x, dtype, gain = stream.settled(), config.precision.compute, self.norm.scale[...]
         y = self.attn(layers.rms_norm(x, gain).astype(dtype), positions, attend)
-        x = layers.updated(x, y)
+        x = updated(x, y)
         y = self.ffn(layers.rms_norm(x, gain).astype(dtype))
-        return Stream(layers.updated(x, y))
+        return Stream(updated(x, y))

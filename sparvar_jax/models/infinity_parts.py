@@ -16,7 +16,8 @@ from pallas_kernels.api import Implementation
 from sparvar_jax.models import layers
 from sparvar_jax.models.cross_attention import CrossAttention, Text
 from sparvar_jax.models.groups import by_rows
-from sparvar_jax.models.layers import DtypeName, Precision, Stream
+from sparvar_jax.models.layers import DtypeName, Precision
+from sparvar_jax.models.stream import Stream
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.rows import Slot
 from sparvar_jax.plans.stores import Writes

@@ -13,7 +13,8 @@ from pallas_kernels import Eight
 from pallas_kernels.api import Implementation
 from sparvar_jax.models import layers
 from sparvar_jax.models.infinity_parts import FeedForward
-from sparvar_jax.models.layers import DtypeName, Precision, Stream
+from sparvar_jax.models.layers import DtypeName, Precision
+from sparvar_jax.models.stream import Stream
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.rows import Slot
 from sparvar_jax.plans.schedule import ScaleSchedule

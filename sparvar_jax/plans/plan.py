@@ -292,18 +292,3 @@ def with_store(plan: Plan, store: Store, layers: tuple[int, int] | None = None) 
         return dataclasses.replace(old, store=store) if start <= layer < stop else old
 
     return map_segments(plan, change)
-
-
-def with_implementation(plan: Plan, implementation: str | None) -> Plan:
-    """The plan with every attention served by one kernel implementation (None: the best there is).
-
-    Parity runs and kernel checks ask for "xla".
-    """
-
-    def choose(step: Step, layer: int) -> Attention | None:
-        attention: Any = step.segment(layer).attention
-        if not dataclasses.is_dataclass(attention) or not hasattr(attention, "implementation"):
-            return None
-        return dataclasses.replace(attention, implementation=implementation)  # type: ignore[type-var]
-
-    return map_attention(plan, choose)

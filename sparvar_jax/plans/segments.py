@@ -7,9 +7,10 @@ import functools
 import itertools
 from typing import Literal
 
+from sparvar_jax.plans.branch_rules import BranchRule
 from sparvar_jax.plans.schedule import Scale
 from sparvar_jax.plans.stores import Full, Store
-from sparvar_jax.plans.strategy import AllTokens, Attention, BranchRule, Dense, TokenRule
+from sparvar_jax.plans.strategy import AllTokens, Attention, Dense, TokenRule
 
 Rows = Literal["both", "cond"]
 SegmentRows = Literal["all", "shared", "cond"]

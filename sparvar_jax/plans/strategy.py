@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
@@ -236,48 +236,6 @@ class DrawsSome(Protocol):
         self, kept: Int[Array, "R T2"], place: Place, batch: int
     ) -> Bool[Array, "B T"] | None:
         """The tokens whose codes count, None for all; others add nothing to the code sum."""
-        ...
-
-
-class BranchOutput(NamedTuple):
-    """What a branch rule gives: the stream, the layer state entries it leaves, and a report."""
-
-    stream: Any
-    state: Mapping[str, jax.Array] = {}
-    report: Mapping[str, jax.Array] = {}
-
-
-@runtime_checkable
-class BranchRule(Protocol):
-    """A token rule that decides in every branch of every layer anew.
-
-    It stands in a segment in place of a `TokenRule`; every one of its layers has a state.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def reads(self) -> frozenset[str]: ...
-    @property
-    def writes(self) -> frozenset[str]: ...
-
-    def tokens(self, place: Place) -> int | None:
-        """How many tokens the self-attention runs and caches; None for all of them."""
-        ...
-
-    def branch(
-        self,
-        name: str,
-        run: Callable[[Any, Any], Any],
-        stream: Any,
-        positions: Any,
-        place: Place,
-        state: LayerState,
-    ) -> BranchOutput:
-        """One branch of one block. stream: a `models.layers.Stream`; positions: of its tokens.
-
-        `run(stream, positions)` is the branch on whatever tokens it is given.
-        """
         ...
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+from sparvar_jax.plans.branch_rules import BranchRule
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.segments import Step, state_use
-from sparvar_jax.plans.strategy import BranchRule, Place
+from sparvar_jax.plans.strategy import Place
 
 
 def validate(

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparvar_jax.models import quantizer
-from sparvar_jax.models.layers import Stream, updated
+from sparvar_jax.models.stream import Stream, updated
+from sparvar_jax.plans.branch_rules import BranchOutput
 from sparvar_jax.plans.plan import Plan, Segment, Step, map_segments
-from sparvar_jax.plans.strategy import AllTokens, BranchOutput, LayerState, Place
+from sparvar_jax.plans.strategy import AllTokens, LayerState, Place
 from sparvar_jax.policies.arguments import checked
 from sparvar_jax.policies.indices import scale_index
 from sparvar_jax.policies.routing import Layers, Policy, layer_range

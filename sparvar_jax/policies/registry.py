@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.api import Implementation
-from sparvar_jax.plans.plan import Plan, dense_plan, with_implementation
+from sparvar_jax.plans.plan import Plan, dense_plan
 from sparvar_jax.plans.schedule import ScaleSchedule
+from sparvar_jax.plans.served import with_implementation
 from sparvar_jax.policies.adaptive import adaptive
 from sparvar_jax.policies.arguments import checked
 from sparvar_jax.policies.cs4a import cs4a

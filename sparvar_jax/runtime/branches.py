@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparvar_jax.models.layers import Stream
+from sparvar_jax.models.stream import Stream
 from sparvar_jax.plans.attend import Run
+from sparvar_jax.plans.branch_rules import BranchRule
 from sparvar_jax.plans.segments import Segment
-from sparvar_jax.plans.strategy import BranchRule, Place
+from sparvar_jax.plans.strategy import Place
 
 
 def by_row(table: jax.Array) -> jax.Array:

@@ -12,18 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from sparvar_jax.models import sampling
 from sparvar_jax.models.family import Draw, How
-from sparvar_jax.models.layers import Stream, updated
+from sparvar_jax.models.stream import Stream, updated
 from sparvar_jax.plans.attend import Attend, HeadSplit
+from sparvar_jax.plans.branch_rules import BranchRule
 from sparvar_jax.plans.plan import Plan, Step
 from sparvar_jax.plans.stores import Store, Write
-from sparvar_jax.plans.strategy import (
-    KEPT,
-    AllTokens,
-    BranchRule,
-    DrawsSome,
-    Place,
-    Watches,
-)
+from sparvar_jax.plans.strategy import KEPT, AllTokens, DrawsSome, Place, Watches
 from sparvar_jax.runtime.branches import Around, by_row
 from sparvar_jax.runtime.state import ScaleOutput, State, pools
 

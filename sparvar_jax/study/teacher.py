@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparvar_jax.models.layers import Stream
+from sparvar_jax.models.stream import Stream
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.rows import Slot
 from sparvar_jax.plans.schedule import Scale, ScaleSchedule

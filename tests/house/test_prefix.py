@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from sparvar_jax.models import sampling
 from sparvar_jax.models.infinity import Condition, Infinity, InfinityConfig
-from sparvar_jax.models.layers import Stream
+from sparvar_jax.models.stream import Stream
 from sparvar_jax.plans.attend import Attend
 from sparvar_jax.plans.plan import dense_plan
 from sparvar_jax.plans.rows import Slot

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparvar_jax.models.infinity import Infinity
-from sparvar_jax.models.layers import Stream
+from sparvar_jax.models.stream import Stream
 from sparvar_jax.pipelines.memory import cache_bytes
 from sparvar_jax.plans.plan import with_store
 from sparvar_jax.plans.rows import RowMap, Slot, Span

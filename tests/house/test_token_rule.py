@@ -10,7 +10,7 @@ import pytest
 
 from sparvar_jax.models import sampling
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
-from sparvar_jax.models.layers import Stream
+from sparvar_jax.models.stream import Stream
 from sparvar_jax.plans.plan import dense_plan, map_segments
 from sparvar_jax.plans.schedule import ScaleSchedule
 from sparvar_jax.plans.strategy import Place

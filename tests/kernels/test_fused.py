@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import backends, fused, support
 from pallas_kernels.hopper import reasons
 from sparvar_jax.models import layers
+from sparvar_jax.models.stream import Stream
 from sparvar_jax.plans.stores import write_rows
 from tests.kernels.fused_cases import (
     assert_near,
@@ -51,10 +52,10 @@ def test_residual_norm_reference_gives_the_bits_of_the_model():
 def test_an_update_left_to_the_next_norm_gives_the_bits_of_one_made_at_once():
     inputs = norm_inputs()
     x, branch, table, bias = (inputs[name] for name in ("x", "branch", "table", "bias"))
-    stream = layers.Stream(x, branch, table, bias, index=1)
+    stream = Stream(x, branch, table, bias, index=1)
     made = x + table[:, 1, None] * (branch + bias)
     want = layers.modulate(made, table[:, 2], table[:, 4]).astype(jnp.bfloat16)
-    for stands in (stream, layers.Stream(made)):
+    for stands in (stream, Stream(made)):
         settled, y = stands.normed(table, 2, 4, layers.Precision().compute, None)
         np.testing.assert_array_equal(settled, made)
         np.testing.assert_array_equal(stands.settled(), made)
@@ -66,14 +67,14 @@ def test_the_norm_of_a_bfloat16_stream_is_that_of_what_the_next_block_reads(gain
     """One rounding an update, of a float32 sum; compiled too, where XLA drops casts in pairs."""
     inputs = norm_inputs(stream=jnp.bfloat16)
     x, branch, table, bias = (inputs[name] for name in ("x", "branch", "table", "bias"))
-    stream = layers.Stream(x, branch, table if gain else None, bias, index=1)
+    stream = Stream(x, branch, table if gain else None, bias, index=1)
     want = (x.astype(jnp.float32) + stream.update()).astype(jnp.bfloat16)
     np.testing.assert_array_equal(stream.settled(), want)
     for run in (lambda f: f, jax.jit):
         normed = run(lambda s: s.normed(table, 2, 4, jnp.dtype(jnp.float32), None))
         settled, y = normed(stream)
-        np.testing.assert_array_equal(run(layers.Stream.settled)(stream), settled)
-        _, again = normed(layers.Stream(settled))
+        np.testing.assert_array_equal(run(Stream.settled)(stream), settled)
+        _, again = normed(Stream(settled))
         np.testing.assert_allclose(y, again, rtol=1e-5, atol=1e-6)
 
 
