@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -25,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.hopper._names import keep_names
 
@@ -40,13 +41,10 @@ _FIRST_NAMED_BARRIER = 8
 
 
 def tiled_smem(shape: tuple[int, ...], dtype: DTypeLike):
-    """Shared memory in the 128-byte swizzled tiling that TMA writes and WGMMA reads."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    """Shared memory in the tiling that TMA writes and WGMMA reads.
 
-
-def swizzled_smem(shape: tuple[int, ...], dtype: DTypeLike):
-    """Shared memory whose rows are swizzled as wide as they are, up to 128 bytes."""
+    Rows are swizzled as wide as they are, up to 128 bytes.
+    """
     size = jnp.dtype(dtype).itemsize
     swizzle = min(128, shape[-1] * size)
     transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
@@ -92,16 +90,29 @@ class Turns:
             _named_barrier("arrive", self._next, 256)
 
 
-def pad_rows(x: Float[Array, "n T D"], multiple: int = 8) -> Float[Array, "n T3 D"]:
-    """Pad the second axis to what tiled TMA takes (most token counts already fit)."""
-    extra = -x.shape[1] % multiple
-    return jnp.pad(x, ((0, 0), (0, extra), (0, 0))) if extra else x
+def pad_rows(x: Shaped[Array, "... T D"]) -> Shaped[Array, "... T3 D"]:
+    """Pad rows to the multiples of 8 that tiled TMA takes (most token counts already fit)."""
+    extra = -x.shape[-2] % 8
+    return jnp.pad(x, (*[(0, 0)] * (x.ndim - 2), (0, extra), (0, 0))) if extra else x
 
 
 def heads_major(x: Float[Array, "R T C"], heads: int) -> Float[Array, "R H T D"]:
     """Split a token-major output into heads. A caller that merges them again undoes the
     transpose, and XLA drops the pair."""
     return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+
+def dispatch(consumers: int, consume: Callable[[Array], None], produce: Callable[[], None]) -> None:
+    """Give this warpgroup its role: the first ones consume, by number, and the last produces."""
+    warpgroup = lax.axis_index("wg")
+    pl.when(warpgroup < consumers)(lambda: consume(warpgroup))
+    pl.when(warpgroup == consumers)(produce)
+
+
+def share(items: int) -> tuple[Int[Array, ""], int, Int[Array, ""]]:
+    """(this CTA's first item, how far its next one is, how many it has) of items in turn."""
+    cta, ctas = lax.axis_index("sm"), lax.axis_size("sm")
+    return cta, ctas, lax.div(items - cta + ctas - 1, ctas)
 
 
 def row_constant(value: float) -> Float[Array, "64"]:

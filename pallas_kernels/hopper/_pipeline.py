@@ -66,9 +66,7 @@ class Pipeline:
 
     def run(self) -> None:
         """Dispatch this warpgroup to its role."""
-        warpgroup = lax.axis_index("wg")
-        pl.when(warpgroup < self.config.consumers)(lambda: self.consume(warpgroup))
-        pl.when(warpgroup == self.config.consumers)(self.produce)
+        mosaic.dispatch(self.config.consumers, self.consume, self.produce)
 
     def item(self, number, first) -> Item:
         """Describe the item at a position of this CTA's list."""

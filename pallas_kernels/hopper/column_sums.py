@@ -62,9 +62,7 @@ def column_sums_kernel(
 
     def column_sums_body(q_gmem, k_gmem, lse_gmem, out_gmem, **scratch):
         call = _ColumnSums((q_gmem, k_gmem, lse_gmem, out_gmem), scratch, config, shape, scale)
-        warpgroup = lax.axis_index("wg")
-        pl.when(warpgroup < config.consumers)(lambda: call.consume(warpgroup))
-        pl.when(warpgroup == config.consumers)(call.produce)
+        mosaic.dispatch(config.consumers, call.consume, call.produce)
 
     return mosaic.kernel(
         column_sums_body,
@@ -87,9 +85,7 @@ class _ColumnSums:
 
     def for_items(self, body) -> None:
         """Run `body(number, head, tile)` for this CTA's key tiles."""
-        cta, ctas = lax.axis_index("sm"), lax.axis_size("sm")
-        items = self.shape.heads * self.shape.key_tiles
-        mine = lax.div(items - cta + ctas - 1, ctas)
+        cta, ctas, mine = mosaic.share(self.shape.heads * self.shape.key_tiles)
 
         @pl.loop(0, mine)
         def _(number):

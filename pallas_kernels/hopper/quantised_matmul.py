@@ -72,12 +72,11 @@ def quantised_matmul(
     matrices are, so that scales have rows to whole tiles.
     """
     rows, width = x.shape[0], weight.shape[0]
-    extra, beyond = -rows % TILE_ROWS, -rows % 8 if rows > 8 else 0
+    extra = -rows % TILE_ROWS
     if extra:
         x_scale = jnp.pad(x_scale, ((0, 0), (0, extra)))
-    if beyond:  # tiled copies take multiples of 8, or fewer
-        x = jnp.pad(x, ((0, beyond), (0, 0)))
-    out_type = [jax.ShapeDtypeStruct((rows + beyond, width), dtype)]
+    x = mosaic.pad_rows(x) if rows > 8 else x  # tiled copies take fewer than 8 as well
+    out_type = [jax.ShapeDtypeStruct((x.shape[0], width), dtype)]
     if dtype in LARGEST:
         out_type.append(jax.ShapeDtypeStruct((width // BLOCK, rows + extra), jnp.float32))
     blockwise = x_scale.shape[0] > 1
@@ -103,9 +102,9 @@ def _scratch(config: MatmulConfig, dtype, out_dtype, blockwise: bool) -> dict[st
     quantise = out_dtype in LARGEST
     width, slots = (128, 1) if quantise else (32, 3)
     buffers = dict(
-        x_smem=mosaic.swizzled_smem((stages, TILE_ROWS, DEPTH), dtype),
-        w_smem=mosaic.swizzled_smem((stages, TILE_COLUMNS, DEPTH), dtype),
-        out_smem=mosaic.swizzled_smem((CONSUMERS, slots, ROWS, width), out_dtype),
+        x_smem=mosaic.tiled_smem((stages, TILE_ROWS, DEPTH), dtype),
+        w_smem=mosaic.tiled_smem((stages, TILE_COLUMNS, DEPTH), dtype),
+        out_smem=mosaic.tiled_smem((CONSUMERS, slots, ROWS, width), out_dtype),
         rows_smem=plgpu.SMEM((stages // 2 if blockwise else 1, TILE_ROWS), jnp.float32),
         columns_smem=plgpu.SMEM((2, TILE_COLUMNS), jnp.float32),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -135,14 +134,11 @@ class _Matmul:
 
     def run(self) -> None:
         """Dispatch this warpgroup to its role."""
-        warpgroup = lax.axis_index("wg")
-        pl.when(warpgroup < CONSUMERS)(lambda: self.consume(warpgroup))
-        pl.when(warpgroup == CONSUMERS)(self.produce)
+        mosaic.dispatch(CONSUMERS, self.consume, self.produce)
 
     def for_tiles(self, body) -> None:
         """Run `body(row tile, column tile, stages before)` for this CTA's tiles."""
-        cta, ctas = lax.axis_index("sm"), lax.axis_size("sm")
-        tiles = self.across[0] * self.across[1]
+        cta, ctas, mine = mosaic.share(self.across[0] * self.across[1])
 
         def tile(number, carry):
             index = cta + number * ctas
@@ -152,7 +148,7 @@ class _Matmul:
             body(row, column, number * self.steps)
             return carry
 
-        lax.fori_loop(0, lax.div(tiles - cta + ctas - 1, ctas), tile, None)
+        lax.fori_loop(0, mine, tile, None)
 
     def produce(self) -> None:
         """Fill the stages, and what the epilogue needs."""

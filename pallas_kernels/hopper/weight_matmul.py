@@ -51,8 +51,7 @@ def weight_matmul(
 ) -> Float[Array, "M O"]:
     """`x @ weight.T` times a scale an output, in the dtype of x; sums are of float32."""
     rows, outputs = x.shape[0], weight.shape[0]
-    if rows > 8 and rows % 8:  # tiled copies take multiples of 8, or fewer
-        x = jnp.pad(x, ((0, -rows % 8), (0, 0)))
+    x = mosaic.pad_rows(x) if rows > 8 else x  # tiled copies take fewer than 8 as well
     across = ceil_div(rows, MOST_ROWS)
     tile_rows = LEFT * ceil_div(ceil_div(rows, across), LEFT)
     tiles = across * ceil_div(outputs, TILE_OUTPUTS)
@@ -100,9 +99,9 @@ def _scratch(dtype, rows: int) -> dict[str, Any]:
     stage = DEPTH * (rows * jnp.dtype(dtype).itemsize + TILE_OUTPUTS)
     stages = min(MOST_STAGES, SHARED // stage)
     return dict(
-        x_smem=mosaic.swizzled_smem((stages, rows, DEPTH), dtype),
-        w_smem=mosaic.swizzled_smem((stages, TILE_OUTPUTS, DEPTH), jnp.int8),
-        out_smem=mosaic.swizzled_smem((CONSUMERS, 2, OUTPUTS, LEFT), jnp.float32),
+        x_smem=mosaic.tiled_smem((stages, rows, DEPTH), dtype),
+        w_smem=mosaic.tiled_smem((stages, TILE_OUTPUTS, DEPTH), jnp.int8),
+        out_smem=mosaic.tiled_smem((CONSUMERS, 2, OUTPUTS, LEFT), jnp.float32),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
     )
@@ -122,17 +121,14 @@ class _Product:
 
     def run(self) -> None:
         """Dispatch this warpgroup to its role."""
-        warpgroup = lax.axis_index("wg")
-        pl.when(warpgroup < CONSUMERS)(lambda: self.consume(warpgroup))
-        pl.when(warpgroup == CONSUMERS)(self.produce)
+        mosaic.dispatch(CONSUMERS, self.consume, self.produce)
 
     def for_tiles(self, body) -> None:
         """Run `body(part, first row, first output, first step, steps, steps before)` for tiles.
 
         Tiles that read the same weights run side by side.
         """
-        cta, ctas = lax.axis_index("sm"), lax.axis_size("sm")
-        tiles = self.across * self.columns * self.out.shape[0]
+        cta, ctas, mine = mosaic.share(self.across * self.columns * self.out.shape[0])
 
         def tile(number, before):
             index = cta + number * ctas
@@ -143,7 +139,7 @@ class _Product:
             body(part, row * self.rows, column * TILE_OUTPUTS, first, steps, before)
             return before + steps
 
-        lax.fori_loop(0, lax.div(tiles - cta + ctas - 1, ctas), tile, jnp.int32(0))
+        lax.fori_loop(0, mine, tile, jnp.int32(0))
 
     def produce(self) -> None:
         """Fill the stages."""
