@@ -25,11 +25,6 @@ def _of_scales(name: str, pick: Callable[[list[float]], float]) -> Callable[[Row
 
 
 def _text(name: str) -> Callable[[Row], str]:
-    return lambda row: str(row.get(name, ""))
-
-
-def _known(name: str) -> Callable[[Row], str]:
-    """As `_text`; nothing for what is none."""
     return lambda row: "" if row.get(name) is None else str(row[name])
 
 
@@ -198,7 +193,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("seconds", _seconds),
         ("one device, seconds", lambda row: _seconds(row["one_device"])),
         ("images a second, times", _number("speedup", 2)),
-        ("divided from scale", _known("divided_from")),
+        ("divided from scale", _text("divided_from")),
     ),
     "serve": (
         ("model", _text("model")),

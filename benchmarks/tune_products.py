@@ -114,8 +114,8 @@ def compiled(most: int, operands: Any) -> dict[ProductTiles, Program | Exception
         for tiles in candidates(most):
             take(tiles)
             # A function of its own, because tiles are no part of what jax knows a trace by.
-            call = functools.partial(products, implementation="portable")
-            lowered.append(jax.jit(lambda *given, call=call: call(*given)).lower(*operands))
+            call = jax.jit(lambda *given: products(*given, implementation="portable"))
+            lowered.append(call.lower(*operands))
     with ThreadPoolExecutor() as pool:
         return dict(zip(candidates(most), pool.map(built, lowered), strict=True))
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
-from sparvar_jax.plans.strategy import LayerState, Place
+from sparvar_jax.plans.strategy import LayerState, Place, UsesState
 
 
 class BranchOutput(NamedTuple):
@@ -19,18 +19,11 @@ class BranchOutput(NamedTuple):
 
 
 @runtime_checkable
-class BranchRule(Protocol):
+class BranchRule(UsesState, Protocol):
     """A token rule that decides in every branch of every layer anew.
 
     It stands in a segment in place of a `TokenRule`; every one of its layers has a state.
     """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def reads(self) -> frozenset[str]: ...
-    @property
-    def writes(self) -> frozenset[str]: ...
 
     def tokens(self, place: Place) -> int | None:
         """How many tokens the self-attention runs and caches; None for all of them."""

@@ -96,22 +96,30 @@ class Output(NamedTuple):
 
 
 @runtime_checkable
-class Attention(Protocol):
-    """How the queries of one scale meet the cache.
+class UsesState(Protocol):
+    """What is told of all that works on the state of a layer.
 
-    name: short, for tables. layouts: row maps it can read, by name. reads, writes: the entries of
-    the layer state it needs and leaves. `pairs` counts the kept (query, key) pairs per head and
-    row; `scales` names the scales whose rows it looks at.
+    name: short, for tables. reads, writes: the entries of the state that it needs and leaves.
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def layouts(self) -> tuple[LayoutName, ...]: ...
-    @property
     def reads(self) -> frozenset[str]: ...
     @property
     def writes(self) -> frozenset[str]: ...
+
+
+@runtime_checkable
+class Attention(UsesState, Protocol):
+    """How the queries of one scale meet the cache.
+
+    layouts: row maps it can read, by name. `pairs` counts the kept (query, key) pairs per head and
+    row; `scales` names the scales whose rows it looks at.
+    """
+
+    @property
+    def layouts(self) -> tuple[LayoutName, ...]: ...
 
     def pairs(self, place: Place) -> float: ...
 
@@ -175,18 +183,11 @@ class Dense(ReadsAll):
 
 
 @runtime_checkable
-class TokenRule(Protocol):
+class TokenRule(UsesState, Protocol):
     """Which tokens of a scale run in a segment's layers, and how the others are restored.
 
-    reads, writes: entries of the state of the segment's first layer.
+    It reads and writes the state of the segment's first layer.
     """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def reads(self) -> frozenset[str]: ...
-    @property
-    def writes(self) -> frozenset[str]: ...
 
     def tokens(self, place: Place) -> int | None:
         """How many tokens run: static, the cache is allocated for them. None for all of them."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from sparvar_jax.models.bands import WHOLE, Bands
 from sparvar_jax.models.family import ScaleModel
@@ -229,9 +229,12 @@ def _swapped(tree: Any, parts: tuple[int, int]) -> Any:
 def put(tree: Any, sharding: NamedSharding) -> Any:
     """Arrays where they are asked for; those that lie so already stay, whatever the mesh's name."""
     placed, treedef = jax.tree.flatten(tree)
-    wrong = [n for n, x in enumerate(placed) if not _lies(x, sharding)]
-    here = [n for n in wrong if _same_devices(placed[n], sharding)]
-    elsewhere = [n for n in wrong if n not in here]
+    here: list[int] = []
+    elsewhere: list[int] = []
+    for n, x in enumerate(placed):
+        if not _lies(x, sharding):
+            on_mesh = isinstance(x, jax.Array) and _same_devices(x.sharding, sharding)
+            (here if on_mesh else elsewhere).append(n)
     moves = (here, _relaid(sharding)), (elsewhere, lambda arrays: jax.device_put(arrays, sharding))
     for numbers, move in moves:
         moved = move([placed[n] for n in numbers]) if numbers else ()
@@ -246,12 +249,13 @@ def _relaid(sharding: NamedSharding) -> Callable[[list[jax.Array]], list[jax.Arr
     return jax.jit(lambda arrays: arrays, out_shardings=sharding)
 
 
-def _same_devices(x: Any, sharding: NamedSharding) -> bool:
-    """Whether an array lies on the devices of a mesh already, in the mesh's order."""
-    if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding):
+@functools.lru_cache(maxsize=16)
+def _same_devices(ours: Sharding, theirs: NamedSharding) -> bool:
+    """Whether arrays lie on the devices of a mesh already, in the mesh's order."""
+    if not isinstance(ours, NamedSharding):
         return False
-    ours, theirs = (np.asarray(mesh.devices) for mesh in (x.sharding.mesh, sharding.mesh))
-    return ours.ravel().tolist() == theirs.ravel().tolist()
+    one, other = (np.asarray(sharding.mesh.devices) for sharding in (ours, theirs))
+    return one.ravel().tolist() == other.ravel().tolist()
 
 
 def _lies(tree: Any, sharding: NamedSharding) -> bool:
