@@ -17,13 +17,14 @@ BROKEN = "a broken plate"
 class ToyPipe(Pipeline):
     """Knows tokens, plans and sizes of a model without its weights. Pictures have the grey `seed`.
 
-    gate: one release lets one scale pass. batches: seeds of every batch begun. scales: drawn.
+    gate: one release lets one scale pass. batches: seeds of every batch begun. asked, scales: how
+    many scales were asked for, and how many were drawn.
     """
 
     def __init__(self, folder, *, gated=False):
         super().__init__(loading.describe_model(folder))
         self.gated, self.gate = gated, threading.Semaphore(0)
-        self.batches, self.scales = [], 0
+        self.batches, self.asked, self.scales = [], 0, 0
 
     def request(self, subject=None, **options):
         if BROKEN in subject:
@@ -33,6 +34,7 @@ class ToyPipe(Pipeline):
 
     def steps(self, request):
         for index in range(SCALES):
+            self.asked += 1
             if self.gated:
                 assert self.gate.acquire(timeout=30)
             self.scales += 1
