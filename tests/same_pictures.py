@@ -2,9 +2,10 @@
 
 `python -m tests.same_pictures` prints the digests of this environment; `--quick` compiles without
 LLVM's optimisation, as the tests do. An entry is worth something only if the code that drew is
-known to draw what it should. All stored ones are of commit a25a3c8, before any module moved; code
-that passes where there is an entry may add one for another environment with `--write`, which also
-stores the pictures where there are none. A demo model trained anew needs both afresh.
+known to draw what it should. Those of classes are of commit a25a3c8, before any module moved; those
+of text were drawn by code that passed with the entries of the demo model before. Code that passes
+where there is an entry may add one for another environment with `--write`, which also stores the
+pictures where there are none. A demo model trained anew needs both afresh.
 """
 
 import argparse
