@@ -43,7 +43,7 @@ from sparvar_jax.runtime.devices import Devices
 from sparvar_jax.runtime.placement import Placement
 from sparvar_jax.runtime.state import State
 
-KEY = ("model", "plan", "devices", "mesh", "pictures", "size")
+KEY = ("model", "plan", "devices", "mesh", "pictures", "size", "matrices")
 COLLECTIVE = ("nccl", "all-to-all", "all-gather", "AllToAll", "AllGather", "SendRecv")
 
 Row = dict[str, Any]
@@ -232,6 +232,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--part-guidance", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--matrices", choices=("dense", "int8", "fp8"), default="dense")
     parser.add_argument("--trace", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
     add_out(parser)
@@ -244,12 +245,14 @@ def main(arguments: list[str] | None = None) -> None:
     console.use_compilation_cache()
     found = jax.devices()[: asked.devices]
     devices = Devices(tuple(found), asked.divide_from, asked.part_guidance)
-    parts, problems = models.build(asked.model, dtype=asked.dtype), []
+    parts = models.build(asked.model, dtype=asked.dtype, matrices=asked.matrices)
+    form = {} if asked.matrices == "dense" else {"matrices": asked.matrices}
+    problems = []
     for pictures in asked.pictures:
         pair = Pair.of(parts, devices, pictures, asked.size)
         plans = [pair.many.plan(name) for name in asked.plans]
         base = {"model": parts.name, "devices": len(found), "pictures": pictures}
-        base |= {"size": asked.size or parts.size, "compile_seconds": pair.compile(plans)}
+        base |= {"size": asked.size or parts.size, "compile_seconds": pair.compile(plans)} | form
         for plan in plans:
             row = base | measure_pair(pair, plan, asked.repeats, asked.trace)
             record.add("generate-devices", row, key=KEY, folder=asked.out)

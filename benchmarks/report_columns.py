@@ -187,6 +187,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "generate-devices": (
         ("model", _text("model")),
         ("plan", _text("plan")),
+        ("with", asked_with),
         ("images", _text("pictures")),
         ("devices", _text("devices")),
         ("mesh", _text("mesh")),

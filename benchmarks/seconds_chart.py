@@ -29,12 +29,16 @@ AXES = {
 
 
 def curves(name: str, rows: list[dict[str, Any]]) -> dict[str, list[Point]]:
-    """Points by plan, in order; failed rows, and more than one picture, are left out."""
+    """Points by plan and form of matrices, in order.
+
+    Failed rows, and those of more than one picture, are left out.
+    """
     found: dict[str, dict[int, Point]] = {}
     for row in rows:
         if "failed" in row or row.get("pictures", 1) != 1:
             continue
-        points = found.setdefault(row["plan"], {})
+        form = f", {row['matrices']}" if "matrices" in row else ""
+        points = found.setdefault(row["plan"] + form, {})
         for point in _points(name, row):
             points.setdefault(point[0], point)
     return {plan: sorted(points.values()) for plan, points in found.items()}

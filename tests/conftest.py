@@ -1,7 +1,6 @@
 """Which marked tests run, how they compile, and that annotations hold in all of them."""
 
 import gc
-import importlib.metadata
 import os
 import pathlib
 
@@ -10,6 +9,8 @@ import jaxtyping
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from tests.compiling import set_flags
+
 # Every call of a function of ours checks types and shapes, one letter being one length throughout
 # it. A float may be a whole number, as PEP 484 has it. `JAXTYPING_DISABLE=1` checks nothing.
 jaxtyping.install_import_hook(
@@ -17,15 +18,7 @@ jaxtyping.install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
-# On a CPU the tests wait for compilers, not for arithmetic. Each program is one module for LLVM:
-# splitting it in parts, to compile them side by side, costs a sixth more. XLA's older emitter of
-# loops, which releases before jaxlib 0.11 have, takes half the time. Releases that are not named
-# may not know these flags. Processes that tests start inherit them.
-if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.", "0.12.")):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        flags += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = flags.strip()
+set_flags()
 
 # Workers of `-n` on a machine with a GPU share its memory.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,9 +1,9 @@
 """Pictures of fixed seeds, drawn before the package was rearranged, and what they were.
 
-`python -m tests.same_pictures` prints the digests of this environment; `--quick` compiles without
-LLVM's optimisation, as the tests do. An entry is worth something only if the code that drew is
-known to draw what it should. Those of classes are of commit a25a3c8, before any module moved; those
-of text were drawn by code that passed with the entries of the demo model before. Code that passes
+`python -m tests.same_pictures` prints the digests of this environment, with the flags that tests
+have; `--quick` compiles without LLVM's optimisation, as they do unless asked. An entry is worth
+something only if the code that drew is known to draw what it should: the code of these drew, with
+the demo model before, the pictures of commit a25a3c8, before any module moved. Code that passes
 where there is an entry may add one for another environment with `--write`, which also stores the
 pictures where there are none. A demo model trained anew needs both afresh.
 """
@@ -29,6 +29,7 @@ from sparvar_jax.models.var import Var, VarConfig
 from sparvar_jax.models.vqvae import Vqvae, VqvaeConfig
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.weights import checkpoint
+from tests.compiling import set_flags
 
 DIGESTS = Path(__file__).parent / "fixtures" / "same_pictures.json"
 PICTURES = DIGESTS.with_suffix(".npz")
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="compile as the tests do")
     parser.add_argument("--write", action="store_true", help="store the entry")
     asked = parser.parse_args()
+    set_flags()
     jax.config.update("jax_disable_most_optimizations", asked.quick)
     drawn = dict(draw_all())
     entry = {environment(): {name: digests(drawing) for name, drawing in drawn.items()}}

@@ -290,8 +290,11 @@ def test_the_curve_of_devices_begins_with_one(tmp_path):
     two = alone | {"devices": 2, "mesh": "1x2x1", "seconds_median": 0.37}
     four = alone | {"devices": 4, "mesh": "1x2x2", "seconds_median": 0.27}
     rows = [four, two, two | {"pictures": 4, "seconds_median": 1.0}]
+    rows.append(two | {"matrices": "int8", "seconds_median": 0.25})
     wanted = [(1, 0.6, "0.600"), (2, 0.37, "0.370 (1x2x1)"), (4, 0.27, "0.270 (1x2x2)")]
-    assert seconds_chart.curves("generate-devices", rows) == {"dense": wanted}
+    small = [(1, 0.6, "0.600"), (2, 0.25, "0.250 (1x2x1)")]
+    found = seconds_chart.curves("generate-devices", rows)
+    assert found == {"dense": wanted, "dense, int8": small}
     record.write("generate-devices", rows, folder=str(tmp_path))
     seconds_chart.main([str(tmp_path), "generate-devices"])
     assert (tmp_path / "generate-devices.png").stat().st_size > 5000
