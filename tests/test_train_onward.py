@@ -215,10 +215,10 @@ def test_free_prompts_are_of_no_other_list():
     assert not set(prompts) & {entry["prompt"] for part in lists.values() for entry in part}
 
 
-def test_the_page_of_the_first_look_is_what_was_seen():
+def test_the_page_of_both_looks_is_what_was_seen():
     folder = verdicts.PROMPTS.parent
-    look = verdicts.read(folder / "before.json")
-    assert verdicts.page({"before": look}) == (folder / "before.md").read_text()
+    looks = {name: verdicts.read(folder / f"{name}.json") for name in ("before", "after")}
+    assert verdicts.page(looks) == (folder / "after.md").read_text()
 
 
 def test_verdicts_are_counted_and_gaps_refused(tmp_path):
