@@ -133,14 +133,15 @@ def digests(drawing: Drawing) -> dict[str, str]:
 def environment() -> str:
     """What the last bit of a float32 sum on a CPU can depend on.
 
-    Versions decide the programs; the processor, which instructions sum; its cores, how sums are
-    parted; LLVM's optimisation and XLA's flags, in which order they run.
+    Versions decide the programs; the processor, which instructions sum; its caches and cores, how
+    sums are parted; LLVM's optimisation and XLA's flags, in which order they run.
     """
     quick = jax.config.values["jax_disable_most_optimizations"]
     parts = (
         f"jax {jax.__version__}",
         f"jaxlib {jaxlib.__version__}",
         _processor(),
+        _caches(),
         f"{_cores()} cores",
         "quick" if quick else "optimised",
         os.environ.get("XLA_FLAGS", ""),
@@ -159,6 +160,12 @@ def _processor() -> str:
     flags = facts.get("flags", "").split()
     vectors = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if flag in flags]
     return " ".join((platform.machine(), *model, *vectors))
+
+
+def _caches() -> str:
+    """Sizes of the caches of a core, the nearest first, as far as the system tells."""
+    files = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    return "caches " + "/".join(file.read_text().strip() for file in files) if files else ""
 
 
 def _cores() -> int:
