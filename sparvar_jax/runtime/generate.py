@@ -6,7 +6,6 @@ is the unit; `Generator.run` is a Python loop over it.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -64,13 +63,16 @@ class Generator:
         Cache buffers of an earlier generation of the same shape are used again. Nothing clears
         them: a step reads rows only after writing them.
         """
-        placement = self.place(batch, plan)
         buffers = self._pool.take(self._cache_name(plan, batch))
+        if buffers is None:
+            return self._fresh(plan, batch)
+        return self.current(batch, plan)[0].again(plan, batch, buffers)
+
+    def _fresh(self, plan: Plan, batch: int) -> State:
+        """The state before the first scale, in new buffers."""
+        placement = self.place(batch, plan)
         if placement is None:
-            return empty_state(self.model, plan, batch, buffers)
-        if buffers is not None:
-            state = empty_state(self.model, plan, batch, buffers)
-            return dataclasses.replace(state, code_sum=placement.put_rows(state.code_sum))
+            return empty_state(self.model, plan, batch)
         shapes = jax.eval_shape(lambda: empty_state(self.model, plan, batch))
         where = jax.tree.map(lambda leaf: leaf.sharding, placement.state(shapes))
         return jax.jit(lambda: empty_state(self.model, plan, batch), out_shardings=where)()
@@ -104,10 +106,7 @@ class Generator:
         """
         steps, _ = self.current(batch, plan)
         options: Any = {"how": how, "threads": threads, "progress": progress}
-        if plan.route is not None:
-            for other in plan.route.plans[1:]:
-                steps.compile(other, condition, batch, **options)
-        return steps.compile(plan, condition, batch, **options)
+        return _compiled(steps, plan, condition, batch, **options)
 
     def decode_scale(
         self,
@@ -129,7 +128,7 @@ class Generator:
         return the input, the hidden state after every block, raw and guided logits.
         """
         steps, parameters = self.current(len(keys), plan)
-        condition, controls, keys = _placed(steps.placement, condition, controls, keys)
+        condition, controls, keys = steps.placed(condition, controls, keys)
         forced = _placed_tokens(steps.placement, forced)
         spec = steps.spec(plan, index, how=how, capture=capture, forced=forced is not None)
         executable = steps.executable(spec, condition, state, controls, keys, forced)
@@ -154,11 +153,13 @@ class Generator:
         """
         batch = keys.shape[0]
         steps, parameters = self.current(batch, plan)
-        condition, controls, keys = _placed(steps.placement, condition, controls, keys)
-        state = self.start(plan, batch)
+        condition, controls, keys = steps.placed(condition, controls, keys)
+        name = self._cache_name(plan, batch)
+        spare = self._pool.take(name)
+        state = self._fresh(plan, batch) if spare is None else steps.again(plan, batch, spare)
         ahead: Any = None
         if forced is None and not capture:
-            ahead = self.compile(plan, condition, batch, how=how)
+            ahead = _compiled(steps, plan, condition, batch, how=how)
         route, earlier = plan.route, state.code_sum
         for index in range(len(plan.schedule)):
             if index == len(plan.steps):
@@ -176,11 +177,11 @@ class Generator:
                 earlier = jnp.copy(state.code_sum)  # the next step takes the buffer
             if route is not None and index == route.after:
                 plan = self._chosen(route, plan.schedule, earlier, state.code_sum)
-                ahead = ahead and self.compile(plan, condition, batch, how=how)
+                ahead = ahead and steps.compile(plan, condition, batch, how=how)
                 if chosen is not None:
                     chosen(plan)
             yield state, output
-        self._pool.keep(self._cache_name(plan, batch), (state.cache, state.shared))
+        self._pool.keep(name, (state.cache, state.shared))
 
     def run(
         self, plan: Plan, condition: Any, controls: Controls, keys: Key[Array, "B"], **options: Any
@@ -229,15 +230,12 @@ class Generator:
         return batch * plan.row_factor, kept, self.model.config.precision, where
 
 
-def _placed(
-    placement: Placement | None, condition: Any, controls: Controls, keys: Any
-) -> tuple[Any, Controls, Any]:
-    """What a generation is given, where its steps expect it."""
-    if placement is None:
-        return condition, controls, keys
-    groups = jax.tree.leaves(condition)[0].shape[0] // len(keys)
-    put = placement.put_rows
-    return put(condition, groups), placement.put_parameters(controls), put(keys)
+def _compiled(steps: Steps, plan: Plan, condition: Any, batch: int, **options: Any) -> Any:
+    """The executables of a plan, once those of plans that its route may take are there as well."""
+    if plan.route is not None:
+        for other in plan.route.plans[1:]:
+            steps.compile(other, condition, batch, **options)
+    return steps.compile(plan, condition, batch, **options)
 
 
 def _placed_tokens(placement: Placement | None, tokens: Forced | jax.Array | None) -> Forced | None:

@@ -7,6 +7,7 @@ module has changed its attributes, the arrays are read from the variables found 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -22,33 +23,35 @@ class Parameters:
     def __init__(self) -> None:
         self._tree: Any = None
         self._seen: list[Attributes] = []
-        self._variables: list[Any] = []
+        self._readers: list[Callable[[], Any]] = []
+        self._kinds: list[Any] = []
         self._structure: Any = None
 
     def read(self, tree: tuple[Any, ...]) -> tuple[list[Any], Any]:
         """(arrays, structure): equal structures take each other's arrays."""
         if not self._unchanged(tree):
             self._look(tree)
-        leaves = [_value(variable) for variable in self._variables]
-        shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
-        if self._structure is None or shapes != self._structure[1]:
-            self._structure = jax.tree.structure(tree), shapes
+        leaves = [read() for read in self._readers]
+        # Of an array that is still the same, the very same object tells shape and dtype.
+        kinds = [getattr(leaf, "aval", leaf) for leaf in leaves]
+        if self._structure is None or not _all_the_same(kinds, self._kinds):
+            shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
+            if self._structure is None or shapes != self._structure[1]:
+                self._structure = jax.tree.structure(tree), shapes
+        self._kinds = kinds
         return leaves, self._structure
 
     def _unchanged(self, tree: Any) -> bool:
         """Whether these are the same modules with the same attributes."""
         if self._structure is None or len(tree) != len(self._tree):
             return False
-        if not all(map(operator.is_, tree, self._tree)):
-            return False
-        same = operator.is_
-        return all(
-            len(attributes) == len(values) and all(map(same, attributes.values(), values))
-            for attributes, values in self._seen
+        return _all_the_same(tree, self._tree) and all(
+            _all_the_same(attributes.values(), values) for attributes, values in self._seen
         )
 
     def _look(self, tree: tuple[Any, ...]) -> None:
-        self._variables = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        variables = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        self._readers = [_reader(leaf) for leaf in variables]
         modules = [
             module
             for part in tree
@@ -62,6 +65,11 @@ class Parameters:
             self._structure = None
 
 
-def _value(leaf: Any) -> Any:
-    """The array of a variable, without the view that flax puts around it."""
-    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+def _all_the_same(ours: Collection[Any], theirs: Collection[Any]) -> bool:
+    """Whether these are the very same objects in the same order."""
+    return len(ours) == len(theirs) and all(map(operator.is_, ours, theirs))
+
+
+def _reader(leaf: Any) -> Callable[[], Any]:
+    """What gives the array of a variable, without the view that flax puts around it."""
+    return leaf.get_raw_value if isinstance(leaf, nnx.Variable) else lambda: leaf

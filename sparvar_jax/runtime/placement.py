@@ -261,12 +261,16 @@ def _same_devices(ours: Sharding, theirs: NamedSharding) -> bool:
 def _lies(tree: Any, sharding: NamedSharding) -> bool:
     """Whether all arrays of a tree lie so."""
 
-    def lies(x: Any) -> bool:
-        if not isinstance(x, jax.Array):
-            return False
-        return x.sharding == sharding or x.sharding.is_equivalent_to(sharding, x.ndim)
+    return all(
+        isinstance(x, jax.Array) and _equivalent(x.sharding, sharding, x.ndim)
+        for x in jax.tree.leaves(tree)
+    )
 
-    return all(map(lies, jax.tree.leaves(tree)))
+
+@functools.lru_cache(maxsize=256)
+def _equivalent(ours: Sharding, theirs: NamedSharding, axes: int) -> bool:
+    """Whether arrays of so many axes lie alike."""
+    return ours == theirs or ours.is_equivalent_to(theirs, axes)
 
 
 def _shaped(tree: Any, sharding: NamedSharding) -> Any:

@@ -54,19 +54,25 @@ def pools(plan: Plan) -> tuple[Store, ...]:
 
 
 def empty_state(
-    model: ScaleModel, plan: Plan, batch: int, buffers: tuple[Any, Any] | None = None
+    model: ScaleModel,
+    plan: Plan,
+    batch: int,
+    buffers: tuple[Any, Any] | None = None,
+    code_sum: jax.Array | None = None,
 ) -> State:
     """The state before the first scale: empty caches and an empty code sum.
 
     buffers: (cache, shared) of an earlier generation to use again; a step reads rows only after
-    writing them.
+    writing them. code_sum: an empty one that is there already.
     """
     if buffers is None:
         config, rows = model.config, batch * plan.row_factor
         shape = CacheShape(rows, config.heads, config.head_dim, config.precision.compute)
         buffers = empty_buffers(plan, shape)
     strategies: tuple[dict[str, jax.Array], ...] = tuple({} for _ in range(plan.depth))
-    return State(*buffers, strategies, model.start_codes(batch, plan.schedule), None)
+    if code_sum is None:
+        code_sum = model.start_codes(batch, plan.schedule)
+    return State(*buffers, strategies, code_sum, None)
 
 
 def empty_buffers(plan: Plan, shape: CacheShape) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -19,6 +19,7 @@ from sparvar_jax.plans.plan import Plan
 from sparvar_jax.runtime import programs
 from sparvar_jax.runtime.compiling import compile_traced
 from sparvar_jax.runtime.controls import controls
+from sparvar_jax.runtime.devices import PlacedWeights
 from sparvar_jax.runtime.placement import Placement
 from sparvar_jax.runtime.progress import Progress
 from sparvar_jax.runtime.settings import fixed
@@ -54,6 +55,8 @@ class Steps:
         self._text = programs.outline(*(part for part in outline if part is not None))
         self._jobs: dict[Any, _Job] = {}
         self._plans: dict[Any, tuple[Any, ...]] = {}
+        self._blanks: dict[Any, Callable[[], jax.Array]] = {}
+        self._controls = placement and PlacedWeights(placement)
         self._tracing = threading.RLock()
 
     def compile(
@@ -150,6 +153,27 @@ class Steps:
                 "leaves pictures whole"
             )
         return step_spec(plan, index, logit_bound=self.model.config.logit_bound, **options)
+
+    def again(self, plan: Plan, batch: int, buffers: tuple[Any, Any]) -> State:
+        """The state before the first scale, in the buffers of an earlier generation."""
+        name = batch, plan.schedule
+        if name not in self._blanks:
+            start = functools.partial(self.model.start_codes, *name)
+            shape: Any = jax.eval_shape(start)
+            where = self.placement.by_rows(shape).sharding if self.placement else None
+            self._blanks[name] = jax.jit(start, out_shardings=where)
+        return empty_state(self.model, plan, batch, buffers, self._blanks[name]())
+
+    def placed(self, condition: Any, controls: Controls, keys: jax.Array) -> tuple[Any, ...]:
+        """What a generation is given, where steps expect it; controls as before are there."""
+        if self.placement is None or self._controls is None:
+            return condition, controls, keys
+        with self._tracing:
+            leaves, treedef = jax.tree.flatten(controls)
+            controls = jax.tree.unflatten(treedef, self._controls.of(leaves))
+        groups = jax.tree.leaves(condition)[0].shape[0] // len(keys)
+        put = self.placement.put_rows
+        return put(condition, groups), controls, put(keys)
 
     def _job(self, spec: StepSpec, inputs: Any, state: Any, submit: Any) -> tuple[_Job, bool]:
         """(the job of a step, whether it was there). One is traced at a time."""

@@ -28,6 +28,7 @@ from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.plans.caches import with_cache
 from sparvar_jax.plans.route import Route
 from sparvar_jax.policies import parse_plan, preset_names
+from sparvar_jax.runtime import generate
 from sparvar_jax.runtime.bound import Bound
 from sparvar_jax.runtime.devices import Devices
 from sparvar_jax.runtime.generate import Generator
@@ -79,7 +80,10 @@ def by_hand(four, arguments, code_sum, outputs):
 
 
 def swapped(one, four, arguments):
-    """Which weights are copied to the mesh again: none, and after a change the changed one."""
+    """Which weights are copied to the mesh again: none, and after a change the changed one.
+
+    Controls are kept there as well: other ones must show.
+    """
     first = drawn(four, TELLING, arguments)[0]
     before = list(four._weights._placed)
     drawn(four, TELLING, arguments)
@@ -89,8 +93,20 @@ def swapped(one, four, arguments):
     other = drawn(four, TELLING, arguments)[0]
     new = sum(a is not b for a, b in zip(before, four._weights._placed, strict=True))
     alone = drawn(one, TELLING, arguments)[0]
-    return {"kept": kept, "copied": new, "moved": furthest(first, other),
-            "fresh": furthest(other, alone)}  # fmt: skip
+
+    def steered(part):
+        condition, _, keys = arguments(part)
+        return condition, generate.controls(len(SHORT), guidance=1.2, temperature=3.0), keys
+
+    turned = drawn(four, TELLING, steered)[0]
+    return {
+        "kept": kept,
+        "copied": new,
+        "moved": furthest(first, other),
+        "fresh": furthest(other, alone),
+        "turned": furthest(turned, other),
+        "steered": furthest(turned, drawn(one, TELLING, steered)[0]),
+    }
 
 
 def refusals(four, arguments):

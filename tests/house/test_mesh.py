@@ -108,6 +108,11 @@ def test_weights_are_copied_to_the_mesh_where_they_change(told):
     assert told["swapped"]["fresh"] < 1e-5
 
 
+def test_controls_that_change_show_on_a_mesh(told):
+    assert told["swapped"]["turned"] > 0.1
+    assert told["swapped"]["steered"] < 1e-5
+
+
 def test_rows_get_to_the_devices_that_draw_them_past_the_host(told):
     """A text's keys and values are a gigabyte: half a second by way of the host."""
     assert told["relaid"] == {"own": [[0, 0, 4, 4], [0, 0, 12, 12]], "equal": True}
