@@ -52,15 +52,16 @@ the (thing, style) pairs were held out.
 - Scenes: in all 32 pictures of the fixed prompts, looked at one by one, the things stand where the
   prompt says, on the background it says; so do they in 8 of 8 seeds of "a rocket above a red apple
   on a dark green background". Word order is read: with the two things of a caption exchanged the
-  loss of the scales from 4x4 to 12x12 tokens about doubles
+  loss of the scales from 4x4 to 12x12 tokens about doubled before the last run of training
   (`benchmarks/results/cpu/demo_order.json`).
-- Of 64 prompts in a visitor's words, looked at one by one, 30 are drawn right, 20 are usable (a part
-  has melted, or the place or number is off) and 14 wrong: a cat that could be a dog, cars, a burger,
-  a slice of pizza (`examples/free_prompts/after.md`). Three things in a row are small and rough.
+- Of 64 prompts in a visitor's words, looked at one by one, 30 are drawn right, 20 are usable (a
+  part has melted, or the place or number is off) and 14 wrong: a cat that could be a dog, cars, a
+  burger, a slice of pizza (`examples/free_prompts/after.md`). Three things in a row are small and
+  rough.
 - One prompt gives nearly the same picture with every seed.
 - It knows its drawings by heart. Of a thing alone, in a style held out, it foresees another
-  drawing: the loss of the first scales is then higher with the text than without (table above). In
-  scenes, where the text also says what stands where, it is clearly lower.
+  drawing: the loss of the first scales is then higher with the text than without. In scenes, where
+  the text also says what stands where, it was clearly lower before the last run of training.
 - Thin parts (legs, letters, strings) come out blurred or melted, faces more often than shapes: the
   model holds 19 million parameters for 3,019 drawings.
 - It has seen single emoji drawings, no photographs and no written text.
