@@ -60,8 +60,8 @@ the (thing, style) pairs were held out.
   rough.
 - One prompt gives nearly the same picture with every seed.
 - It knows its drawings by heart. Of a thing alone, in a style held out, it foresees another
-  drawing: the loss of the first scales is then higher with the text than without. In scenes, where
-  the text also says what stands where, it was clearly lower before the last run of training.
+  drawing: the loss of the first scales is then higher with the text than without (table above). In
+  scenes, where the text also says what stands where, it is lower.
 - Thin parts (legs, letters, strings) come out blurred or melted, faces more often than shapes: the
   model holds 19 million parameters for 3,019 drawings.
 - It has seen single emoji drawings, no photographs and no written text.
