@@ -104,10 +104,9 @@ def check(pair: Pair, plan: Plan) -> Row:
     divided = divided_from(pair, plan)
     wanted = {len(plan.steps) - 1} | ({divided} if divided is not None else set())
     one, many = pair.one, pair.many
-    keys, controls = placement.put_rows(many.keys), placement.put_parameters(many.setting.controls)
-    condition, programs = many.condition(), many.programs(plan)
-    condition = placement.put_rows(condition, 2 if plan.row_factor == 2 else 1)
+    programs = many.programs(plan)
     steps, parameters = many.generator.current(many.batch, plan)
+    condition, controls, keys = steps.placed(many.condition(), many.setting.controls, many.keys)
     laid_out: State | None = None
     for index, (state, output) in enumerate(one.steps(plan, one.condition())):
         if laid_out is not None:
