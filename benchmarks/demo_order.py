@@ -20,6 +20,7 @@ from benchmarks._options import add_out, parser_of
 from benchmarks.demo_training import encode_pictures, losses
 from examples.train_demo import vocabulary
 from examples.train_demo.captions import (
+    ABOVE,
     Recipe,
     article,
     draw_background,
@@ -47,7 +48,7 @@ def scenes(collection: Collection, count: int, seed: int) -> tuple[list[Recipe],
         upper, lower = (article(collection.pictures[int(index)].name) for index in pair)
         recipe = empty_recipe(rng)
         recipe.sprite[:2] = pair
-        lay_out(recipe, [(0.27, 0.5), (0.73, 0.5)], (0.43, 0.49), (0.015, 0.05), rng)
+        lay_out(recipe, ABOVE, rng)
         words, recipe.colours, recipe.noise = draw_background(rng)
         captions["right"].append(f"{upper} above {lower}{words}")
         captions["things exchanged"].append(f"{lower} above {upper}{words}")

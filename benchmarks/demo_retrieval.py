@@ -5,7 +5,8 @@ the arrays, or the contact sheets where only these were kept (they are lossy; th
 picture of one thing counts as right when a training picture of the named thing is among the 10
 nearest of all training pictures, drawn alike on white, by cosine of EfficientNet-Lite0 features.
 For scenes every named thing counts alone: the best of the crops at the places a scene can put
-things is taken. Chance is measured with the prompts shuffled.
+things is taken. Chance is measured with the prompts shuffled. `true_scenes` is what is found of the
+scenes as training itself would draw them: about the most that this judge can find.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from benchmarks import _record as record
+from benchmarks import demo_truth
 from benchmarks._record import RESULTS, device_folder
 from benchmarks.demo_pictures import SHEET_COLUMNS
 from examples.gallery import MARGIN, PROMPTS
@@ -164,6 +166,10 @@ def main() -> None:
         "nearest": NEAREST,
         "settings": found,
     }
+    if args.things is None:
+        entries, rng = json.loads(PROMPTS.read_text())["scenes"], np.random.default_rng(0)
+        true = demo_truth.scenes(entries, collection, sprites)
+        report["true_scenes"] = judge_scenes(features, true, entries, gallery, points, rng)
     print(json.dumps(report, indent=1))
     record.write_entries("demo_retrieval", report, folder=args.results / args.device)
 

@@ -8,9 +8,10 @@ import pytest
 pytest.importorskip("torch")
 
 from benchmarks import _record as record
-from benchmarks import demo_retrieval
+from benchmarks import demo_retrieval, demo_truth
 from examples.gallery import PROMPTS, contact_sheet
-from examples.train_demo import model_card
+from examples.train_demo import captions, model_card
+from examples.train_demo.pictures import Collection
 
 
 @pytest.mark.parametrize("count", [3, 19])
@@ -62,3 +63,36 @@ def test_the_fixed_prompts_name_what_they_ask_for():
         "retrieval": 200,
     }
     assert all(entry["code_points"] for entries in lists.values() for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "second"),
+    [
+        ("a cup above a cap on a dark green background", (0.27, 0.5), (0.73, 0.5)),
+        ("a cup below a cap on a dark green background, noto style", (0.73, 0.5), (0.27, 0.5)),
+        ("a cup to the left of a cap on a dark green background", (0.5, 0.27), (0.5, 0.73)),
+        ("a cup to the right of a cap on a dark green background", (0.5, 0.73), (0.5, 0.27)),
+        ("a cup next to a cap on a dark green background", (0.5, 0.27), (0.5, 0.73)),
+    ],
+)
+def test_a_true_scene_shows_its_things_where_its_caption_says(prompt, first, second):
+    pictures = [
+        captions.Picture("noto", point, name) for point, name in (("1", "cup"), ("2", "cap"))
+    ]
+    red_and_blue = np.full((2, 64, 64, 4), 255, np.uint8)
+    red_and_blue[0, ..., 1:3] = red_and_blue[1, ..., :2] = 0
+    entries = [{"prompt": prompt, "code_points": ["1", "2"]}]
+    everything = Collection(pictures, np.arange(2), np.arange(0))
+    (picture,) = demo_truth.scenes(entries, everything, red_and_blue)
+    for place, colour in ((first, (255, 0, 0)), (second, (0, 0, 255))):
+        assert tuple(picture[tuple(int(64 * v) for v in place)]) == colour
+    assert picture[2, 2].argmax() == 1
+
+
+def test_every_fixed_scene_can_be_drawn_as_training_would():
+    for entry in json.loads(PROMPTS.read_text())["scenes"]:
+        layout, _ = demo_truth.layout_of(entry["prompt"])
+        assert len(layout.spots) == len(entry["code_points"]), entry["prompt"]
+        assert demo_truth.BACKGROUND.search(entry["prompt"]), entry["prompt"]
+    with pytest.raises(ValueError, match="no known arrangement"):
+        demo_truth.layout_of("a cup on a white background")

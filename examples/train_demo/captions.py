@@ -165,34 +165,46 @@ def single(
     return words, recipe
 
 
-def lay_out(
-    recipe: Recipe,
-    spots: list[tuple[float, float]],
-    size: tuple[float, float],
-    jitter: tuple[float, float],
-    rng: np.random.Generator,
-) -> None:
-    """Give the first layers of a recipe these centres (y, x), give or take `jitter`, and sizes."""
-    for layer, spot in enumerate(spots):
-        recipe.size[layer] = rng.uniform(*size)
-        recipe.centre[layer] = np.array(spot) + rng.uniform(-1, 1, 2) * np.array(jitter)
+@dataclass(frozen=True)
+class Layout:
+    """Centres (y, x) of the things of a scene, give or take `jitter`, and range of their sizes."""
+
+    spots: tuple[tuple[float, float], ...]
+    size: tuple[float, float]
+    jitter: tuple[float, float]
+
+
+ABOVE = Layout(((0.27, 0.5), (0.73, 0.5)), (0.43, 0.49), (0.015, 0.05))
+BESIDE = Layout(((0.5, 0.27), (0.5, 0.73)), (0.43, 0.49), (0.05, 0.015))
+ROW = Layout(((0.5, 0.2), (0.5, 0.5), (0.5, 0.8)), (0.3, 0.34), (0.05, 0.015))
+ABOVE_TWO = Layout(((0.27, 0.5), (0.73, 0.27), (0.73, 0.73)), (0.41, 0.45), (0.015, 0.015))
+
+
+def alone(vertical: int, horizontal: int) -> Layout:
+    """One thing of a scene at one of nine places: 0 is the top or the left, 1 the middle."""
+    return Layout(((0.3 + 0.2 * vertical, 0.3 + 0.2 * horizontal),), (0.44, 0.52), (0.02, 0.02))
+
+
+def lay_out(recipe: Recipe, layout: Layout, rng: np.random.Generator) -> None:
+    """Give the first layers of a recipe their places and sizes."""
+    for layer, spot in enumerate(layout.spots):
+        recipe.size[layer] = rng.uniform(*layout.size)
+        recipe.centre[layer] = np.array(spot) + rng.uniform(-1, 1, 2) * np.array(layout.jitter)
 
 
 def arrange(words: list[str], recipe: Recipe, rng: np.random.Generator) -> str:
     """Place one to three named things and say how they stand to each other."""
     if len(words) == 1:
         vertical, horizontal = rng.integers(3, size=2)
-        lay_out(
-            recipe, [(0.3 + 0.2 * vertical, 0.3 + 0.2 * horizontal)], (0.44, 0.52), (0.02,) * 2, rng
-        )
+        lay_out(recipe, alone(vertical, horizontal), rng)
         place = f"{('top', '', 'bottom')[vertical]} {('left', '', 'right')[horizontal]}".strip()
         return f"{words[0]} at the {place}" if place else f"{words[0]} in the middle"
     if len(words) == 2:
         first, second = words
         if rng.random() < 0.5:
-            lay_out(recipe, [(0.27, 0.5), (0.73, 0.5)], (0.43, 0.49), (0.015, 0.05), rng)
+            lay_out(recipe, ABOVE, rng)
             return f"{first} above {second}" if rng.random() < 0.7 else f"{second} below {first}"
-        lay_out(recipe, [(0.5, 0.27), (0.5, 0.73)], (0.43, 0.49), (0.05, 0.015), rng)
+        lay_out(recipe, BESIDE, rng)
         chance = rng.random()
         if chance < 0.4:
             return f"{first} to the left of {second}"
@@ -201,9 +213,9 @@ def arrange(words: list[str], recipe: Recipe, rng: np.random.Generator) -> str:
         return f"{first} next to {second}" if chance < 0.8 else f"{first} and {second}"
     first, second, third = words
     if rng.random() < 0.5:
-        lay_out(recipe, [(0.5, 0.2), (0.5, 0.5), (0.5, 0.8)], (0.3, 0.34), (0.05, 0.015), rng)
+        lay_out(recipe, ROW, rng)
         return f"{first}, {second} and {third} in a row"
-    lay_out(recipe, [(0.27, 0.5), (0.73, 0.27), (0.73, 0.73)], (0.41, 0.45), (0.015, 0.015), rng)
+    lay_out(recipe, ABOVE_TWO, rng)
     return f"{first} above {second} and {third}"
 
 

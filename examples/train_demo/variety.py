@@ -8,7 +8,10 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from examples.train_demo.captions import (
+    ABOVE,
+    BESIDE,
     LAYERS,
+    ROW,
     Picture,
     Recipe,
     arrange,
@@ -151,12 +154,12 @@ def counted(
     recipe.sprite[:count] = index
     things = f"{('two', 'three')[count - 2]} {several(picture.name)}"
     if count == 3:
-        lay_out(recipe, [(0.5, 0.2), (0.5, 0.5), (0.5, 0.8)], (0.3, 0.34), (0.05, 0.015), rng)
+        lay_out(recipe, ROW, rng)
         things += " in a row" if rng.random() < 0.7 else ""
     elif rng.random() < 0.4:
-        lay_out(recipe, [(0.27, 0.5), (0.73, 0.5)], (0.43, 0.49), (0.015, 0.05), rng)
+        lay_out(recipe, ABOVE, rng)
         things += " above each other"
     else:
-        lay_out(recipe, [(0.5, 0.27), (0.5, 0.73)], (0.43, 0.49), (0.05, 0.015), rng)
+        lay_out(recipe, BESIDE, rng)
         things += " next to each other" if rng.random() < 0.5 else ""
     return things + surroundings(recipe, picture.style, rng, plain), recipe
