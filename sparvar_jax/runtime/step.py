@@ -87,8 +87,13 @@ def _layer(
         q, held = store.write(kept, shared, write, place)
         view = store.view(held, place)
         output = _attend(q, view, state, attention=segment.attention, place=place)
-        left.extend((*store.keep(held, q, place), {**state, **output.state}, dict(output.report)))
-        return output.out
+        out, found = output.out, output.state
+        if jax.tree.leaves(shared):
+            # What is read of the view for later scales is read before the next layer's rows replace
+            # it; left to a scheduler, it is read whenever, from a copy of the scratch a layer.
+            out, found = jax.lax.optimization_barrier((out, found))
+        left.extend((*store.keep(held, q, place), {**state, **found}, dict(output.report)))
+        return out
 
     stream = block(stream, inputs, positions, Attend(attend, heads, around), config)
     if around is not None:

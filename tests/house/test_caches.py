@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from sparvar_jax.models.infinity import Infinity
+from sparvar_jax.models.infinity_parts import InfinityConfig
 from sparvar_jax.pipelines.memory import cache_bytes
 from sparvar_jax.pipelines.pipeline import Pipeline
 from sparvar_jax.plans.caches import CACHES, with_cache
@@ -23,6 +26,7 @@ from sparvar_jax.policies.registry import PRESETS
 from sparvar_jax.policies.scalekv import scalekv
 from sparvar_jax.runtime.generate import Generator
 from sparvar_jax.runtime.step import step_spec
+from sparvar_jax.runtime.steps import Steps
 from tests import tiny_hart
 from tests.house import support
 from tests.house.support import DENSE, SHAPE, draw, held_bytes, same
@@ -241,3 +245,26 @@ def test_a_store_of_ones_own_stays():
     with pytest.raises(ValueError, match=r"layers 0\.\.2 .* own store \(scalekv\).* not in 8 bits"):
         with_cache(budget, "int8")
     assert set(CACHES) == {"lean", "int8", "full"}
+
+
+@pytest.mark.gpu
+def test_what_a_scale_leaves_is_read_off_before_the_scratch_is_written_over():
+    """A copy of the scratch a layer, which XLA makes where anything of it may be read later."""
+
+    def room(depth):
+        config = dataclasses.replace(
+            InfinityConfig.preset("infinity_2b"),
+            depth=depth, chunks=1, width=128, heads=1, text_width=128, text_max_length=8,
+            dtype="bfloat16",
+        )  # fmt: skip
+        model = nnx.eval_shape(lambda: Infinity(config, rngs=nnx.Rngs(0)))
+        guidance = (True,) * len(schedule)
+        plan = with_cache(parse_plan("sparvar-paper", schedule, depth, guidance=guidance), "int8")
+        text = jnp.zeros((1, 8, 128)), jnp.ones((1,), jnp.int32)
+        condition = jax.eval_shape(lambda: model.embed_condition(*text, "learned"))
+        programs = Steps((model, None)).compile(plan, condition, 1)
+        return np.array([p.memory_analysis().temp_size_in_bytes for p in programs])
+
+    schedule = infinity_schedule(1.0, "1M")
+    scratch = 2 * 2 * schedule.tokens * 128 * 2  # keys and values of a guided picture's head
+    assert (room(6) - room(2)).max() < scratch
