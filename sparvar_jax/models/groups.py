@@ -48,20 +48,34 @@ def in_groups(run: Callable[[Any], Any], x: Any, group: int) -> Any:
 
 
 def by_rows(
-    layer: Callable[[Any], Shaped[Array, "R2 T O"]], x: Shaped[Array, "R T I"] | Eight
-) -> Shaped[Array, "R T O"]:
+    layer: Callable[[Any], Shaped[Array, "R2 T C"]], x: Shaped[Array, "R T C"] | Eight
+) -> Shaped[Array, "R T C"]:
     """A layer that sees every token by itself, over so many rows at once that they fill a device.
 
     What it holds between its products is then of `TOKENS_AT_ONCE` tokens, however large the batch.
+    Its results are as wide as x and take x's place, group after group: were there a buffer of zeros
+    for them, XLA would make those of all layers at the start of a step, and hold them all.
     """
     rows, tokens = (x.values if isinstance(x, Eight) else x).shape[:2]
     group = at_once(rows, tokens, PICTURE)
     if group == rows:
         return layer(x)
-    if not isinstance(x, Eight):
-        return in_groups(layer, x, group)
+    result = jax.eval_shape(lambda: layer(_rows(x, 0, group)))
+    apart = isinstance(x, Eight) or result.dtype != x.dtype
+    out = (x.values if isinstance(x, Eight) else x).astype(result.dtype)
 
-    def eight(parts: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return layer(Eight(parts[0], parts[1].swapaxes(0, 1)))
+    def put(out: jax.Array, start: Any, count: int) -> jax.Array:
+        part = layer(_rows(x if apart else out, start, count))
+        return jax.lax.dynamic_update_slice_in_dim(out, part, start, 0)
 
-    return in_groups(eight, (x.values, x.scale.swapaxes(0, 1)), group)
+    whole, rest = divmod(rows, group)
+    out = jax.lax.fori_loop(0, whole, lambda n, out: put(out, n * group, group), out)
+    return put(out, whole * group, rest) if rest else out
+
+
+def _rows(x: Any, start: Any, count: int) -> Any:
+    """So many rows of x."""
+    if isinstance(x, Eight):
+        scale = jax.lax.dynamic_slice_in_dim(x.scale, start, count, 1)
+        return Eight(_rows(x.values, start, count), scale)
+    return jax.lax.dynamic_slice_in_dim(x, start, count, 0)

@@ -113,6 +113,23 @@ def test_the_hidden_maps_of_a_batch_take_what_those_of_a_picture_take(make):
     assert eight <= two + 4096
 
 
+@pytest.mark.parametrize("make", [plain, gated])
+def test_layers_after_each_other_take_what_two_take(make):
+    """By XLA's own account: no layer holds room for its result while another one runs."""
+
+    def stacked(count):
+        def run(x):
+            for _ in range(count):
+                x = x + layer(jnp.tanh(x))
+            return x
+
+        return run
+
+    layer, rows = make(), 16
+    two, six = (temporaries(rows, stacked(count)) for count in (2, 6))
+    assert six < two + 4 * rows * 4096 * WIDTH / 2
+
+
 @functools.cache
 def of_classes():
     """A model, what three of its pictures are told, and what turns their tokens into codes."""
