@@ -7,6 +7,7 @@ into compiling, so that what has been drawn is compared with as much as it can b
 
 import dataclasses
 import functools
+import gc
 import json
 import sys
 import tempfile
@@ -282,6 +283,8 @@ def narrow(folder):
 
 
 def main(which):
+    gc.freeze()  # traces live on: see tests/conftest.py
+    gc.set_threshold(2_000_000, 20, 50)
     jax.config.update("jax_disable_most_optimizations", True)
     print(json.dumps(every() if which == ["every"] else some()))
 
