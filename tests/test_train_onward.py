@@ -12,7 +12,7 @@ pytest.importorskip("optax")
 
 from examples.free_prompts import draw as free_draw
 from examples.free_prompts import verdicts
-from examples.train_demo import compose, optim, programs, resume
+from examples.train_demo import compose, names, optim, programs, resume
 from examples.train_demo.captions import (
     LAYERS,
     STYLE_PREFIX,
@@ -101,6 +101,24 @@ def test_a_caption_without_a_style_is_of_the_plain_style(scenes):
         if not any(part in words for part in said):
             unsaid.add(style)
     assert unsaid == {"noto"}
+
+
+def test_things_go_by_their_other_names_as_often_as_asked():
+    pictures = [Picture("noto", "a", "automobile"), Picture("noto", "b", "cat")] * 500
+    rng = np.random.default_rng(5)
+    said = names.said_otherwise(pictures, 0.25, rng)
+    cars = sum(picture.name == "car" for picture in said)
+    # Five standard deviations of a draw of 500.
+    assert abs(cars - 125) < 5 * (500 * 0.25 * 0.75) ** 0.5
+    assert {picture.name for picture in said} == {"automobile", "car", "cat"}
+    assert [picture.code_point for picture in said] == [p.code_point for p in pictures]
+    assert names.said_otherwise(pictures, 0.0, rng) == pictures
+
+
+def test_a_name_says_one_thing():
+    others = [name for found in names.OTHER_NAMES.values() for name in found]
+    assert len(others) == len(set(others))
+    assert not set(others) & set(names.OTHER_NAMES)
 
 
 def test_variety_draws_plain_examples_where_nothing_can_be_varied():

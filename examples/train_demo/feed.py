@@ -10,6 +10,7 @@ import numpy as np
 
 from examples.train_demo import vocabulary
 from examples.train_demo.captions import draw_example, stack
+from examples.train_demo.names import said_otherwise
 from examples.train_demo.pictures import Collection
 from examples.train_demo.variety import Variety, paintable
 
@@ -24,18 +25,23 @@ def make_chunk(
     scenes: float = 0.5,
     variety: Variety | None = None,
     plain: str = "",
+    other_names: float = 0.0,
 ) -> Chunk:
     """`size` random captions and recipes of the given pictures: `recipes`, `ids`, `lengths`.
 
     scenes: share of composed scenes. variety: of which share there are other examples instead.
-    plain: the one style that captions may leave unsaid, see `captions.style_said`.
+    plain: the one style that captions may leave unsaid, see `captions.style_said`. other_names: how
+    often a thing that has other names goes by one of them.
     """
     rng = np.random.default_rng(seed)
+    pictures = collection.pictures
+    if other_names:
+        pictures = said_otherwise(pictures, other_names, rng)
     by_style = {s: v for s, v in collection.by_style(indices).items() if len(v) >= 3}
     drawn = [
-        variety.draw(collection.pictures, by_style, rng, scenes, plain)
+        variety.draw(pictures, by_style, rng, scenes, plain)
         if variety is not None and rng.random() < variety.share
-        else draw_example(collection.pictures, by_style, rng, scenes, plain)
+        else draw_example(pictures, by_style, rng, scenes, plain)
         for _ in range(size)
     ]
     ids, lengths = vocabulary.tokenise(vocabulary.read(), [words for words, _ in drawn])
@@ -53,8 +59,9 @@ def maker(
     """What draws captions and recipes as a command line asks for them."""
     variety = Variety(args.variety, paintable(collection.pictures, sprites))
     things = chosen(args, collection)
+    said = args.plain_style, args.other_names
     return lambda size, seed: make_chunk(
-        collection, things, size, seed, args.scenes, variety, args.plain_style
+        collection, things, size, seed, args.scenes, variety, *said
     )
 
 

@@ -188,6 +188,7 @@ def write_record(
         "scenes": args.scenes,
         "variety": args.variety,
         "plain_style": args.plain_style,
+        "other_names": args.other_names,
         "rate": [args.rate, args.constant, args.final_rate],
         "last_weight": args.last_weight,
         "text_dropped": args.text_dropped,

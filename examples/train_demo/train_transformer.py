@@ -207,6 +207,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="the one style that captions may leave unsaid; by default all styles",
     )
+    parser.add_argument(
+        "--other-names",
+        type=float,
+        default=0.0,
+        help="how often a thing goes by what else people call it (names.py)",
+    )
     parser.add_argument("--rate", type=float, default=PEAK_RATE)
     parser.add_argument(
         "--constant", type=float, default=CONSTANT_SHARE, help="share of the course at that rate"
