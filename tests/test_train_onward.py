@@ -1,5 +1,6 @@
 """Training the demo on: painted and counted things, courses over several calls, whole states."""
 
+import dataclasses
 import json
 import time
 
@@ -12,7 +13,7 @@ pytest.importorskip("optax")
 
 from examples.free_prompts import draw as free_draw
 from examples.free_prompts import verdicts
-from examples.train_demo import compose, names, optim, programs, resume
+from examples.train_demo import compose, deepen, names, optim, programs, resume, store
 from examples.train_demo.captions import (
     LAYERS,
     STYLE_PREFIX,
@@ -23,8 +24,10 @@ from examples.train_demo.captions import (
     stack,
 )
 from examples.train_demo.course import Budget, Used
+from examples.train_demo.forward import teacher_forced
+from examples.train_demo.models import SCHEDULE, SIZES, networks
 from examples.train_demo.programs import scale_weights
-from examples.train_demo.train_transformer import Setting
+from examples.train_demo.train_transformer import Setting, start_params
 from examples.train_demo.variety import PAINTS, Variety, counted, in_colours, paintable, several
 
 
@@ -101,6 +104,32 @@ def test_a_caption_without_a_style_is_of_the_plain_style(scenes):
         if not any(part in words for part in said):
             unsaid.add(style)
     assert unsaid == {"noto"}
+
+
+def test_a_deepened_transformer_begins_as_its_equal(tmp_path):
+    toy = SIZES["toy"]
+    more = dataclasses.replace(toy, transformer=dataclasses.replace(toy.transformer, depth=6))
+    params = start_params(toy, networks(toy), None)
+    params["transformer"] = jax.tree.map(
+        lambda leaf: leaf + 0.02 * jax.random.normal(jax.random.key(leaf.size), leaf.shape),
+        params["transformer"],
+    )
+    store.save(tmp_path, "transformer", params)
+    text, lengths = jax.random.normal(jax.random.key(1), (2, 5, 128)), jnp.array([5, 3])
+    inputs = (jax.random.normal(jax.random.key(2), (2, 2, 2, 16)),)
+
+    def logits(config):
+        found = start_params(config, networks(config), tmp_path)["transformer"]
+        model = networks(config)["transformer"].assemble(jax.tree.map(jnp.asarray, found))
+        drawn = teacher_forced(model, text, lengths, inputs, SCHEDULE)
+        return len(model.blocks), np.asarray(drawn, np.float64)
+
+    (few, before), (many, after) = logits(toy), logits(more)
+    assert (few, many) == (4, 6)
+    # Nothing is added to nothing: other programs, the same numbers but for the order of sums.
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
+    with pytest.raises(ValueError, match="4 layers can become 4 to 8, not 9"):
+        deepen.places(4, 9)
 
 
 def test_things_go_by_their_other_names_as_often_as_asked():

@@ -67,7 +67,8 @@ TOY = DemoConfig(
         dtype="float32",
     ),
 )
-SIZES = {"shipped": SHIPPED, "toy": TOY}
+DEEPER = replace(SHIPPED, transformer=replace(SHIPPED.transformer, depth=8))
+SIZES = {"shipped": SHIPPED, "deeper": DEEPER, "toy": TOY}
 
 
 @dataclass(frozen=True)

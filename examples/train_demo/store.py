@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from examples.train_demo.deepen import deepened
 from sparvar_jax.weights import checkpoint
 from sparvar_jax.weights.storage import SCALE_SUFFIX
 
@@ -49,14 +50,16 @@ def save(directory: Path, name: str, tree: Any) -> bool:
     return True
 
 
-def load(directory: Path, name: str, like: Any) -> Any:
+def load(directory: Path, name: str, like: Any, depth: int | None = None) -> Any:
     """Read what `save` (or `storage.write_safetensors`) wrote, shaped and typed as `like`.
 
-    `directory` may also be an exported model: its int8 rounding is soon trained away. Raises
-    ValueError where a parameter is missing or has another shape.
+    `directory` may also be an exported model: its int8 rounding is soon trained away. depth: of the
+    transformer that is made of it, which may be deeper. Raises ValueError where a parameter is
+    missing or has another shape.
     """
     exported = (directory / checkpoint.CONFIG).is_file()
     found = _read_model(directory, name) if exported else _read_files(directory, name)
+    found = found if depth is None else deepened(found, depth)
     wanted: Mapping[str, Any] = {
         ".".join(str(getattr(step, "key", step)) for step in path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]

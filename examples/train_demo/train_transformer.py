@@ -168,13 +168,14 @@ def start_params(
 ) -> Any:
     """Fresh parameters of the transformer and its text encoder, or those saved in a folder.
 
+    A transformer of more layers than the saved one begins as its equal, see `deepen`.
     fresh_text: the text encoder begins anew beside a saved transformer.
     """
     text = initial(T5Encoder, config.text, 2)
     if weights is None:
         return {"transformer": initial(Infinity, config.transformer, 1), "text": text}
     like = {name: nets[name].like for name in ("transformer", "text")}
-    params = store.load(weights, "transformer", like)
+    params = store.load(weights, "transformer", like, config.transformer.depth)
     return params | {"text": text} if fresh_text else params
 
 
