@@ -118,5 +118,7 @@ def _mapped(
 def _attend_folded(x: Float[Array, "R T C"], text: FoldedText) -> Float[Array, "R T C"]:
     """Softmax with scores in float32; weights are rounded to the values' dtype."""
     scores = jnp.einsum("rtc,rchm->rthm", x, text.keys, preferred_element_type=jnp.float32)
+    # Else XLA spreads the offsets over all tokens, to let the product add what softmax adds anyway.
+    scores = jax.lax.optimization_barrier(scores)
     weights = jax.nn.softmax(scores + text.offsets[:, None], axis=-1)
     return jnp.einsum("rthm,rhmc->rtc", weights.astype(text.values.dtype), text.values)
