@@ -164,6 +164,20 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         ("cache GiB", _planned("cache")),
         ("seconds", _seconds),
     ),
+    "planned": (
+        ("model", _text("model")),
+        ("weights", lambda row: row["matrices"].replace("dense", "bfloat16")),
+        ("plan", _text("plan")),
+        ("pictures", _text("batch")),
+        ("cache", _text("cache")),
+        (
+            "largest step, GiB",
+            lambda row: f"{row['planned_gib']['weights'] + row['steps_gib']:.1f}",
+        ),
+        ("with the decoder, GiB", _planned("peak")),
+        ("estimate, GiB", _number("estimated_gib", 1)),
+        ("off, %", lambda row: f"{100 * row['off']:+.1f}"),
+    ),
     "generate-cold": (
         ("model", _text("model")),
         ("plan", _text("plan")),

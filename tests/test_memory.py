@@ -1,9 +1,13 @@
-"""Memory estimates against the arrays a generation really allocates."""
+"""Memory estimates against the arrays a generation really allocates, and what XLA laid out."""
+
+import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import planned_memory
+from benchmarks._record import RESULTS
 from sparvar_jax.models.infinity_parts import InfinityConfig
 from sparvar_jax.models.var_parts import VarConfig
 from sparvar_jax.pipelines import loading
@@ -113,3 +117,17 @@ def test_a_model_with_its_text_in_the_cache():
     assert needed.cache == bytes_of(state.cache)
     assert needed.condition == bytes_of(request.condition)
     assert needed.weights["transformer"] == bytes_of(pipe.model.transformer)
+
+
+def test_estimates_of_large_models_are_what_xla_lays_out_for_an_h100():
+    """XLA's account is in `planned.json`; of two models estimates are made here as well."""
+    rows = json.loads((RESULTS / "planned.json").read_text())["rows"]
+    cases = [planned_memory.case_of(row) for row in rows]
+    assert cases == list(planned_memory.CASES)
+    told = [row["estimated_gib"] for row in rows]
+    for model, cache in (("infinity_8b", "int8"), ("infinity_2b", "lean")):
+        index = max(n for n, c in enumerate(cases) if (c.model, c.cache) == (model, cache))
+        told[index] = planned_memory.planned(cases[index])[2].peak_text_freed / 2**30
+    for case, row, estimated in zip(cases, rows, told, strict=True):
+        off = estimated / row["planned_gib"]["peak"] - 1
+        assert abs(off) <= planned_memory.OFF, f"{case.name}: {off:+.1%}"
