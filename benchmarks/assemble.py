@@ -58,27 +58,19 @@ class Row:
 def build(gpu: Gpu, patterns: list[str]) -> None:
     """In a process of its own: compile every case, say its name before, and tell of failures."""
     import jax
-    import numpy as np
-    from jax.experimental import topologies
 
     from benchmarks.assemble_cases import cases
-    from pallas_kernels import support
+    from benchmarks.described import Described
 
-    topology = topologies.get_topology_desc(
-        "described", "cuda", target_config=gpu.target(), topology="1x1x1"
-    )
-    mesh = jax.sharding.Mesh(np.array(topology.devices), ("x",))
-    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    device = support.Device("gpu", gpu.kind, gpu.capability, gpu.multiprocessors)
-    support.device_of = lambda *operands: device
+    device = Described(gpu)
     for name, (function, shapes) in cases().items():
         if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             continue
         print(f"{_MARK}{name}", file=sys.stderr, flush=True)
-        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in shapes]
+        placed = device.put(list(shapes))
         function.__name__ = _program(name)
         try:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            with jax.sharding.use_abstract_mesh(device.mesh.abstract_mesh):
                 traced = jax.jit(function).trace(*placed)
                 lowered = traced.lower(lowering_platforms=("cuda",))
             names = sorted(set(_KERNEL.findall(lowered.as_text())))

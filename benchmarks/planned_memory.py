@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from benchmarks import _record as record
 from benchmarks import models
 from benchmarks._options import parser_of
+from benchmarks.described import Described
 from benchmarks.generate_stats import GIB, program_bytes, tree_bytes
 from benchmarks.gpus import GPUS
-from pallas_kernels import support
 from sparvar_jax.models import eight_bits
 from sparvar_jax.models.bsq_vae import BsqVae, BsqVaeConfig
 from sparvar_jax.models.infinity import Infinity, InfinityConfig
@@ -81,28 +80,6 @@ CASES = (
     Case("infinity_2b", 16, "lean"),
     Case("infinity_2b", 16, "lean", "sparvar-fast"),
 )  # fmt: skip
-
-
-class Described:
-    """A device of which XLA is told; kernels are chosen as they are on a real one."""
-
-    def __init__(self, family: str):
-        from jax.experimental import topologies
-
-        gpu = GPUS[family]
-        topology = topologies.get_topology_desc(
-            "described", "cuda", target_config=gpu.target(), topology="1x1x1"
-        )
-        self.mesh = jax.sharding.Mesh(np.array(topology.devices), ("x",))
-        self._where = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        device = support.Device("gpu", gpu.kind, gpu.capability, gpu.multiprocessors)
-        support.device_of = lambda *operands: device
-
-    def put(self, tree: Any) -> Any:
-        """Shapes that lie on the device."""
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._where), tree
-        )
 
 
 @functools.cache
@@ -208,7 +185,7 @@ def main() -> int:
     asked = parser.parse_args()
     if importlib.util.find_spec("jax_plugins") is None:
         parser.error("this needs jax's CUDA plugin: pip install -e '.[assemble]'")
-    device, wrong = Described(FAMILY), 0
+    device, wrong = Described(GPUS[FAMILY]), 0
     for case in CASES:
         if not any(fnmatch.fnmatch(case.name, pattern) for pattern in asked.cases):
             continue

@@ -261,7 +261,9 @@ def test_what_a_scale_leaves_is_read_off_before_the_scratch_is_written_over():
         guidance = (True,) * len(schedule)
         plan = with_cache(parse_plan("sparvar-paper", schedule, depth, guidance=guidance), "int8")
         text = jnp.zeros((1, 8, 128)), jnp.ones((1,), jnp.int32)
-        condition = jax.eval_shape(lambda: model.embed_condition(*text, "learned"))
+        condition = jax.eval_shape(
+            lambda model, *text: model.embed_condition(*text, "learned"), model, *text
+        )
         programs = Steps((model, None)).compile(plan, condition, 1)
         return np.array([p.memory_analysis().temp_size_in_bytes for p in programs])
 
