@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ from examples.train_demo.models import SCHEDULE, SIZES, networks
 from examples.train_demo.programs import scale_weights
 from examples.train_demo.train_transformer import Setting, start_params
 from examples.train_demo.variety import PAINTS, Variety, counted, in_colours, paintable, several
+
+FREE = Path(verdicts.__file__).parent
 
 
 @pytest.mark.parametrize(
@@ -256,20 +259,19 @@ def test_a_training_that_stops_and_goes_on_gives_what_one_without_a_stop_gives(t
 
 
 def test_free_prompts_are_of_no_other_list():
-    prompts = [entry["prompt"] for entry in json.loads(verdicts.PROMPTS.read_text())]
-    assert len(set(prompts)) == 64
-    lists = json.loads((verdicts.PROMPTS.parents[1] / "train_demo" / "prompts.json").read_text())
-    assert not set(prompts) & {entry["prompt"] for part in lists.values() for entry in part}
+    both = [entry["prompt"] for name in verdicts.LISTS for entry in verdicts.prompts_of(name)]
+    assert len(set(both)) == len(both) == 128
+    lists = json.loads((FREE.parent / "train_demo" / "prompts.json").read_text())
+    assert not set(both) & {entry["prompt"] for part in lists.values() for entry in part}
 
 
 def test_the_page_of_both_looks_is_what_was_seen():
-    folder = verdicts.PROMPTS.parent
-    looks = {name: verdicts.read(folder / f"{name}.json") for name in ("before", "after")}
-    assert verdicts.page(looks) == (folder / "after.md").read_text()
+    looks = {name: verdicts.read(FREE / f"{name}.json") for name in ("before", "after")}
+    assert verdicts.page(looks) == (FREE / "after.md").read_text()
 
 
 def test_verdicts_are_counted_and_gaps_refused(tmp_path):
-    entries = json.loads(verdicts.PROMPTS.read_text())
+    entries = verdicts.prompts_of("prompts")
     about = {"model": "demo", "plan": "dense", "device": "x", "date": "d", "commit": "c"}
     judged = [{**entry, "verdict": "right", "seen": ""} for entry in entries]
     judged[0] |= {"verdict": "wrong", "seen": "a blob"}
@@ -286,6 +288,12 @@ def test_verdicts_are_counted_and_gaps_refused(tmp_path):
         verdicts.read(file)
     file.write_text(json.dumps({**about, "verdicts": judged[1:]}))
     with pytest.raises(ValueError, match="other prompts"):
+        verdicts.read(file)
+    file.write_text(json.dumps({**about, "prompts": "again", "verdicts": judged}))
+    with pytest.raises(ValueError, match=r"other prompts than those of again\.json"):
+        verdicts.read(file)
+    file.write_text(json.dumps({**about, "prompts": "../x", "verdicts": judged}))
+    with pytest.raises(ValueError, match="must be one of"):
         verdicts.read(file)
 
 

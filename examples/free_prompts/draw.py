@@ -2,6 +2,7 @@
 
     python -m examples.free_prompts.draw --out runs/before
     python -m examples.free_prompts.draw --out runs/after --model runs/model
+    python -m examples.free_prompts.draw --out runs/again --prompts again
 
 Picture n has seed n and is drawn by the model's own default plan, guidance and temperature. Writes
 `sheet-1.webp` and so on, and `looked.json`: every prompt with an empty verdict, to be filled by
@@ -21,7 +22,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks import _record as record
-from examples.free_prompts.verdicts import PROMPTS
+from examples.free_prompts.verdicts import LISTS, prompts_of
 from sparvar_jax.pipelines.pipeline import Pipeline
 
 COLUMNS, PER_SHEET = 4, 16
@@ -65,11 +66,12 @@ def main() -> None:
     )
     parser.add_argument("--model", help="model directory; the demo model by default")
     parser.add_argument("--plan", help="the model's own by default")
+    parser.add_argument("--prompts", choices=LISTS, default=LISTS[0], help="which list")
     parser.add_argument("--size", default="1M", help="smaller ones are for rehearsals")
     parser.add_argument("--out", type=Path, default=Path("runs/free"))
     parser.add_argument("--sheets", type=int, nargs="+", help="only these, counted from 1")
     args = parser.parse_args()
-    entries = json.loads(PROMPTS.read_text())
+    entries = prompts_of(args.prompts)
     args.out.mkdir(parents=True, exist_ok=True)
     pipeline = Pipeline.from_checkpoint(args.model)
     options = {"size": args.size} | ({"plan": args.plan} if args.plan else {})
@@ -87,6 +89,7 @@ def main() -> None:
         **record.describe(),
         "model": args.model or "demo",
         "plan": args.plan or pipeline.model.defaults.plan,
+        "prompts": args.prompts,
         "verdicts": [{**entry, "verdict": "", "seen": ""} for entry in entries],
     }
     looked = args.out / "looked.json"

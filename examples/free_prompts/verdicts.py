@@ -19,8 +19,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-PROMPTS = Path(__file__).with_name("prompts.json")
+# Lists written before the training that they judge: the second knows what came of the first.
+LISTS = ("prompts", "again")
 VERDICTS = ("right", "usable", "wrong")
+
+
+def prompts_of(name: str) -> list[dict[str, Any]]:
+    """The prompts of a list, with their numbers and kinds."""
+    return json.loads(Path(__file__).with_name(f"{name}.json").read_text())
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -29,10 +35,13 @@ def read(file: Path) -> dict[str, Any]:
     Raises ValueError naming the file and the pictures without one, or prompts that are not ours.
     """
     look = json.loads(file.read_text())
-    asked = {entry["number"]: entry["prompt"] for entry in json.loads(PROMPTS.read_text())}
+    name = look.get("prompts", LISTS[0])
+    if name not in LISTS:
+        raise ValueError(f"{file} judges the list {name!r}, which must be one of {LISTS}")
+    asked = {entry["number"]: entry["prompt"] for entry in prompts_of(name)}
     given = {entry["number"]: entry["prompt"] for entry in look["verdicts"]}
     if given != asked or len(look["verdicts"]) != len(asked):
-        raise ValueError(f"{file} judges other prompts than {PROMPTS}: draw the sheets again")
+        raise ValueError(f"{file} judges other prompts than those of {name}.json: draw the sheets again")
     empty = [entry["number"] for entry in look["verdicts"] if entry["verdict"] not in VERDICTS]
     if empty:
         raise ValueError(f"{file}: pictures {empty} have none of the verdicts {VERDICTS}: add them")
