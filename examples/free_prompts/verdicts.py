@@ -41,7 +41,9 @@ def read(file: Path) -> dict[str, Any]:
     asked = {entry["number"]: entry["prompt"] for entry in prompts_of(name)}
     given = {entry["number"]: entry["prompt"] for entry in look["verdicts"]}
     if given != asked or len(look["verdicts"]) != len(asked):
-        raise ValueError(f"{file} judges other prompts than those of {name}.json: draw the sheets again")
+        raise ValueError(
+            f"{file} judges other prompts than those of {name}.json: draw the sheets again"
+        )
     empty = [entry["number"] for entry in look["verdicts"] if entry["verdict"] not in VERDICTS]
     if empty:
         raise ValueError(f"{file}: pictures {empty} have none of the verdicts {VERDICTS}: add them")
