@@ -145,6 +145,15 @@ class CrossAttention(Call):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quantise(Call):
+    """With one scale a row."""
+
+    op = "quantise"
+    x: Float[Array, "R T C"]
+    dtype: jnp.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantisedMatmul(Call):
     """Scales are one a row, or one a row and block; an 8-bit result comes with its own."""
 
@@ -153,7 +162,7 @@ class QuantisedMatmul(Call):
     scale: Float[Array, "blocks R T"]
     weight: Shaped[Array, "O C"]
     weight_scale: Float[Array, " O"]
-    bias: Float[Array, " O"]
+    bias: Float[Array, " O"] | None
     gelu: bool
     dtype: jnp.dtype
 
@@ -166,6 +175,8 @@ class WeightMatmul(Call):
     x: Float[Array, "R T C"]
     weight: Shaped[Array, "O C"]
     weight_scale: Float[Array, " O"]
+    bias: Float[Array, " O"] | None
+    gelu: bool
     dtype: jnp.dtype
 
 
@@ -182,6 +193,7 @@ OPS = tuple(
         RotaryToCache,
         TextMemory,
         CrossAttention,
+        Quantise,
         QuantisedMatmul,
         WeightMatmul,
     )

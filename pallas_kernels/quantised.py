@@ -40,16 +40,25 @@ class Eight:
     scale: Float[Array, "blocks R T"]
 
 
-def quantise(x: Float[Array, "R T C"], dtype: DTypeLike, block: int | None = None) -> Eight:
+def quantise(
+    x: Float[Array, "R T C"],
+    dtype: DTypeLike,
+    block: int | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Eight:
     """Rows, or blocks of their columns, as 8-bit multiples of their largest value.
 
-    Rounds to nearest; rows of zeros stay zeros. Raises ValueError for other dtypes, and for blocks
-    that do not divide the columns.
+    Rounds to nearest; rows of zeros stay zeros. Blocks are the compiler's alone. Raises ValueError
+    for other dtypes, and for blocks that do not divide the columns.
     """
     _require_dtype(dtype)
-    if block is not None and x.shape[-1] % block:
+    if block is None:
+        call = calls.Quantise(device=support.device_of(x), x=x, dtype=jnp.dtype(dtype))
+        return Eight(*backends.serve(call, implementation))
+    if x.shape[-1] % block:
         raise ValueError(f"blocks of {block} must divide the columns; got {x.shape[-1]} columns")
-    return Eight(*reference.quantise(x, jnp.dtype(dtype), block or x.shape[-1]))
+    return Eight(*reference.quantise(x, jnp.dtype(dtype), block))
 
 
 def quantised_matmul(
@@ -77,11 +86,9 @@ def quantised_matmul(
         )
     if dtype in LARGEST and weight.shape[0] % BLOCK:
         raise ValueError(f"8-bit results need outputs in blocks of {BLOCK}; got {weight.shape[0]}")
-    if bias is None:
-        bias = jnp.zeros_like(weight_scale)
     call = calls.QuantisedMatmul(
         device=support.device_of(x.values, weight), values=x.values, scale=x.scale, weight=weight,
-        weight_scale=weight_scale, bias=bias.astype(jnp.float32), gelu=gelu, dtype=dtype,
+        weight_scale=weight_scale, bias=bias, gelu=gelu, dtype=dtype,
     )  # fmt: skip
     out = backends.serve(call, implementation)
     return Eight(*out) if dtype in LARGEST else out
@@ -91,18 +98,21 @@ def weight_matmul(
     x: Float[Array, "R T C"],
     weight: Shaped[Array, "O C"],
     weight_scale: Float[Array, "O"],
+    bias: Float[Array, "O"] | None = None,
     *,
+    gelu: bool = False,
     implementation: Implementation | None = None,
 ) -> Float[Array, "R T O"]:
-    """`x @ weight.T` from 8-bit weights, in the dtype of `x`, which stays as it is.
+    """`x @ weight.T + bias` from 8-bit weights, perhaps through the tanh GELU, in the dtype of `x`.
 
-    For few rows, whose products take as long as their weights take to be read. Sums are of float32,
-    times the scales once. Raises ValueError for weights of other dtypes.
+    For few rows, whose products take as long as their weights take to be read; `x` stays as it is.
+    Sums are of float32, times the scales once, and rounded at the end. Raises ValueError for
+    weights of other dtypes.
     """
     _require_dtype(weight.dtype)
     call = calls.WeightMatmul(
-        device=support.device_of(x, weight), x=x, weight=weight,
-        weight_scale=weight_scale, dtype=x.dtype,
+        device=support.device_of(x, weight), x=x, weight=weight, weight_scale=weight_scale,
+        bias=bias, gelu=gelu, dtype=x.dtype,
     )  # fmt: skip
     return backends.serve(call, implementation)
 

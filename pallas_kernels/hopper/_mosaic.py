@@ -29,6 +29,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.hopper._names import keep_names
+from pallas_kernels.xla.quantised import LARGEST
 
 keep_names()
 ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -226,6 +227,21 @@ def round_to_whole(x: Float[Array, "..."]) -> Int[Array, "..."]:
     """Numbers below 2^22 to the nearest integers."""
     shift = 12582912.0  # 1.5 * 2^23: with it added no bits are left behind the point
     return ((x + shift) - shift).astype(jnp.int32)
+
+
+def eight_bits(x: Float[Array, "C"], dtype: jnp.dtype) -> tuple[Array, Array]:
+    """A row as multiples of its scale, rounded to whole ones for int8, and that scale."""
+    largest = LARGEST[jnp.dtype(dtype)]
+    top = jnp.maximum(jnp.max(jnp.abs(x)), 1e-30)
+    y = x * (largest / top)
+    return round_to_whole(y) if dtype == jnp.int8 else y, top * (1.0 / largest)
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by its tanh formula."""
+    inner = x * (0.7978845608028654 + 0.035677408136300125 * (x * x))
+    half = 0.5 * x
+    return half + half * jnp.tanh(inner)
 
 
 def _signed_bit(position: int) -> int:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
-
 from pallas_kernels import calls, operands
 from pallas_kernels.backends import Backend, nothing
 from pallas_kernels.hopper import reasons, tuning
@@ -143,14 +141,26 @@ def _cross_attention(call: calls.CrossAttention) -> Any:
     )
 
 
+def _quantise(call: calls.Quantise) -> Any:
+    from pallas_kernels.hopper import fused_quantise
+
+    batch, tokens, width = call.x.shape
+    values, scale = fused_quantise.quantise(
+        call.x.reshape(-1, width), dtype=call.dtype, multiprocessors=call.device.multiprocessors
+    )
+    return values.reshape(call.x.shape), scale.reshape(1, batch, tokens)
+
+
 def _quantised_matmul(call: calls.QuantisedMatmul) -> Any:
     from pallas_kernels.hopper import quantised_matmul as kernel
 
     blocks, rows, tokens = call.scale.shape
+    ctas = call.device.multiprocessors
+    config = kernel.matmul_config(rows * tokens, len(call.weight_scale), call.dtype, ctas)
     out = kernel.quantised_matmul(
         call.values.reshape(rows * tokens, -1), call.scale.reshape(blocks, -1), call.weight,
-        jnp.stack([call.weight_scale, call.bias]), gelu=call.gelu, dtype=call.dtype,
-        config=kernel.MatmulConfig(), ctas=call.device.multiprocessors,
+        call.weight_scale, call.bias, gelu=call.gelu, dtype=call.dtype,
+        config=config, ctas=ctas,
     )  # fmt: skip
     values = out[0].reshape(rows, tokens, -1)
     return values if len(out) == 1 else (values, out[1].reshape(-1, rows, tokens))
@@ -161,7 +171,9 @@ def _weight_matmul(call: calls.WeightMatmul) -> Any:
 
     rows = call.x.reshape(-1, call.x.shape[-1])
     ctas = call.device.multiprocessors
-    out = kernel.weight_matmul(rows, call.weight, call.weight_scale, ctas)
+    out = kernel.weight_matmul(
+        rows, call.weight, call.weight_scale, call.bias, gelu=call.gelu, ctas=ctas
+    )
     return out.reshape(*call.x.shape[:2], -1)
 
 
@@ -178,6 +190,7 @@ def served() -> dict[str, Backend]:
         "rotary_to_cache": _backend(reasons.rotary_reason, _rotary_to_cache),
         "text_memory": _backend(reasons.text_reason, _text_memory),
         "cross_attention": _backend(reasons.cross_reason, _cross_attention),
+        "quantise": _backend(reasons.quantise_reason, _quantise),
         "quantised_matmul": _backend(reasons.matmul_reason, _quantised_matmul),
         "weight_matmul": _backend(reasons.weight_reason, _weight_matmul, reasons.weight_unasked),
     }

@@ -25,7 +25,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.fused_shapes import EPSILON, Vector
 from pallas_kernels.hopper import _mosaic as mosaic
-from pallas_kernels.hopper._mosaic import round_to_whole
 from pallas_kernels.shapes import ceil_div
 from pallas_kernels.xla.quantised import LARGEST
 
@@ -164,9 +163,5 @@ class _ResidualNorm:
         y = centred * inverse * vectors["scale"] + vectors["shift"]
         dtype = self.gmem["y"].dtype
         if "y_scale" in self.gmem:
-            largest = LARGEST[jnp.dtype(dtype)]
-            top = jnp.maximum(jnp.max(jnp.abs(y)), 1e-30)
-            self.gmem["y_scale"][self.row, token] = top * (1.0 / largest)
-            y = y * (largest / top)
-            y = round_to_whole(y) if dtype == jnp.int8 else y
+            y, self.gmem["y_scale"][self.row, token] = mosaic.eight_bits(y, dtype)
         self.gmem["y"][self.row, token] = y.astype(dtype)

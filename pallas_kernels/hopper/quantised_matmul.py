@@ -38,20 +38,34 @@ CONSUMERS = 2
 ROWS = 64
 """Rows of a warpgroup."""
 TILE_ROWS = ROWS * CONSUMERS
-TILE_COLUMNS = BLOCK
-HALF = TILE_COLUMNS // 2
+HALF = 128
+"""Columns that the epilogue takes at a time: a tile has one such half or two."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulConfig:
     """stages: of both operands in shared memory. snake: tiles across before the walk turns.
 
-    along: which tile coordinate changes first, 0 for rows and 1 for columns.
+    columns: of a tile, 256 or 128. along: which tile coordinate changes first, 0 for rows and 1 for
+    columns.
     """
 
     stages: int = 4
     snake: int = 8
     along: int = 0
+    columns: int = 2 * HALF
+
+
+def matmul_config(rows: int, outputs: int, dtype: jnp.dtype, ctas: int) -> MatmulConfig:
+    """Narrow tiles where wide ones leave half of the multiprocessors without work.
+
+    They also serve outputs that are no multiple of 256. 8-bit results have scales of 256 columns
+    and take wide tiles.
+    """
+    tiles = pl.cdiv(rows, TILE_ROWS) * pl.cdiv(outputs, BLOCK)
+    if dtype not in LARGEST and (outputs % BLOCK or 2 * tiles <= ctas):
+        return MatmulConfig(stages=6, columns=HALF)
+    return MatmulConfig()
 
 
 @functools.partial(jax.jit, static_argnames=("gelu", "dtype", "config", "ctas"))
@@ -59,7 +73,8 @@ def quantised_matmul(
     x: Shaped[Array, "M K"],
     x_scale: Float[Array, "blocks M"],
     weight: Shaped[Array, "N K"],
-    columns: Float[Array, "2 N"],
+    weight_scale: Float[Array, "N"],
+    bias: Float[Array, "N"] | None,
     *,
     gelu: bool,
     dtype: jnp.dtype,
@@ -68,8 +83,8 @@ def quantised_matmul(
 ) -> tuple[Array, ...]:
     """(out [M, N] in `dtype`,), and for 8 bits their scales [N / 256, M]; lowered once a program.
 
-    columns: channel scales and biases. Copies of scales are not cut off at the last row as those of
-    matrices are, so that scales have rows to whole tiles.
+    Copies of scales are not cut off at the last row as those of matrices are, so that scales have
+    rows to whole tiles.
     """
     rows, width = x.shape[0], weight.shape[0]
     extra = -rows % TILE_ROWS
@@ -80,10 +95,11 @@ def quantised_matmul(
     if dtype in LARGEST:
         out_type.append(jax.ShapeDtypeStruct((width // BLOCK, rows + extra), jnp.float32))
     blockwise = x_scale.shape[0] > 1
+    given = {"x": x, "x_scale": x_scale, "weight": weight, "weight_scale": weight_scale}
+    given |= {} if bias is None else {"bias": bias}
 
     def quantised_matmul_kernel(*refs, **scratch):
-        names = ["x", "x_scale", "weight", "columns", "out", "out_scale"]
-        gmem = dict(zip(names, refs, strict=False))
+        gmem = dict(zip([*given, "out", "out_scale"], refs, strict=False))
         _Matmul(gmem, scratch, config, gelu, blockwise).run()
 
     out, *scale = mosaic.kernel(
@@ -91,25 +107,28 @@ def quantised_matmul(
         out_type=out_type,
         grid=(ctas,),
         num_threads=CONSUMERS + 1,
-        scratch_types=_scratch(config, x.dtype, dtype, blockwise),
+        scratch_types=_scratch(config, x.dtype, dtype, blockwise, [*given.values()][3:]),
         compiler_params=mosaic.compiler_params(),
-    )(x, x_scale, weight, columns)
+    )(*given.values())
     return out[:rows], *(values[:, :rows] for values in scale)
 
 
-def _scratch(config: MatmulConfig, dtype, out_dtype, blockwise: bool) -> dict[str, Any]:
-    stages = config.stages
+def _scratch(
+    config: MatmulConfig, dtype, out_dtype, blockwise: bool, vectors: list[Array]
+) -> dict[str, Any]:
+    """vectors: what has an entry for each column, channel scales and perhaps biases."""
+    stages, columns = config.stages, config.columns
     quantise = out_dtype in LARGEST
     width, slots = (128, 1) if quantise else (32, 3)
     buffers = dict(
         x_smem=mosaic.tiled_smem((stages, TILE_ROWS, DEPTH), dtype),
-        w_smem=mosaic.tiled_smem((stages, TILE_COLUMNS, DEPTH), dtype),
+        w_smem=mosaic.tiled_smem((stages, columns, DEPTH), dtype),
         out_smem=mosaic.tiled_smem((CONSUMERS, slots, ROWS, width), out_dtype),
         rows_smem=plgpu.SMEM((stages // 2 if blockwise else 1, TILE_ROWS), jnp.float32),
-        columns_smem=plgpu.SMEM((2, TILE_COLUMNS), jnp.float32),
+        vectors_smem=[plgpu.SMEM((columns,), vector.dtype) for vector in vectors],
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
-        side_full=plgpu.Barrier(num_arrivals=1 if blockwise else 2),
+        side_full=plgpu.Barrier(num_arrivals=len(vectors) + (not blockwise)),
         side_empty=plgpu.Barrier(num_arrivals=CONSUMERS),
     )
     if blockwise:
@@ -128,7 +147,9 @@ class _Matmul:
             setattr(self, name, ref)
         rows, depth = gmem["x"].shape
         self.steps = depth // DEPTH
-        self.across = pl.cdiv(rows, TILE_ROWS), pl.cdiv(gmem["weight"].shape[0], TILE_COLUMNS)
+        self.width = config.columns
+        self.across = pl.cdiv(rows, TILE_ROWS), pl.cdiv(gmem["weight"].shape[0], self.width)
+        self.vectors = [name for name in ("weight_scale", "bias") if name in gmem]
         self.dtype = gmem["x"].dtype
         self.sums = jnp.int32 if self.dtype == jnp.int8 else jnp.float32
 
@@ -156,7 +177,7 @@ class _Matmul:
 
         def tile(row, column, first):
             rows = pl.ds(row * TILE_ROWS, TILE_ROWS)
-            columns = pl.ds(column * TILE_COLUMNS, TILE_COLUMNS)
+            columns = pl.ds(column * self.width, self.width)
 
             def step(k):
                 stage = lax.rem(first + k, self.config.stages)
@@ -184,9 +205,8 @@ class _Matmul:
                 pl.loop(0, self.steps)(step)
             # Last, since it waits for the epilogue of the tile before.
             plgpu.barrier_wait(self.side_empty)
-            plgpu.copy_gmem_to_smem(
-                self.gmem["columns"].at[:, columns], self.columns_smem, self.side_full
-            )
+            for name, target in zip(self.vectors, self.vectors_smem, strict=True):
+                plgpu.copy_gmem_to_smem(self.gmem[name].at[columns], target, self.side_full)
             if not self.blockwise:
                 scales = self.gmem["x_scale"].at[0, rows]
                 plgpu.copy_gmem_to_smem(scales, self.rows_smem.at[0], self.side_full)
@@ -211,7 +231,7 @@ class _Matmul:
         plgpu.wait_smem_to_gmem(0)
 
     def _sums(self, first) -> list[Float[Array, "64 128"]]:
-        """The tile's sums over K, not scaled, in two halves of the columns."""
+        """The tile's sums over K, not scaled, in halves of the columns."""
 
         def multiply(sums):
             def step(k, carry):
@@ -228,13 +248,14 @@ class _Matmul:
             lax.fori_loop(0, self.steps, step, None)
             return sums[...]
 
-        sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, TILE_COLUMNS), self.sums))
+        sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, self.width), self.sums))
         last = lax.rem(first + self.steps - 1, self.config.stages)
         plgpu.barrier_arrive(self.empty.at[last])
-        return [sums[:, :HALF].astype(jnp.float32), sums[:, HALF:].astype(jnp.float32)]
+        starts = range(0, self.width, HALF)
+        return [sums[:, start : start + HALF].astype(jnp.float32) for start in starts]
 
     def _blockwise_sums(self, first) -> list[Float[Array, "64 128"]]:
-        """The tile's sums over K with the row scales of every block, in two halves of columns."""
+        """The tile's sums over K with the row scales of every block, in halves of the columns."""
 
         def block(k, totals):
             pair = lax.rem(lax.div(first, 2) + k, self.config.stages // 2)
@@ -255,14 +276,15 @@ class _Matmul:
 
                 accumulator = plgpu.ACC((ROWS, HALF), self.sums)
                 sums = pl.run_scoped(multiply, accumulator).astype(jnp.float32)
-                if half == 1:
+                if half == len(totals) - 1:
                     for stage in stages:
                         plgpu.barrier_arrive(self.empty.at[stage])
                 added.append(total + sums * mosaic.spread(scale, total))
             return tuple(added)
 
         zero = mosaic.zero_output(HALF)
-        return list(lax.fori_loop(0, self.steps // 2, block, (zero, zero)))
+        zeros = (zero,) * (self.width // HALF)
+        return list(lax.fori_loop(0, self.steps // 2, block, zeros))
 
     def _leave(self, halves: list[Float[Array, "64 128"]], row, column, warpgroup) -> None:
         """Scale, bias, GELU, and the way to global memory."""
@@ -271,12 +293,12 @@ class _Matmul:
         if "out_scale" in self.gmem:
             halves = self._quantised(*halves)
         slots, width = self.out_smem.shape[1], self.out_smem.shape[-1]
-        for number, left in enumerate(range(0, TILE_COLUMNS, width)):
+        for number, left in enumerate(range(0, self.width, width)):
             out, within = self.out_smem.at[warpgroup, number % slots], left % HALF
             plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
             out[...] = halves[left // HALF][:, within : within + width].astype(out.dtype)
             plgpu.commit_smem()
-            columns = pl.ds(column * TILE_COLUMNS + left, width)
+            columns = pl.ds(column * self.width + left, width)
             plgpu.copy_smem_to_gmem(out, self.gmem["out"].at[place, columns])
         if "out_scale" in self.gmem:
             plgpu.copy_smem_to_gmem(
@@ -289,11 +311,14 @@ class _Matmul:
         if not self.blockwise:
             rows = mosaic.load(self.rows_smem.at[0, self.own], mosaic.ROW)
             y = y * mosaic.spread(rows, y)
-        scale = mosaic.load(self.columns_smem.at[0, columns], mosaic.COLUMN)
-        bias = mosaic.load(self.columns_smem.at[1, columns], mosaic.COLUMN)
-        y = y * lax.broadcast_in_dim(scale, y.shape, [1])
-        y = y + lax.broadcast_in_dim(bias, y.shape, [1])
-        return _gelu(y) if self.gelu else y
+        scale, *bias = (
+            lax.broadcast_in_dim(
+                mosaic.load(ref.at[columns], mosaic.COLUMN).astype(jnp.float32), y.shape, [1]
+            )
+            for ref in self.vectors_smem
+        )
+        y = y * scale + bias[0] if bias else y * scale
+        return mosaic.gelu(y) if self.gelu else y
 
     def _quantised(self, left: Array, right: Array) -> list[Array]:
         """The rows as multiples of their scales, which are left in shared memory."""
@@ -307,10 +332,3 @@ class _Matmul:
         if dtype == jnp.int8:
             halves = [mosaic.round_to_whole(y) for y in halves]
         return halves
-
-
-def _gelu(x: Float[Array, "64 128"]) -> Float[Array, "64 128"]:
-    """GELU by its tanh formula."""
-    inner = x * (0.7978845608028654 + 0.035677408136300125 * (x * x))
-    half = 0.5 * x
-    return half + half * jnp.tanh(inner)

@@ -95,6 +95,18 @@ def rotary_reason(call: calls.RotaryToCache) -> str:
     return ""
 
 
+def quantise_reason(call: calls.Quantise) -> str:
+    """Device, dtype and width of the rows."""
+    width = call.x.shape[-1]
+    if reason := device_reason(call.device):
+        return reason
+    if call.x.dtype not in (*HALVES, jnp.float32):
+        return f"it takes bfloat16, float16 or float32; got {call.x.dtype}"
+    if width % 512 or width > 4096:
+        return f"it takes widths up to 4096 in steps of 512; got {width}"
+    return ""
+
+
 def matmul_reason(call: calls.QuantisedMatmul) -> str:
     """Device, and sizes that its copies and tiles take."""
     outputs, inputs = call.weight.shape
@@ -112,11 +124,8 @@ def weight_reason(call: calls.WeightMatmul) -> str:
     outputs, inputs = call.weight.shape
     if reason := device_reason(call.device):
         return reason
-    if call.x.dtype != jnp.bfloat16 or call.weight.dtype != jnp.int8:
-        return (
-            "Hopper's product with 8-bit weights takes bfloat16 and int8; got "
-            f"{call.x.dtype} and {call.weight.dtype}"
-        )
+    if call.x.dtype != jnp.bfloat16:
+        return f"Hopper's product with 8-bit weights takes bfloat16; got {call.x.dtype}"
     if inputs % 64 or outputs % 128:
         return f"it takes inputs in steps of 64 and outputs of 128; got {inputs} and {outputs}"
     return ""

@@ -1,10 +1,13 @@
-"""Products of 16-bit activations with int8 weights on Hopper: weights become 16 bits in registers.
+"""Products of few 16-bit activations with 8-bit weights on Hopper, widened in registers.
 
-A tile has 128 outputs for up to 256 rows and all of the inputs, or a part of them where tiles are
+A tile has 128 outputs for up to 320 rows and all of the inputs, or a part of them where tiles are
 too few. A producer warpgroup brings stages of 64 inputs with TMA and runs ahead across tiles; two
 consumer warpgroups own 64 outputs each. Weights are the left operand, the one that WGMMA takes out
-of registers, so that a value is widened once for all rows of the tile: the sums lie outputs first.
-Who calls adds up the parts, scales them, and turns them over, all of it in one pass of XLA's.
+of registers, so that a value is widened once for all rows of the tile, while the product with the
+weights before it runs. The sums lie outputs first and are turned over on their way out.
+
+int8 becomes bfloat16, in which it is exact. e4m3 becomes float16, for which Hopper has a
+conversion; activations follow it, and keep all their bits between 2^-14 and 2^16.
 """
 
 # Mosaic GPU's references are dynamic: pyright cannot follow their attributes and operators.
@@ -15,17 +18,18 @@ Who calls adds up the parts, scales them, and turns them over, all of it in one 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.hopper import _mosaic as mosaic
 from pallas_kernels.shapes import ceil_div
+from pallas_kernels.xla.quantised import finished
 
 DEPTH = 64
 """Inputs of a stage: 128 bytes of activations, as WGMMA's widest swizzle has them."""
@@ -33,10 +37,12 @@ CONSUMERS = 2
 OUTPUTS = 64
 """Of a warpgroup."""
 TILE_OUTPUTS = OUTPUTS * CONSUMERS
-MOST_ROWS = 256
-"""Of a tile: the widest right operand of WGMMA."""
+WIDEST = 256
+"""Rows of one WGMMA, as its right operand."""
+MOST_ROWS = 320
+"""Of a tile: more sums than these leave no registers for weights."""
 LEFT = 16
-"""Rows that leave a tile at once, in float32: tiles have a multiple of them."""
+"""Rows that leave a tile at once: tiles have a multiple of them, or 8 rows in all."""
 SHARED = 200 * 1024
 """Bytes of shared memory for stages."""
 MOST_STAGES = 12
@@ -46,18 +52,52 @@ whose sums are written and read again."""
 MOST_PARTS = 8
 
 
+class Tile(NamedTuple):
+    """Rows of a tile: so many groups, a WGMMA each, of so many rows; and tiles across all rows."""
+
+    groups: int
+    rows: int
+    across: int
+
+    @classmethod
+    def of(cls, rows: int) -> Tile:
+        """As few tiles as hold all rows."""
+        across = ceil_div(rows, MOST_ROWS)
+        each = ceil_div(rows, across)
+        groups = ceil_div(each, WIDEST)
+        step = LEFT if rows > 8 else 8
+        return cls(groups, step * ceil_div(ceil_div(each, groups), step), across)
+
+    @property
+    def height(self) -> int:
+        """Rows of all groups."""
+        return self.groups * self.rows
+
+
 def weight_matmul(
-    x: Float[Array, "M C"], weight: Int8[Array, "O C"], scale: Float[Array, "O"], ctas: int
+    x: Float[Array, "M C"],
+    weight: Shaped[Array, "O C"],
+    scale: Float[Array, "O"],
+    bias: Float[Array, "O"] | None,
+    *,
+    gelu: bool,
+    ctas: int,
 ) -> Float[Array, "M O"]:
-    """`x @ weight.T` times a scale an output, in the dtype of x; sums are of float32."""
-    rows, outputs = x.shape[0], weight.shape[0]
+    """`x @ weight.T` times a scale an output, plus a bias, perhaps through the GELU, like x."""
+    rows, dtype = x.shape[0], x.dtype
+    if weight.dtype != jnp.int8:
+        largest = float(jnp.finfo(jnp.float16).max)
+        x = jnp.clip(x, -largest, largest).astype(jnp.float16)
     x = mosaic.pad_rows(x) if rows > 8 else x  # tiled copies take fewer than 8 as well
-    across = ceil_div(rows, MOST_ROWS)
-    tile_rows = LEFT * ceil_div(ceil_div(rows, across), LEFT)
-    tiles = across * ceil_div(outputs, TILE_OUTPUTS)
-    parts = parts_of(tiles, weight.shape[1] // DEPTH, tile_rows, ctas)
-    sums = _sums(x, weight, tile_rows=tile_rows, across=across, parts=parts, ctas=ctas)
-    return (sums[:, :, :rows].sum(0) * scale[:, None]).T.astype(x.dtype)
+    tile = Tile.of(rows)
+    tiles = tile.across * ceil_div(weight.shape[0], TILE_OUTPUTS)
+    parts = parts_of(tiles, weight.shape[1] // DEPTH, tile.height, ctas)
+    given = {"x": x, "weight": weight}
+    if parts == 1:
+        given |= {"scale": scale} if bias is None else {"scale": scale, "bias": bias}
+        return _call(given, tile=tile, parts=1, gelu=gelu, dtype=dtype, ctas=ctas)[0, :rows]
+    sums = _call(given, tile=tile, parts=parts, gelu=False, dtype=jnp.dtype("float32"), ctas=ctas)
+    return finished(sums[:, :rows].sum(0)[None], scale, bias, gelu=gelu)[0].astype(dtype)
 
 
 def parts_of(tiles: int, steps: int, rows: int, ctas: int) -> int:
@@ -70,38 +110,34 @@ def parts_of(tiles: int, steps: int, rows: int, ctas: int) -> int:
     return min(range(1, min(MOST_PARTS, steps) + 1), key=cost)
 
 
-@functools.partial(jax.jit, static_argnames=("tile_rows", "across", "parts", "ctas"))
-def _sums(
-    x: Float[Array, "M C"],
-    weight: Int8[Array, "O C"],
-    *,
-    tile_rows: int,
-    across: int,
-    parts: int,
-    ctas: int,
-) -> Float[Array, "parts O rows"]:
-    """Sums over every part of the inputs, for whole tiles of rows; lowered once a program."""
+@functools.partial(jax.jit, static_argnames=("tile", "parts", "gelu", "dtype", "ctas"))
+def _call(
+    given: dict[str, Array], *, tile: Tile, parts: int, gelu: bool, dtype: jnp.dtype, ctas: int
+) -> Float[Array, "parts M O"]:
+    """Sums over each part of the inputs, finished where scales are given; lowered once."""
+    x, weight = given["x"], given["weight"]
 
-    def weight_matmul_kernel(x, weight, out, **scratch):
-        _Product(x, weight, out, scratch, tile_rows, across).run()
+    def weight_matmul_kernel(*refs, **scratch):
+        gmem = dict(zip([*given, "out"], refs, strict=True))
+        _Product(gmem, scratch, tile, gelu).run()
 
     return mosaic.kernel(
         weight_matmul_kernel,
-        out_type=jax.ShapeDtypeStruct((parts, weight.shape[0], across * tile_rows), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((parts, x.shape[0], weight.shape[0]), dtype),
         grid=(ctas,),
         num_threads=CONSUMERS + 1,
-        scratch_types=_scratch(x.dtype, tile_rows),
+        scratch_types=_scratch(x.dtype, weight.dtype, dtype, tile.height),
         compiler_params=mosaic.compiler_params(),
-    )(x, weight)
+    )(*given.values())
 
 
-def _scratch(dtype, rows: int) -> dict[str, Any]:
+def _scratch(dtype, weights, out_dtype, rows: int) -> dict[str, Any]:
     stage = DEPTH * (rows * jnp.dtype(dtype).itemsize + TILE_OUTPUTS)
     stages = min(MOST_STAGES, SHARED // stage)
     return dict(
         x_smem=mosaic.tiled_smem((stages, rows, DEPTH), dtype),
-        w_smem=mosaic.tiled_smem((stages, TILE_OUTPUTS, DEPTH), jnp.int8),
-        out_smem=mosaic.tiled_smem((CONSUMERS, 2, OUTPUTS, LEFT), jnp.float32),
+        w_smem=mosaic.tiled_smem((stages, TILE_OUTPUTS, DEPTH), weights),
+        out_smem=mosaic.tiled_smem((CONSUMERS, 2, min(LEFT, rows), OUTPUTS), out_dtype),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
     )
@@ -110,14 +146,16 @@ def _scratch(dtype, rows: int) -> dict[str, Any]:
 class _Product:
     """The walk of one CTA over its tiles."""
 
-    def __init__(self, x, weight, out, scratch: dict[str, Any], rows: int, across: int):
-        self.x, self.weight, self.out, self.rows, self.across = x, weight, out, rows, across
+    def __init__(self, gmem: dict[str, Any], scratch: dict[str, Any], tile: Tile, gelu: bool):
+        self.gmem, self.shape, self.gelu = gmem, tile, gelu
         for name, ref in scratch.items():
             setattr(self, name, ref)
+        self.dtype = gmem["x"].dtype
         self.stages = self.x_smem.shape[0]
-        self.steps = weight.shape[1] // DEPTH
-        self.each = ceil_div(self.steps, out.shape[0])
-        self.columns = pl.cdiv(weight.shape[0], TILE_OUTPUTS)
+        self.steps = gmem["weight"].shape[1] // DEPTH
+        self.parts = gmem["out"].shape[0]
+        self.each = ceil_div(self.steps, self.parts)
+        self.columns = pl.cdiv(gmem["weight"].shape[0], TILE_OUTPUTS)
 
     def run(self) -> None:
         """Dispatch this warpgroup to its role."""
@@ -128,15 +166,16 @@ class _Product:
 
         Tiles that read the same weights run side by side.
         """
-        cta, ctas, mine = mosaic.share(self.across * self.columns * self.out.shape[0])
+        across = self.shape.across
+        cta, ctas, mine = mosaic.share(across * self.columns * self.parts)
 
         def tile(number, before):
             index = cta + number * ctas
-            row, rest = lax.rem(index, self.across), lax.div(index, self.across)
+            row, rest = lax.rem(index, across), lax.div(index, across)
             column, part = lax.rem(rest, self.columns), lax.div(rest, self.columns)
             first = part * self.each
             steps = jnp.minimum(self.each, self.steps - first)
-            body(part, row * self.rows, column * TILE_OUTPUTS, first, steps, before)
+            body(part, row * self.shape.height, column * TILE_OUTPUTS, first, steps, before)
             return before + steps
 
         lax.fori_loop(0, mine, tile, jnp.int32(0))
@@ -147,20 +186,19 @@ class _Product:
 
         def tile(part, row, output, first, steps, before):
             del part
+            wanted = (
+                ("x", pl.ds(row, self.shape.height), self.x_smem),
+                ("weight", pl.ds(output, TILE_OUTPUTS), self.w_smem),
+            )
 
             def step(k):
                 stage = lax.rem(before + k, self.stages)
                 inputs = pl.ds((first + k) * DEPTH, DEPTH)
                 plgpu.barrier_wait(self.empty.at[stage])
                 full = self.full.at[stage]
-                plgpu.copy_gmem_to_smem(
-                    self.x.at[pl.ds(row, self.rows), inputs], self.x_smem.at[stage], full
-                )
-                plgpu.copy_gmem_to_smem(
-                    self.weight.at[pl.ds(output, TILE_OUTPUTS), inputs],
-                    self.w_smem.at[stage],
-                    full,
-                )
+                for name, where, into in wanted:
+                    source = self.gmem[name].at[where, inputs]
+                    plgpu.copy_gmem_to_smem(source, into.at[stage], full)
 
             pl.loop(0, steps)(step)
 
@@ -171,44 +209,72 @@ class _Product:
         plgpu.set_max_registers(232, action="increase")
         for stage in range(self.stages):
             plgpu.barrier_arrive(self.empty.at[stage])
-        own = pl.ds(warpgroup * OUTPUTS, OUTPUTS)
+        self.own = pl.ds(warpgroup * OUTPUTS, OUTPUTS)
 
         def tile(part, row, output, first, steps, before):
             del first
-
-            def multiply(sums):
-                def step(k, carry):
-                    stage = lax.rem(before + k, self.stages)
-                    plgpu.barrier_wait(self.full.at[stage])
-                    weight = self._widened(self.w_smem.at[stage, own])
-                    plgpu.wgmma(sums, weight, mosaic.transposed(self.x_smem.at[stage]))
-                    # Not one product later: registers that WGMMA still reads cannot take the next
-                    # weights. The other warpgroup multiplies meanwhile.
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(self.empty.at[stage])
-                    return carry
-
-                lax.fori_loop(0, steps, step, None)
-                return sums[...]
-
-            sums = pl.run_scoped(multiply, plgpu.ACC((OUTPUTS, self.rows), jnp.float32))
-            self._leave(sums, part, row, output, warpgroup)
+            sums = self._sums(steps, before)
+            for group, part_sums in enumerate(sums):
+                self._leave(part_sums, part, row + group * self.shape.rows, output, warpgroup)
 
         self.for_tiles(tile)
         plgpu.wait_smem_to_gmem(0)
 
-    def _widened(self, weight) -> Array:
-        """Int8 weights of a stage as 16-bit ones, in the layout in which WGMMA takes registers."""
+    def _sums(self, steps, before) -> list[Float[Array, "64 rows"]]:
+        """Of all groups of rows, over the steps of a tile."""
+
+        def multiply(*sums):
+            def step(k, weight):
+                stage = lax.rem(before + k, self.stages)
+                for group, into in enumerate(sums):
+                    rows = pl.ds(group * self.shape.rows, self.shape.rows)
+                    plgpu.wgmma(into, weight, mosaic.transposed(self.x_smem.at[stage, rows]))
+                # The next weights widen while these are multiplied; after the last, these again.
+                more = k + 1 < steps
+                following = lax.rem(before + k + 1, self.stages)
+                pl.when(more)(lambda: plgpu.barrier_wait(self.full.at[following]))
+                weight = self._widened(jnp.where(more, following, stage))
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(self.empty.at[stage])
+                return weight
+
+            first = lax.rem(before, self.stages)
+            plgpu.barrier_wait(self.full.at[first])
+            lax.fori_loop(0, steps, step, self._widened(first))
+            return [part[...] for part in sums]
+
+        accumulator = plgpu.ACC((OUTPUTS, self.shape.rows), jnp.float32)
+        return pl.run_scoped(multiply, *[accumulator] * self.shape.groups)
+
+    def _widened(self, stage) -> Array:
+        """Weights of a stage as 16-bit ones, in the layout in which WGMMA takes registers."""
+        weight = self.w_smem.at[stage, self.own]
         values = plgpu.load(weight, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        return plgpu.layout_cast(values.astype(self.x.dtype), plgpu.Layout.WGMMA)
+        return plgpu.layout_cast(values.astype(self.dtype), plgpu.Layout.WGMMA)
 
     def _leave(self, sums: Float[Array, "64 rows"], part, row, output, warpgroup) -> None:
         """The way of sums to global memory, some rows at a time."""
         outputs = pl.ds(output + warpgroup * OUTPUTS, OUTPUTS)
-        for number, left in enumerate(range(0, self.rows, LEFT)):
+        vectors = {
+            name: mosaic.load(self.gmem[name].at[outputs], mosaic.ROW).astype(jnp.float32)
+            for name in ("scale", "bias")
+            if name in self.gmem
+        }
+        left = min(LEFT, self.shape.rows)
+        for number, start in enumerate(range(0, self.shape.rows, left)):
             out = self.out_smem.at[warpgroup, number % 2]
+            y = self._finished(sums[:, start : start + left], vectors).astype(out.dtype)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            out[...] = sums[:, left : left + LEFT]
+            mosaic.transposed(out)[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
-            rows = pl.ds(row + left, LEFT)
-            plgpu.copy_smem_to_gmem(out, self.out.at[part, outputs, rows])
+            plgpu.copy_smem_to_gmem(
+                out, self.gmem["out"].at[part, pl.ds(row + start, left), outputs]
+            )
+
+    def _finished(self, y: Float[Array, "64 rows"], vectors: dict[str, Array]) -> Array:
+        """Sums with the scales and biases of their outputs, and the GELU."""
+        if "scale" in vectors:
+            y = y * mosaic.spread(vectors["scale"], y)
+        if "bias" in vectors:
+            y = y + mosaic.spread(vectors["bias"], y)
+        return mosaic.gelu(y) if self.gelu else y

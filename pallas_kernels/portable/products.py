@@ -19,6 +19,7 @@ from pallas_kernels import calls
 from pallas_kernels.portable import _triton as tri
 from pallas_kernels.portable import tuning
 from pallas_kernels.shapes import ceil_div
+from pallas_kernels.xla.quantised import finished
 
 _PROGRAMS = 2
 """For every multiprocessor at least; where tiles are fewer, programs share the inputs of one."""
@@ -26,19 +27,20 @@ _PARTS = 8
 
 
 def weight_matmul(call: calls.WeightMatmul) -> Float[Array, "R T O"]:
-    """`x @ weight.T`, scaled; rows of all batch entries together."""
+    """`x @ weight.T`, scaled, with bias and GELU; rows of all batch entries together."""
     batch, tokens, inputs = call.x.shape
     rows, outputs = batch * tokens, call.weight.shape[0]
     tiles = tuning.products(rows, call.device.capability)
     grid = (ceil_div(outputs, tiles.outputs), ceil_div(rows, tiles.rows))
     parts = _parts(grid[0] * grid[1], ceil_div(inputs, tiles.step), call.device.multiprocessors)
+    done = parts == 1 and call.bias is None and not call.gelu
     out = tri.call(
         _kernel(rows, outputs, inputs, parts, tiles),
-        jax.ShapeDtypeStruct((parts, rows, outputs), jnp.float32 if parts > 1 else call.dtype),
+        jax.ShapeDtypeStruct((parts, rows, outputs), call.dtype if done else jnp.float32),
         (*grid, parts), tiles, call.x.reshape(rows, inputs), call.weight, call.weight_scale,
     )  # fmt: skip
-    whole = out[0] if parts == 1 else out.sum(0).astype(call.dtype)
-    return whole.reshape(batch, tokens, outputs)
+    whole = out.sum(0).reshape(batch, tokens, outputs)
+    return whole if done else finished(whole, None, call.bias, gelu=call.gelu).astype(call.dtype)
 
 
 def _parts(programs: int, steps: int, multiprocessors: int) -> int:

@@ -71,6 +71,10 @@ def _cross_attention(call: calls.CrossAttention) -> Any:
     return fused.cross_attention(call.q, call.k, call.v, call.offsets, call.scale)
 
 
+def _quantise(call: calls.Quantise) -> Any:
+    return quantised.quantise(call.x, call.dtype, call.x.shape[-1])
+
+
 def _quantised_matmul(call: calls.QuantisedMatmul) -> Any:
     return quantised.quantised_matmul(
         call.values, call.scale, call.weight, call.weight_scale, call.bias, gelu=call.gelu,
@@ -79,7 +83,9 @@ def _quantised_matmul(call: calls.QuantisedMatmul) -> Any:
 
 
 def _weight_matmul(call: calls.WeightMatmul) -> Any:
-    return quantised.weight_matmul(call.x, call.weight, call.weight_scale, dtype=call.dtype)
+    return quantised.weight_matmul(
+        call.x, call.weight, call.weight_scale, call.bias, gelu=call.gelu, dtype=call.dtype
+    )
 
 
 SERVED = {
@@ -93,6 +99,7 @@ SERVED = {
     "rotary_to_cache": Backend(NAME, nothing, _rotary_to_cache),
     "text_memory": Backend(NAME, nothing, _text_memory),
     "cross_attention": Backend(NAME, nothing, _cross_attention),
+    "quantise": Backend(NAME, nothing, _quantise),
     "quantised_matmul": Backend(NAME, nothing, _quantised_matmul),
     "weight_matmul": Backend(NAME, nothing, _weight_matmul),
 }

@@ -30,7 +30,7 @@ def quantised_matmul(
     scale: Float[Array, "blocks R T"],
     weight: Shaped[Array, "O C"],
     weight_scale: Float[Array, "O"],
-    bias: Float[Array, "O"],
+    bias: Float[Array, "O"] | None,
     *,
     gelu: bool,
     dtype: jnp.dtype,
@@ -63,9 +63,7 @@ def quantised_matmul(
 
         zero = jnp.zeros((*values.shape[:-1], weight.shape[0]), jnp.float32)
         y, _ = lax.scan(add, zero, jnp.arange(blocks))
-    y = y * weight_scale[None, None] + bias[None, None]
-    if gelu:
-        y = jax.nn.gelu(y, approximate=True)
+    y = finished(y, weight_scale, bias, gelu=gelu)
     return quantise(y, dtype, BLOCK) if dtype in LARGEST else y.astype(dtype)
 
 
@@ -73,7 +71,9 @@ def weight_matmul(
     x: Float[Array, "R T C"],
     weight: Shaped[Array, "O C"],
     weight_scale: Float[Array, "O"],
+    bias: Float[Array, "O"] | None,
     *,
+    gelu: bool,
     dtype: jnp.dtype,
 ) -> Float[Array, "R T O"]:
     """8-bit values are exact in every dtype that is computed in; products of float32 are, too."""
@@ -84,4 +84,17 @@ def weight_matmul(
         precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-    return (sums * weight_scale[None, None]).astype(dtype)
+    return finished(sums, weight_scale, bias, gelu=gelu).astype(dtype)
+
+
+def finished(
+    sums: Float[Array, "R T O"],
+    weight_scale: Float[Array, "O"] | None,
+    bias: Float[Array, "O"] | None,
+    *,
+    gelu: bool,
+) -> Float[Array, "R T O"]:
+    """Sums in float32 with scales and biases of their outputs, perhaps through the tanh GELU."""
+    y = sums if weight_scale is None else sums * weight_scale[None, None]
+    y = y if bias is None else y + bias.astype(jnp.float32)[None, None]
+    return jax.nn.gelu(y, approximate=True) if gelu else y

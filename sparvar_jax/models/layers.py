@@ -134,8 +134,7 @@ def product(linear: Linear, x: Float[Array, "... I"] | Eight) -> Float[Array, ".
         y: Any = matrix.eight_bit_product(x, weight, dtype=dtype, implementation=implementation)
         return y
     if isinstance(weight, Narrow) and x.ndim == 3:
-        few = "xla" if implementation == "xla" else None  # not every kernel set has it
-        return matrix.product_of_few(x, weight, dtype=dtype, implementation=few)
+        return matrix.product_of_few(x, weight, dtype=dtype, implementation=implementation)
     return matrix.product(x, weight, dtype=dtype, precision=linear.precision)
 
 
@@ -151,6 +150,15 @@ def gelu_product(
     """A linear map and the tanh GELU; in 8 bits where the map after it, `into`, takes them."""
     weight, after = linear.weight, into.weight
     if not isinstance(x, Eight) and not matrix.takes_eight_bits(x, weight):
+        if isinstance(weight, Narrow) and x.ndim == 3:
+            return matrix.product_of_few(
+                x,
+                weight,
+                bias=bias_of(linear),
+                gelu=True,
+                dtype=linear.dtype,
+                implementation=linear.implementation,
+            )
         return jax.nn.gelu(linear(x), approximate=True)
     divides = linear.kernel[...].shape[0] % BLOCK == 0
     dtype = after.values.dtype if isinstance(after, Narrow) and divides else linear.dtype

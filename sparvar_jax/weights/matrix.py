@@ -59,7 +59,8 @@ FEWEST_TOKENS = 256
 
 def narrow(kernel: Float[Array, "I O"], dtype: DTypeLike) -> Narrow:
     """A matrix rounded to int8 or e4m3, every output scaled to the largest value of the dtype."""
-    rows = pallas_kernels.quantise(kernel.T[None], dtype)
+    # By the reference everywhere, so that a matrix is rounded alike on all machines.
+    rows = pallas_kernels.quantise(kernel.T[None], dtype, implementation="xla")
     return Narrow(rows.values[0], rows.scale[0, 0])
 
 
@@ -97,13 +98,16 @@ def product_of_few(
     x: Float[Array, "R T I"],
     weight: Narrow,
     *,
+    bias: Float[Array, "O"] | None = None,
+    gelu: bool = False,
     dtype: DTypeLike,
     implementation: Implementation | None = None,
 ) -> Float[Array, "R T O"]:
     """`x` as it is times a narrow matrix: `pallas_kernels.weight_matmul`."""
     return pallas_kernels.weight_matmul(
-        x.astype(dtype), weight.values, weight.scale, implementation=implementation
-    )
+        x.astype(dtype), weight.values, weight.scale, bias, gelu=gelu,
+        implementation="xla" if implementation == "xla" else None,  # not every kernel set has it
+    )  # fmt: skip
 
 
 def product(

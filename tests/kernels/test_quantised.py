@@ -124,6 +124,36 @@ def test_unusual_rows(dtype, block):
     assert np.abs(back[0, 3] - rows[0, 3]).max() <= bound * 1.001
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.int8, E4M3])
+@pytest.mark.parametrize(("rows", "width"), [(1, 512), (1000, 2048), (4096, 3584)])
+def test_rows_rounded_by_the_kernel(rows, width, dtype):
+    """As by the reference, but for values that lie half way between two, give or take 2^-20."""
+    if reason := reasons.device_reason(support.device_of()):
+        pytest.skip(reason)
+    x = jax.random.normal(jax.random.key(0), (2, rows, width), jnp.bfloat16)
+    x = x.at[0, 0].set(0)
+    got = pk.quantise(x, dtype, implementation="hopper")
+    want = pk.quantise(x, dtype, implementation="xla")
+    np.testing.assert_allclose(np.asarray(got.scale), np.asarray(want.scale), rtol=2.0**-20)
+    ours, theirs = (np.asarray(e.values, np.float32) for e in (got, want))
+    np.testing.assert_array_equal(ours[0, 0], 0)
+    step = np.maximum(np.abs(theirs) / 8, 2.0**-9) if dtype == E4M3 else 1
+    assert (np.abs(ours - theirs) <= step).all()
+    assert (ours != theirs).mean() < 1e-3
+
+
+@pytest.mark.skipif(bool(reasons.jax_reason()), reason="needs jax 0.11")
+def test_the_rounding_of_rows_lowers(monkeypatch):
+    hopper = support.Device("gpu", capability=(9, 0), multiprocessors=132)
+    monkeypatch.setattr(support, "device_of", lambda *operands: hopper)
+    x = jax.ShapeDtypeStruct((2, 700, 3584), jnp.bfloat16)
+    call = jax.jit(lambda x: pk.quantise(x, jnp.int8, implementation="hopper"))
+    call.trace(x).lower(lowering_platforms=("cuda",))
+    with pytest.raises(NotImplementedError, match="widths up to 4096 in steps of 512; got 640"):
+        pk.quantise(jnp.ones((1, 4, 640), jnp.bfloat16), jnp.int8, implementation="hopper")
+
+
 def test_a_long_tail_drowns_a_row_of_integers_but_not_of_floats():
     generator = np.random.default_rng(0)
     x = np.abs(generator.normal(size=(1, 8, 512))).astype(np.float32)

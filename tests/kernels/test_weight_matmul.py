@@ -30,11 +30,16 @@ def operands(dtype, weights, batch=2, tokens=9, inputs=200, outputs=72):
     return x, eight.values[0], eight.scale[0, 0]
 
 
-def truth(x, weight, scale):
+def truth(x, weight, scale, bias=None):
     """float64, and the same of magnitudes: what roundings of sums are relative to."""
     x, weight = (np.asarray(value.astype(jnp.float32), np.float64) for value in (x, weight))
     weight = weight * np.asarray(scale, np.float64)[:, None]
-    return x @ weight.T, np.abs(x) @ np.abs(weight).T
+    added = 0.0 if bias is None else np.asarray(bias.astype(jnp.float32), np.float64)
+    return x @ weight.T + added, np.abs(x) @ np.abs(weight).T + np.abs(added)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
 def check(out, given):
@@ -54,6 +59,21 @@ def test_the_compilers_products_against_float64(dtype, weights):
     check(pk.weight_matmul(*given, implementation="xla"), given)
 
 
+def check_finished(given, implementation):
+    """With bias and GELU, whose slope is at most 1.13; a kernel's tanh is good to 2^-11 of it."""
+    bias = jnp.linspace(-2, 2, len(given[1])).astype(jnp.bfloat16)
+    out = pk.weight_matmul(*given, bias, gelu=True, implementation=implementation)
+    before, sizes = truth(*given, bias)
+    bound = 1.13 * given[0].shape[-1] * 2.0**-24 * sizes + 2.0**-8 * np.abs(gelu(before))
+    rough = 2.0**-10 * np.abs(before)
+    assert (np.abs(np.asarray(out, np.float64) - gelu(before)) <= bound + rough).all()
+
+
+@pytest.mark.parametrize("weights", [INT8, E4M3], ids=str)
+def test_bias_and_gelu_of_the_compilers_products(weights):
+    check_finished(operands(jnp.bfloat16, weights), "xla")
+
+
 @needs_triton
 @pytest.mark.parametrize("weights", [INT8, E4M3], ids=str)
 @pytest.mark.parametrize(
@@ -69,6 +89,7 @@ def test_the_kernel_against_float64(batch, tokens, inputs, outputs, weights, on,
     on(HOPPER)
     given = operands(jnp.bfloat16, weights, batch, tokens, inputs, outputs)
     check(pk.weight_matmul(*given, implementation="portable"), given)
+    check_finished(given, "portable")
 
 
 @needs_mosaic
@@ -79,7 +100,7 @@ def test_the_kernel_against_float64(batch, tokens, inputs, outputs, weights, on,
         (HOPPER, jnp.bfloat16, INT8, 16, "hopper"),
         (HOPPER, jnp.bfloat16, INT8, 144, "hopper"),
         (HOPPER, jnp.bfloat16, INT8, 400, "portable"),
-        (HOPPER, jnp.bfloat16, E4M3, 144, "portable"),
+        (HOPPER, jnp.bfloat16, E4M3, 144, "hopper"),
         (HOPPER, jnp.float16, INT8, 144, "portable"),
         (AMPERE, jnp.bfloat16, INT8, 144, "portable"),
         (AMPERE, jnp.bfloat16, E4M3, 144, "xla"),
@@ -101,7 +122,7 @@ def test_who_serves(device, dtype, weights, tokens, server, on):
         (AMPERE, jnp.bfloat16, E4M3, "portable", "capability 8.9"),
         (HOPPER, jnp.float32, INT8, "portable", "16-bit activations"),
         (AMPERE, jnp.bfloat16, INT8, "hopper", "compute capability 9.0"),
-        (HOPPER, jnp.float16, INT8, "hopper", "takes bfloat16 and int8; got float16 and int8"),
+        (HOPPER, jnp.float16, INT8, "hopper", "takes bfloat16; got float16"),
     ],
 )
 def test_what_a_kernel_cannot_serve_is_said(device, dtype, weights, named, reason, on):
@@ -122,18 +143,19 @@ def shapes(dtype, weights, tokens):
 
 @needs_mosaic
 @pytest.mark.parametrize(
-    ("tokens", "inputs", "outputs"),
-    [(1, 64, 128), (37, 3584, 384), (144, 14336, 3584), (300, 192, 128)],
-    ids=["one step", "tails", "two tiles of rows", "three steps"],
+    ("tokens", "inputs", "outputs", "weights"),
+    [(1, 64, 128, INT8), (37, 3584, 384, E4M3), (144, 14336, 3584, INT8), (300, 192, 128, E4M3)],
+    ids=["one step", "tails", "two groups of rows", "two tiles of rows"],
 )
-def test_hoppers_kernel_lowers(tokens, inputs, outputs, on):
+def test_hoppers_kernel_lowers(tokens, inputs, outputs, weights, on):
     on(HOPPER)
     given = (
         jax.ShapeDtypeStruct((2, tokens, inputs), jnp.bfloat16),
-        jax.ShapeDtypeStruct((outputs, inputs), jnp.int8),
+        jax.ShapeDtypeStruct((outputs, inputs), weights),
         jax.ShapeDtypeStruct((outputs,), jnp.float32),
+        jax.ShapeDtypeStruct((outputs,), jnp.bfloat16),
     )
-    call = jax.jit(lambda *a: pk.weight_matmul(*a, implementation="hopper"))
+    call = jax.jit(lambda *a: pk.weight_matmul(*a, gelu=True, implementation="hopper"))
     call.trace(*given).lower(lowering_platforms=("cuda",))
 
 
@@ -146,9 +168,20 @@ def test_inputs_are_parted_where_that_fills_the_gpu(tiles, steps, rows, parts):
     assert kernel.parts_of(tiles, steps, rows, 132) == parts
 
 
+@pytest.mark.parametrize(
+    ("rows", "tile"),
+    [(2, (1, 8, 1)), (72, (1, 80, 1)), (288, (2, 144, 1)), (320, (2, 160, 1)), (600, (2, 160, 2))],
+)
+def test_tiles_hold_all_rows(rows, tile):
+    kernel = pytest.importorskip("pallas_kernels.hopper.weight_matmul")
+    found = kernel.Tile.of(rows)
+    assert found == tile
+    assert found.across * found.height >= rows
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("weights", "named"), [(INT8, "portable"), (E4M3, "portable"),
-                                                (INT8, "hopper")], ids=str)  # fmt: skip
+@pytest.mark.parametrize("weights", [INT8, E4M3], ids=str)
+@pytest.mark.parametrize("named", ["portable", "hopper"])
 @pytest.mark.parametrize("tokens", [1, 16, 37, 144, 255])
 def test_the_kernels_on_a_gpu(tokens, weights, named):
     if named == "hopper" and (reason := hopper_reasons.device_reason(support.device_of())):
@@ -161,6 +194,19 @@ def test_the_kernels_on_a_gpu(tokens, weights, named):
         out = call(*given)
         check(out, given)
         np.testing.assert_array_equal(np.asarray(out), np.asarray(call(*given)))
+    for inputs, outputs in ((3584, 14336), (256, 14336)):  # in parts where rows are few, and whole
+        check_finished(operands(jnp.bfloat16, weights, 2, tokens, inputs, outputs), named)
+
+
+@pytest.mark.gpu
+def test_large_activations_meet_e4m3_weights_as_the_largest_float16():
+    if reason := hopper_reasons.device_reason(support.device_of()):
+        pytest.skip(reason)
+    x, weight, scale = operands(jnp.bfloat16, E4M3, 2, 16, 512, 256)
+    x = x.at[0, 3, 5].set(1e6)
+    out = pk.weight_matmul(x, weight, scale, implementation="hopper")
+    given = x.at[0, 3, 5].set(65504), weight, scale
+    check(out, given)
 
 
 def test_other_weights_are_refused():
