@@ -266,8 +266,9 @@ def test_free_prompts_are_of_no_other_list():
 
 
 def test_the_page_of_both_looks_is_what_was_seen():
-    looks = {name: verdicts.read(FREE / f"{name}.json") for name in ("before", "after")}
-    assert verdicts.page(looks) == (FREE / "after.md").read_text()
+    for which in ("", "again-"):
+        looks = {name: verdicts.read(FREE / f"{which}{name}.json") for name in ("before", "after")}
+        assert verdicts.page(looks) == (FREE / f"{which}after.md").read_text()
 
 
 def test_verdicts_are_counted_and_gaps_refused(tmp_path):

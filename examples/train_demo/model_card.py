@@ -1,6 +1,6 @@
 """Write the demo model's card from what was measured: `MODEL_CARD.md` in the model directory.
 
-Run `python -m examples.train_demo.model_card --results benchmarks/results/cpu --model
+Run `python -m examples.train_demo.model_card --results benchmarks/results/h200 --model
 sparvar_jax/demo`. Every figure is read from `training.json` (written by the training, copied by
 `export`) and from the results of `benchmarks.demo_*`; one that was not measured is said to be so.
 """
@@ -50,20 +50,19 @@ the (thing, style) pairs were held out.
 - Prompts should read like the captions: "a flat icon of an otter", "a strawberry above a fire
   engine on a pink background, 3d style". Words outside the captions mean little to it.
 - Scenes: in all 32 pictures of the fixed prompts, looked at one by one, the things stand where the
-  prompt says, on the background it says; so do they in 8 of 8 seeds of "a rocket above a red apple
-  on a dark green background". Word order is read: with the two things of a caption exchanged the
-  loss of the scales from 4x4 to 12x12 tokens about doubled before the last run of training
+  prompt says, on the background it says. Word order is read: with the two things of a caption
+  exchanged the loss of the scales from 4x4 to 12x12 tokens about doubled two runs of training ago
   (`benchmarks/results/cpu/demo_order.json`).
-- Of 64 prompts in a visitor's words, looked at one by one, 30 are drawn right, 20 are usable (a
-  part has melted, or the place or number is off) and 14 wrong: a cat that could be a dog, cars, a
-  burger, a slice of pizza (`examples/free_prompts/after.md`). Three things in a row are small and
-  rough.
+- Of 64 prompts in a visitor's words, written before the last run and looked at one by one, 36 are
+  drawn right, 16 are usable (a part has melted, or a colour, number or detail is off) and 12 wrong:
+  a wrapped present, a lighthouse, a camera, a bee, a small rocket
+  (`examples/free_prompts/again-after.md`). Three things in a row are small and rough.
 - One prompt gives nearly the same picture with every seed.
 - It knows its drawings by heart. Of a thing alone, in a style held out, it foresees another
   drawing: the loss of the first scales is then higher with the text than without (table above). In
   scenes, where the text also says what stands where, it is lower.
 - Thin parts (legs, letters, strings) come out blurred or melted, faces more often than shapes: the
-  model holds 19 million parameters for 3,019 drawings.
+  model holds 24 million parameters for 3,019 drawings.
 - It has seen single emoji drawings, no photographs and no written text.
 - Retrieval counts a picture as right by features of an ImageNet network, which sees shape and
   texture better than fine drawing.

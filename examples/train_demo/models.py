@@ -44,7 +44,7 @@ SHIPPED = DemoConfig(
     ),
     T5Config(3072, 256, head_dim=64, mlp_width=512, depth=4, heads=4, dtype="bfloat16"),
     InfinityConfig(
-        depth=6, width=384, heads=6, text_width=256, bits=16, text_max_length=32, chunks=2
+        depth=8, width=384, heads=6, text_width=256, bits=16, text_max_length=32, chunks=2
     ),
 )
 TOY = DemoConfig(
@@ -67,8 +67,9 @@ TOY = DemoConfig(
         dtype="float32",
     ),
 )
-DEEPER = replace(SHIPPED, transformer=replace(SHIPPED.transformer, depth=8))
-SIZES = {"shipped": SHIPPED, "deeper": DEEPER, "toy": TOY}
+FIRST = replace(SHIPPED, transformer=replace(SHIPPED.transformer, depth=6))
+SIZES = {"shipped": SHIPPED, "first": FIRST, "toy": TOY}
+"""What most runs of the training had is `first`; two layers came with the last one."""
 
 
 @dataclass(frozen=True)

@@ -126,15 +126,15 @@ def weight_reason(call: calls.WeightMatmul) -> str:
         return reason
     if call.x.dtype != jnp.bfloat16:
         return f"Hopper's product with 8-bit weights takes bfloat16; got {call.x.dtype}"
-    if inputs % 64 or outputs % 128:
-        return f"it takes inputs in steps of 64 and outputs of 128; got {inputs} and {outputs}"
+    if inputs % 128 or outputs % 128:
+        return f"it takes inputs and outputs in steps of 128; got {inputs} and {outputs}"
     return ""
 
 
 def weight_unasked(call: calls.WeightMatmul) -> str:
-    """Where it serves only on request: smaller programs read the weights of few rows as fast."""
+    """Where it serves only on request: of many rows every tile would widen the weights again."""
     rows = call.x.shape[0] * call.x.shape[1]
-    if not 9 <= rows <= 512:
+    if rows > 512:
         return f"the product of {rows} rows is left to other kernels unless asked for"
     return ""
 

@@ -1,7 +1,7 @@
 """Products of few 16-bit activations with 8-bit weights on Hopper, widened in registers.
 
 A tile has 128 outputs for up to 320 rows and all of the inputs, or a part of them where tiles are
-too few. A producer warpgroup brings stages of 64 inputs with TMA and runs ahead across tiles; two
+too few. A producer warpgroup brings stages of inputs with TMA and runs ahead across tiles; two
 consumer warpgroups own 64 outputs each. Weights are the left operand, the one that WGMMA takes out
 of registers, so that a value is widened once for all rows of the tile, while the product with the
 weights before it runs. The sums lie outputs first and are turned over on their way out.
@@ -31,8 +31,9 @@ from pallas_kernels.hopper import _mosaic as mosaic
 from pallas_kernels.shapes import ceil_div
 from pallas_kernels.xla.quantised import finished
 
-DEPTH = 64
-"""Inputs of a stage: 128 bytes of activations, as WGMMA's widest swizzle has them."""
+DEPTHS = 64, 128
+"""Inputs of a stage: a stage costs a wait, so that fewer and deeper ones are better where rows are
+few and several still fit."""
 CONSUMERS = 2
 OUTPUTS = 64
 """Of a warpgroup."""
@@ -43,11 +44,13 @@ MOST_ROWS = 320
 """Of a tile: more sums than these leave no registers for weights."""
 LEFT = 16
 """Rows that leave a tile at once: tiles have a multiple of them, or 8 rows in all."""
+DEEP_ROWS = 128
+"""Of a tile with deep stages at most."""
 SHARED = 200 * 1024
 """Bytes of shared memory for stages."""
 MOST_STAGES = 12
-FIXED_STEPS, ROWS_A_STEP = 4, 8
-"""What a tile costs besides its steps, in steps: the first stage's way, and one for every 8 rows,
+FIXED_INPUTS, INPUTS_A_ROW = 256, 8
+"""What a tile costs besides its inputs, in inputs: the first stage's way, and so many for a row,
 whose sums are written and read again."""
 MOST_PARTS = 8
 
@@ -73,6 +76,11 @@ class Tile(NamedTuple):
         """Rows of all groups."""
         return self.groups * self.rows
 
+    @property
+    def depth(self) -> int:
+        """Inputs of a stage."""
+        return DEPTHS[self.height <= DEEP_ROWS]
+
 
 def weight_matmul(
     x: Float[Array, "M C"],
@@ -91,7 +99,7 @@ def weight_matmul(
     x = mosaic.pad_rows(x) if rows > 8 else x  # tiled copies take fewer than 8 as well
     tile = Tile.of(rows)
     tiles = tile.across * ceil_div(weight.shape[0], TILE_OUTPUTS)
-    parts = parts_of(tiles, weight.shape[1] // DEPTH, tile.height, ctas)
+    parts = parts_of(tiles, weight.shape[1], tile, ctas)
     given = {"x": x, "weight": weight}
     if parts == 1:
         given |= {"scale": scale} if bias is None else {"scale": scale, "bias": bias}
@@ -100,12 +108,15 @@ def weight_matmul(
     return finished(sums[:, :rows].sum(0)[None], scale, bias, gelu=gelu)[0].astype(dtype)
 
 
-def parts_of(tiles: int, steps: int, rows: int, ctas: int) -> int:
-    """Into how many parts the inputs go, so that all multiprocessors are done soonest."""
+def parts_of(tiles: int, inputs: int, tile: Tile, ctas: int) -> int:
+    """Into how many parts the inputs go, so that all multiprocessors are done soonest.
+
+    No part is empty: with as many steps a part, fewer parts cost less.
+    """
+    steps, fixed = inputs // tile.depth, FIXED_INPUTS + INPUTS_A_ROW * tile.height
 
     def cost(parts: int) -> int:
-        fixed = FIXED_STEPS + rows // ROWS_A_STEP
-        return ceil_div(tiles * parts, ctas) * (ceil_div(steps, parts) + fixed)
+        return ceil_div(tiles * parts, ctas) * (ceil_div(steps, parts) * tile.depth + fixed)
 
     return min(range(1, min(MOST_PARTS, steps) + 1), key=cost)
 
@@ -126,17 +137,18 @@ def _call(
         out_type=jax.ShapeDtypeStruct((parts, x.shape[0], weight.shape[0]), dtype),
         grid=(ctas,),
         num_threads=CONSUMERS + 1,
-        scratch_types=_scratch(x.dtype, weight.dtype, dtype, tile.height),
+        scratch_types=_scratch(x.dtype, weight.dtype, dtype, tile),
         compiler_params=mosaic.compiler_params(),
     )(*given.values())
 
 
-def _scratch(dtype, weights, out_dtype, rows: int) -> dict[str, Any]:
-    stage = DEPTH * (rows * jnp.dtype(dtype).itemsize + TILE_OUTPUTS)
+def _scratch(dtype, weights, out_dtype, tile: Tile) -> dict[str, Any]:
+    rows, depth = tile.height, tile.depth
+    stage = depth * (rows * jnp.dtype(dtype).itemsize + TILE_OUTPUTS)
     stages = min(MOST_STAGES, SHARED // stage)
     return dict(
-        x_smem=mosaic.tiled_smem((stages, rows, DEPTH), dtype),
-        w_smem=mosaic.tiled_smem((stages, TILE_OUTPUTS, DEPTH), weights),
+        x_smem=mosaic.tiled_smem((stages, rows, depth), dtype),
+        w_smem=mosaic.tiled_smem((stages, TILE_OUTPUTS, depth), weights),
         out_smem=mosaic.tiled_smem((CONSUMERS, 2, min(LEFT, rows), OUTPUTS), out_dtype),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
@@ -152,7 +164,8 @@ class _Product:
             setattr(self, name, ref)
         self.dtype = gmem["x"].dtype
         self.stages = self.x_smem.shape[0]
-        self.steps = gmem["weight"].shape[1] // DEPTH
+        self.depth = tile.depth
+        self.steps = gmem["weight"].shape[1] // self.depth
         self.parts = gmem["out"].shape[0]
         self.each = ceil_div(self.steps, self.parts)
         self.columns = pl.cdiv(gmem["weight"].shape[0], TILE_OUTPUTS)
@@ -193,7 +206,7 @@ class _Product:
 
             def step(k):
                 stage = lax.rem(before + k, self.stages)
-                inputs = pl.ds((first + k) * DEPTH, DEPTH)
+                inputs = pl.ds((first + k) * self.depth, self.depth)
                 plgpu.barrier_wait(self.empty.at[stage])
                 full = self.full.at[stage]
                 for name, where, into in wanted:
@@ -213,9 +226,7 @@ class _Product:
 
         def tile(part, row, output, first, steps, before):
             del first
-            sums = self._sums(steps, before)
-            for group, part_sums in enumerate(sums):
-                self._leave(part_sums, part, row + group * self.shape.rows, output, warpgroup)
+            self._leave(self._sums(steps, before), part, row, output, warpgroup)
 
         self.for_tiles(tile)
         plgpu.wait_smem_to_gmem(0)
@@ -252,7 +263,7 @@ class _Product:
         values = plgpu.load(weight, layout=plgpu.Layout.WGMMA_UPCAST_2X)
         return plgpu.layout_cast(values.astype(self.dtype), plgpu.Layout.WGMMA)
 
-    def _leave(self, sums: Float[Array, "64 rows"], part, row, output, warpgroup) -> None:
+    def _leave(self, sums: list[Float[Array, "64 rows"]], part, row, output, warpgroup) -> None:
         """The way of sums to global memory, some rows at a time."""
         outputs = pl.ds(output + warpgroup * OUTPUTS, OUTPUTS)
         vectors = {
@@ -261,10 +272,12 @@ class _Product:
             if name in self.gmem
         }
         left = min(LEFT, self.shape.rows)
-        for number, start in enumerate(range(0, self.shape.rows, left)):
+        for number, start in enumerate(range(0, self.shape.height, left)):
             out = self.out_smem.at[warpgroup, number % 2]
-            y = self._finished(sums[:, start : start + left], vectors).astype(out.dtype)
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            group, within = divmod(start, self.shape.rows)
+            y = self._finished(sums[group][:, within : within + left], vectors).astype(out.dtype)
+            # The tile before may have left by either buffer.
+            plgpu.wait_smem_to_gmem(min(number, 1), wait_read_only=True)
             mosaic.transposed(out)[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(

@@ -96,7 +96,7 @@ def test_the_kernel_against_float64(batch, tokens, inputs, outputs, weights, on,
 @pytest.mark.parametrize(
     ("device", "dtype", "weights", "tokens", "server"),
     [
-        (HOPPER, jnp.bfloat16, INT8, 4, "portable"),
+        (HOPPER, jnp.bfloat16, INT8, 1, "hopper"),
         (HOPPER, jnp.bfloat16, INT8, 16, "hopper"),
         (HOPPER, jnp.bfloat16, INT8, 144, "hopper"),
         (HOPPER, jnp.bfloat16, INT8, 400, "portable"),
@@ -144,7 +144,7 @@ def shapes(dtype, weights, tokens):
 @needs_mosaic
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs", "weights"),
-    [(1, 64, 128, INT8), (37, 3584, 384, E4M3), (144, 14336, 3584, INT8), (300, 192, 128, E4M3)],
+    [(1, 128, 128, INT8), (37, 3584, 384, E4M3), (144, 14336, 3584, INT8), (300, 384, 128, E4M3)],
     ids=["one step", "tails", "two groups of rows", "two tiles of rows"],
 )
 def test_hoppers_kernel_lowers(tokens, inputs, outputs, weights, on):
@@ -160,12 +160,12 @@ def test_hoppers_kernel_lowers(tokens, inputs, outputs, weights, on):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "steps", "rows", "parts"), [(84, 56, 16, 3), (112, 56, 144, 1), (1, 2, 16, 2)]
+    ("tiles", "inputs", "rows", "parts"), [(84, 3584, 16, 3), (112, 3584, 144, 1), (1, 256, 16, 2)]
 )
-def test_inputs_are_parted_where_that_fills_the_gpu(tiles, steps, rows, parts):
-    """By hand, of 132 multiprocessors: 84 tiles of 56 + 6 steps, or two turns of 252 of 19 + 6."""
+def test_inputs_are_parted_where_that_fills_the_gpu(tiles, inputs, rows, parts):
+    """By hand, of 132: 84 tiles of 3584 + 384 inputs, or two turns of 252 tiles of 1280 + 384."""
     kernel = pytest.importorskip("pallas_kernels.hopper.weight_matmul")
-    assert kernel.parts_of(tiles, steps, rows, 132) == parts
+    assert kernel.parts_of(tiles, inputs, kernel.Tile.of(rows), 132) == parts
 
 
 @pytest.mark.parametrize(
