@@ -181,6 +181,7 @@ class Bench:
         for index, (state, _) in enumerate(steps):
             code_sum = state.code_sum
             tick(f"scale {index}", state)
+        jax.block_until_ready(code_sum)  # as the pipeline waits, which says why
         image = to_host(self._decode(code_sum))
         tick("decode", None)
         return image

@@ -154,6 +154,8 @@ class Pipeline(Shared):
             if progress:
                 jax.block_until_ready(code_sum)
                 progress("draw", done, len(scales))
+        # A device holds what the last scale reads until it is done: not beside the decoder's maps.
+        jax.block_until_ready(code_sum)
         return result(self.decode(code_sum), output_type)
 
     def stream(
