@@ -3,8 +3,8 @@
 #
 # One course of COURSE seconds of training (1500 unless set), in as many calls of SECONDS as it
 # takes: the same command again goes on where the last one ended, and once the course is over it
-# says so and saves. In STATE (runs/onward unless set) lies the whole state, 254 MB, which should
-# outlast the call; OUT/w gets the averaged weights (four files, 44 MB) and training.json, renewed
+# says so and saves. In STATE (runs/onward unless set) lies the whole state, some 320 MB, which should
+# outlast the call; OUT/w gets the averaged weights (five files, 54 MB) and training.json, renewed
 # every 45 seconds. Where STATE is lost, a course goes on from an export of OUT/w with a fresh
 # optimizer: FROM=runs/model continue_on_gpu.sh OUT SECONDS --used SECONDS_SO_FAR
 # Run from the repository root after stages 1 and 2; see README.md.

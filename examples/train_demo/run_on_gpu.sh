@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train the demo model: run_on_gpu.sh OUT SECONDS [options of train_all]
 #
-# Ends SECONDS after it began, compilation included. OUT/w holds the weights (four files, 44 MB) and
+# Ends SECONDS after it began, compilation included. OUT/w holds the weights (five files, 54 MB) and
 # training.json; both are renewed every 45 seconds, so a run that is cut off loses little. To go on
 # from weights or from an exported model, add
 #     --restart FOLDER --tokenizer-seconds 0 --span 0.4 1
