@@ -21,6 +21,7 @@ from benchmarks.demo_training import encode_pictures, losses
 from examples.train_demo import vocabulary
 from examples.train_demo.captions import (
     ABOVE,
+    STYLE_SUFFIX,
     Recipe,
     article,
     draw_background,
@@ -44,15 +45,18 @@ def scenes(collection: Collection, count: int, seed: int) -> tuple[list[Recipe],
     captions: dict[str, list[str]] = {"right": [], "things exchanged": [], "other background": []}
     recipes = []
     for number in range(count):
-        pair = rng.choice(things[styles[number % len(styles)]], 2, replace=False)
+        style = styles[number % len(styles)]
+        pair = rng.choice(things[style], 2, replace=False)
         upper, lower = (article(collection.pictures[int(index)].name) for index in pair)
         recipe = empty_recipe(rng)
         recipe.sprite[:2] = pair
         lay_out(recipe, ABOVE, rng)
         words, recipe.colours, recipe.noise = draw_background(rng)
-        captions["right"].append(f"{upper} above {lower}{words}")
-        captions["things exchanged"].append(f"{lower} above {upper}{words}")
-        captions["other background"].append(f"{upper} above {lower}{draw_background(rng)[0]}")
+        end = STYLE_SUFFIX[style]  # unsaid, a caption means the one plain style
+        captions["right"].append(f"{upper} above {lower}{words}{end}")
+        captions["things exchanged"].append(f"{lower} above {upper}{words}{end}")
+        other = draw_background(rng)[0]
+        captions["other background"].append(f"{upper} above {lower}{other}{end}")
         recipes.append(recipe)
     return recipes, captions
 
