@@ -51,7 +51,7 @@ the (thing, style) pairs were held out.
   engine on a pink background, 3d style". Words outside the captions mean little to it.
 - Scenes: in all 32 pictures of the fixed prompts, looked at one by one, the things stand where the
   prompt says, on the background it says. Word order is read: with the two things of a caption
-  exchanged the losses of the scales from 4x4 to 12x12 tokens are 1.6 to 2.3 times as large
+  exchanged the losses of the scales from 4x4 to 12x12 tokens are 3.4 to 4.7 times as large
   (`benchmarks/results/cpu/demo_order.json`).
 - Of 64 prompts in a visitor's words, written before the last run and looked at one by one, 36 are
   drawn right, 16 are usable (a part has melted, or a colour, number or detail is off) and 12 wrong:
