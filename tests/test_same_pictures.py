@@ -37,11 +37,11 @@ def test_every_plan_draws_pictures_of_its_own(drawn):
 
 def test_pictures_and_tokens_are_the_stored_ones_bit_for_bit(drawn, family):
     here = same_pictures.environment()
-    stored = same_pictures.stored_digests()
-    if here not in stored:
-        pytest.skip(f"nothing stored for {here}: see tests/same_pictures.py")
+    stored = same_pictures.stored_digests().get(here, {})
     ours = {f"{family}/{plan}": same_pictures.digests(drawing) for plan, drawing in drawn.items()}
-    assert ours == {name: stored[here][name] for name in ours}
+    if not stored.keys() & ours.keys():  # the demo model is trained anew now and then
+        pytest.skip(f"nothing of {family} stored for {here}: see tests/same_pictures.py")
+    assert ours == {name: stored[name] for name in ours}
 
 
 def test_pictures_are_the_stored_ones_up_to_rounding(drawn, family):
