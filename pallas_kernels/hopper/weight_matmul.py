@@ -1,10 +1,14 @@
 """Products of few 16-bit activations with 8-bit weights on Hopper, widened in registers.
 
-A tile has 128 outputs for up to 320 rows and all of the inputs, or a part of them where tiles are
-too few. A producer warpgroup brings stages of inputs with TMA and runs ahead across tiles; two
-consumer warpgroups own 64 outputs each. Weights are the left operand, the one that WGMMA takes out
-of registers, so that a value is widened once for all rows of the tile, while the product with the
-weights before it runs. The sums lie outputs first and are turned over on their way out.
+A tile has 128 or 256 outputs for up to 320 rows and all of the inputs, or a part of them where
+tiles are too few. A producer warpgroup brings stages of inputs with TMA and runs ahead across
+tiles; consumer warpgroups own 64 outputs each. Weights are the left operand, the one that WGMMA
+takes out of registers, so that a value is widened once for all rows of the tile. The sums lie
+outputs first and are turned over on their way out.
+
+A warpgroup widens weights or multiplies, never both: operands in registers that change while a
+WGMMA is under way make the assembler wait after each of them. While one widens, others multiply;
+where their sums leave registers for it there are four in place of two.
 
 int8 becomes bfloat16, in which it is exact. e4m3 becomes float16, for which Hopper has a
 conversion; activations follow it, and keep all their bits between 2^-14 and 2^16.
@@ -18,6 +22,7 @@ conversion; activations follow it, and keep all their bits between 2^-14 and 2^1
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -34,42 +39,50 @@ from pallas_kernels.xla.quantised import finished
 DEPTHS = 64, 128
 """Inputs of a stage: a stage costs a wait, so that fewer and deeper ones are better where rows are
 few and several still fit."""
-CONSUMERS = 2
 OUTPUTS = 64
 """Of a warpgroup."""
-TILE_OUTPUTS = OUTPUTS * CONSUMERS
+REGISTERS = {2: (40, 232), 4: (32, 112)}
+"""Of a thread that brings and of one that multiplies, by how many warpgroups multiply."""
 WIDEST = 256
 """Rows of one WGMMA, as its right operand."""
 MOST_ROWS = 320
 """Of a tile: more sums than these leave no registers for weights."""
 LEFT = 16
 """Rows that leave a tile at once: tiles have a multiple of them, or 8 rows in all."""
-DEEP_ROWS = 128
-"""Of a tile with deep stages at most."""
-SHARED = 200 * 1024
-"""Bytes of shared memory for stages."""
+DEEP_ROWS = {2: 128, 4: 80}
+"""Of a tile with deep stages at most: the weights of two lie in registers."""
+FOUR_ROWS = 80
+"""Of a tile with four consumers at most."""
+SHARED = 216 * 1024
+"""Bytes of shared memory for stages and for what leaves."""
 MOST_STAGES = 12
 FIXED_INPUTS, INPUTS_A_ROW = 256, 8
 """What a tile costs besides its inputs, in inputs: the first stage's way, and so many for a row,
 whose sums are written and read again."""
-MOST_PARTS = 8
+MOST_PARTS = 9
 
 
 class Tile(NamedTuple):
-    """Rows of a tile: so many groups, a WGMMA each, of so many rows; and tiles across all rows."""
+    """Rows of a tile: so many groups, a WGMMA each, of so many rows; and tiles across all rows.
+
+    consumers: warpgroups that own 64 outputs each.
+    """
 
     groups: int
     rows: int
     across: int
+    consumers: int
 
     @classmethod
-    def of(cls, rows: int) -> Tile:
+    def of(cls, rows: int, outputs: int) -> Tile:
         """As few tiles as hold all rows."""
         across = ceil_div(rows, MOST_ROWS)
         each = ceil_div(rows, across)
         groups = ceil_div(each, WIDEST)
         step = LEFT if rows > 8 else 8
-        return cls(groups, step * ceil_div(ceil_div(each, groups), step), across)
+        height = step * ceil_div(ceil_div(each, groups), step)
+        wide = groups == 1 and height <= FOUR_ROWS and outputs % (4 * OUTPUTS) == 0
+        return cls(groups, height, across, 4 if wide else 2)
 
     @property
     def height(self) -> int:
@@ -79,7 +92,12 @@ class Tile(NamedTuple):
     @property
     def depth(self) -> int:
         """Inputs of a stage."""
-        return DEPTHS[self.height <= DEEP_ROWS]
+        return DEPTHS[self.height <= DEEP_ROWS[self.consumers]]
+
+    @property
+    def outputs(self) -> int:
+        """Of all consumers."""
+        return OUTPUTS * self.consumers
 
 
 def weight_matmul(
@@ -97,8 +115,8 @@ def weight_matmul(
         largest = float(jnp.finfo(jnp.float16).max)
         x = jnp.clip(x, -largest, largest).astype(jnp.float16)
     x = mosaic.pad_rows(x) if rows > 8 else x  # tiled copies take fewer than 8 as well
-    tile = Tile.of(rows)
-    tiles = tile.across * ceil_div(weight.shape[0], TILE_OUTPUTS)
+    tile = Tile.of(rows, weight.shape[0])
+    tiles = tile.across * ceil_div(weight.shape[0], tile.outputs)
     parts = parts_of(tiles, weight.shape[1], tile, ctas)
     given = {"x": x, "weight": weight}
     if parts == 1:
@@ -136,7 +154,7 @@ def _call(
         weight_matmul_kernel,
         out_type=jax.ShapeDtypeStruct((parts, x.shape[0], weight.shape[0]), dtype),
         grid=(ctas,),
-        num_threads=CONSUMERS + 1,
+        num_threads=tile.consumers + 1,
         scratch_types=_scratch(x.dtype, weight.dtype, dtype, tile),
         compiler_params=mosaic.compiler_params(),
     )(*given.values())
@@ -144,14 +162,15 @@ def _call(
 
 def _scratch(dtype, weights, out_dtype, tile: Tile) -> dict[str, Any]:
     rows, depth = tile.height, tile.depth
-    stage = depth * (rows * jnp.dtype(dtype).itemsize + TILE_OUTPUTS)
-    stages = min(MOST_STAGES, SHARED // stage)
+    stage = depth * (rows * jnp.dtype(dtype).itemsize + tile.outputs)
+    leaving = tile.consumers, 2, min(LEFT, rows), OUTPUTS
+    stages = min(MOST_STAGES, (SHARED - math.prod(leaving) * out_dtype.itemsize) // stage)
     return dict(
         x_smem=mosaic.tiled_smem((stages, rows, depth), dtype),
-        w_smem=mosaic.tiled_smem((stages, TILE_OUTPUTS, depth), weights),
-        out_smem=mosaic.tiled_smem((CONSUMERS, 2, min(LEFT, rows), OUTPUTS), out_dtype),
+        w_smem=mosaic.tiled_smem((stages, tile.outputs, depth), weights),
+        out_smem=mosaic.tiled_smem(leaving, out_dtype),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        empty=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+        empty=plgpu.Barrier(num_arrivals=tile.consumers, num_barriers=stages),
     )
 
 
@@ -168,11 +187,11 @@ class _Product:
         self.steps = gmem["weight"].shape[1] // self.depth
         self.parts = gmem["out"].shape[0]
         self.each = ceil_div(self.steps, self.parts)
-        self.columns = pl.cdiv(gmem["weight"].shape[0], TILE_OUTPUTS)
+        self.columns = pl.cdiv(gmem["weight"].shape[0], tile.outputs)
 
     def run(self) -> None:
         """Dispatch this warpgroup to its role."""
-        mosaic.dispatch(CONSUMERS, self.consume, self.produce)
+        mosaic.dispatch(self.shape.consumers, self.consume, self.produce)
 
     def for_tiles(self, body) -> None:
         """Run `body(part, first row, first output, first step, steps, steps before)` for tiles.
@@ -188,20 +207,21 @@ class _Product:
             column, part = lax.rem(rest, self.columns), lax.div(rest, self.columns)
             first = part * self.each
             steps = jnp.minimum(self.each, self.steps - first)
-            body(part, row * self.shape.height, column * TILE_OUTPUTS, first, steps, before)
+            place = row * self.shape.height, column * self.shape.outputs
+            body(part, *place, first, steps, before)
             return before + steps
 
         lax.fori_loop(0, mine, tile, jnp.int32(0))
 
     def produce(self) -> None:
         """Fill the stages."""
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(REGISTERS[self.shape.consumers][0], action="decrease")
 
         def tile(part, row, output, first, steps, before):
             del part
             wanted = (
                 ("x", pl.ds(row, self.shape.height), self.x_smem),
-                ("weight", pl.ds(output, TILE_OUTPUTS), self.w_smem),
+                ("weight", pl.ds(output, self.shape.outputs), self.w_smem),
             )
 
             def step(k):
@@ -218,8 +238,8 @@ class _Product:
         self.for_tiles(tile)
 
     def consume(self, warpgroup) -> None:
-        """Own half of the outputs of every tile."""
-        plgpu.set_max_registers(232, action="increase")
+        """Own a part of the outputs of every tile."""
+        plgpu.set_max_registers(REGISTERS[self.shape.consumers][1], action="increase")
         for stage in range(self.stages):
             plgpu.barrier_arrive(self.empty.at[stage])
         self.own = pl.ds(warpgroup * OUTPUTS, OUTPUTS)
@@ -235,23 +255,17 @@ class _Product:
         """Of all groups of rows, over the steps of a tile."""
 
         def multiply(*sums):
-            def step(k, weight):
+            def step(k):
                 stage = lax.rem(before + k, self.stages)
+                plgpu.barrier_wait(self.full.at[stage])
+                weight = self._widened(stage)
                 for group, into in enumerate(sums):
                     rows = pl.ds(group * self.shape.rows, self.shape.rows)
                     plgpu.wgmma(into, weight, mosaic.transposed(self.x_smem.at[stage, rows]))
-                # The next weights widen while these are multiplied; after the last, these again.
-                more = k + 1 < steps
-                following = lax.rem(before + k + 1, self.stages)
-                pl.when(more)(lambda: plgpu.barrier_wait(self.full.at[following]))
-                weight = self._widened(jnp.where(more, following, stage))
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(self.empty.at[stage])
-                return weight
 
-            first = lax.rem(before, self.stages)
-            plgpu.barrier_wait(self.full.at[first])
-            lax.fori_loop(0, steps, step, self._widened(first))
+            pl.loop(0, steps)(step)
             return [part[...] for part in sums]
 
         accumulator = plgpu.ACC((OUTPUTS, self.shape.rows), jnp.float32)
@@ -261,7 +275,8 @@ class _Product:
         """Weights of a stage as 16-bit ones, in the layout in which WGMMA takes registers."""
         weight = self.w_smem.at[stage, self.own]
         values = plgpu.load(weight, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        return plgpu.layout_cast(values.astype(self.dtype), plgpu.Layout.WGMMA)
+        # Lanes exchange what is narrow still.
+        return plgpu.layout_cast(values, plgpu.Layout.WGMMA).astype(self.dtype)
 
     def _leave(self, sums: list[Float[Array, "64 rows"]], part, row, output, warpgroup) -> None:
         """The way of sums to global memory, some rows at a time."""

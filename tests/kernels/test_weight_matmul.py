@@ -42,13 +42,17 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
-def check(out, given):
-    """Sums of n float32 products are off by n half steps at most; then a result is rounded once."""
+def check(out, given, dtype=None):
+    """Sums of n float32 products are off by n half steps at most; then a result is rounded once.
+
+    dtype: of what the kernel was given, where the truth is told in another.
+    """
     expected, sizes = truth(*given)
-    step = {jnp.dtype(jnp.float32): 2.0**-24}.get(given[0].dtype, 2.0**-8)
+    dtype = given[0].dtype if dtype is None else jnp.dtype(dtype)
+    step = {jnp.dtype(jnp.float32): 2.0**-24}.get(dtype, 2.0**-8)
     inputs = given[0].shape[-1]
     bound = inputs * 2.0**-24 * sizes + step * np.abs(expected) + 1e-30
-    assert out.dtype == given[0].dtype
+    assert out.dtype == dtype
     assert (np.abs(np.asarray(out, np.float64) - expected) <= bound).all()
 
 
@@ -165,16 +169,24 @@ def test_hoppers_kernel_lowers(tokens, inputs, outputs, weights, on):
 def test_inputs_are_parted_where_that_fills_the_gpu(tiles, inputs, rows, parts):
     """By hand, of 132: 84 tiles of 3584 + 384 inputs, or two turns of 252 tiles of 1280 + 384."""
     kernel = pytest.importorskip("pallas_kernels.hopper.weight_matmul")
-    assert kernel.parts_of(tiles, inputs, kernel.Tile.of(rows), 132) == parts
+    assert kernel.parts_of(tiles, inputs, kernel.Tile.of(rows, 128), 132) == parts
 
 
 @pytest.mark.parametrize(
-    ("rows", "tile"),
-    [(2, (1, 8, 1)), (72, (1, 80, 1)), (288, (2, 144, 1)), (320, (2, 160, 1)), (600, (2, 160, 2))],
+    ("rows", "outputs", "tile"),
+    [
+        (2, 3584, (1, 8, 1, 4)),
+        (72, 3584, (1, 80, 1, 4)),
+        (72, 384, (1, 80, 1, 2)),  # no multiple of what four own
+        (128, 3584, (1, 128, 1, 2)),
+        (288, 3584, (2, 144, 1, 2)),
+        (320, 3584, (2, 160, 1, 2)),
+        (600, 3584, (2, 160, 2, 2)),
+    ],
 )
-def test_tiles_hold_all_rows(rows, tile):
+def test_tiles_hold_all_rows(rows, outputs, tile):
     kernel = pytest.importorskip("pallas_kernels.hopper.weight_matmul")
-    found = kernel.Tile.of(rows)
+    found = kernel.Tile.of(rows, outputs)
     assert found == tile
     assert found.across * found.height >= rows
 
@@ -205,8 +217,8 @@ def test_large_activations_meet_e4m3_weights_as_the_largest_float16():
     x, weight, scale = operands(jnp.bfloat16, E4M3, 2, 16, 512, 256)
     x = x.at[0, 3, 5].set(1e6)
     out = pk.weight_matmul(x, weight, scale, implementation="hopper")
-    given = x.at[0, 3, 5].set(65504), weight, scale
-    check(out, given)
+    exact = x.astype(jnp.float32).at[0, 3, 5].set(65504)  # bfloat16 has 65536 in its place
+    check(out, (exact, weight, scale), jnp.bfloat16)
 
 
 def test_other_weights_are_refused():
