@@ -111,9 +111,7 @@ def weight_matmul(
 ) -> Float[Array, "M O"]:
     """`x @ weight.T` times a scale an output, plus a bias, perhaps through the GELU, like x."""
     rows, dtype = x.shape[0], x.dtype
-    if weight.dtype != jnp.int8:
-        largest = float(jnp.finfo(jnp.float16).max)
-        x = jnp.clip(x, -largest, largest).astype(jnp.float16)
+    x = x if weight.dtype == jnp.int8 else in_float16(x)
     x = mosaic.pad_rows(x) if rows > 8 else x  # tiled copies take fewer than 8 as well
     tile = Tile.of(rows, weight.shape[0])
     tiles = tile.across * ceil_div(weight.shape[0], tile.outputs)
@@ -124,6 +122,13 @@ def weight_matmul(
         return _call(given, tile=tile, parts=1, gelu=gelu, dtype=dtype, ctas=ctas)[0, :rows]
     sums = _call(given, tile=tile, parts=parts, gelu=False, dtype=jnp.dtype("float32"), ctas=ctas)
     return finished(sums[:, :rows].sum(0)[None], scale, bias, gelu=gelu)[0].astype(dtype)
+
+
+def in_float16(x: Float[Array, "M C"]) -> Float[Array, "M C"]:
+    """Activations in float16, those beyond it as its largest. bfloat16 has no such bound: the value
+    nearest to 65504 is 65536, which would become infinite."""
+    largest = float(jnp.finfo(jnp.float16).max)
+    return jnp.clip(x.astype(jnp.float32), -largest, largest).astype(jnp.float16)
 
 
 def parts_of(tiles: int, inputs: int, tile: Tile, ctas: int) -> int:

@@ -210,6 +210,13 @@ def test_the_kernels_on_a_gpu(tokens, weights, named):
         check_finished(operands(jnp.bfloat16, weights, 2, tokens, inputs, outputs), named)
 
 
+def test_what_float16_cannot_hold_becomes_its_largest():
+    kernel = pytest.importorskip("pallas_kernels.hopper.weight_matmul")
+    x = jnp.array([[1e6, -3e38, 65280, 1.5, -0.0]], jnp.bfloat16)
+    expected = np.array([[65504, -65504, 65280, 1.5, 0]], np.float16)
+    np.testing.assert_array_equal(kernel.in_float16(x), expected)
+
+
 @pytest.mark.gpu
 def test_large_activations_meet_e4m3_weights_as_the_largest_float16():
     if reason := hopper_reasons.device_reason(support.device_of()):
