@@ -153,10 +153,11 @@ def _quantise(call: calls.Quantise) -> Any:
 
 def _quantised_matmul(call: calls.QuantisedMatmul) -> Any:
     from pallas_kernels.hopper import quantised_matmul as kernel
+    from pallas_kernels.hopper.product_tiles import matmul_config
 
     blocks, rows, tokens = call.scale.shape
     ctas = call.device.multiprocessors
-    config = kernel.matmul_config(rows * tokens, len(call.weight_scale), call.dtype, ctas)
+    config = matmul_config(rows * tokens, len(call.weight_scale), call.dtype, ctas)
     out = kernel.quantised_matmul(
         call.values.reshape(rows * tokens, -1), call.scale.reshape(blocks, -1), call.weight,
         call.weight_scale, call.bias, gelu=call.gelu, dtype=call.dtype,

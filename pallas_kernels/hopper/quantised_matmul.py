@@ -19,7 +19,6 @@ registers suffice: while one warpgroup adds, the other multiplies.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.hopper import _mosaic as mosaic
+from pallas_kernels.hopper.product_tiles import HALF, TILE_ROWS, MatmulConfig
 from pallas_kernels.xla.quantised import BLOCK, LARGEST
 
 DEPTH = 128
@@ -37,35 +37,6 @@ DEPTH = 128
 CONSUMERS = 2
 ROWS = 64
 """Rows of a warpgroup."""
-TILE_ROWS = ROWS * CONSUMERS
-HALF = 128
-"""Columns that the epilogue takes at a time: a tile has one such half or two."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatmulConfig:
-    """stages: of both operands in shared memory. snake: tiles across before the walk turns.
-
-    columns: of a tile, 256 or 128. along: which tile coordinate changes first, 0 for rows and 1 for
-    columns.
-    """
-
-    stages: int = 4
-    snake: int = 8
-    along: int = 0
-    columns: int = 2 * HALF
-
-
-def matmul_config(rows: int, outputs: int, dtype: jnp.dtype, ctas: int) -> MatmulConfig:
-    """Narrow tiles where wide ones leave half of the multiprocessors without work.
-
-    They also serve outputs that are no multiple of 256. 8-bit results have scales of 256 columns
-    and take wide tiles.
-    """
-    tiles = pl.cdiv(rows, TILE_ROWS) * pl.cdiv(outputs, BLOCK)
-    if dtype not in LARGEST and (outputs % BLOCK or 2 * tiles <= ctas):
-        return MatmulConfig(stages=6, columns=HALF)
-    return MatmulConfig()
 
 
 @functools.partial(jax.jit, static_argnames=("gelu", "dtype", "config", "ctas"))

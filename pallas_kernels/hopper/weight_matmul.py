@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,71 +33,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.hopper import _mosaic as mosaic
+from pallas_kernels.hopper.product_tiles import LEFT, OUTPUTS, Tile, parts_of
 from pallas_kernels.shapes import ceil_div
 from pallas_kernels.xla.quantised import finished
 
-DEPTHS = 64, 128
-"""Inputs of a stage: a stage costs a wait, so that fewer and deeper ones are better where rows are
-few and several still fit."""
-OUTPUTS = 64
-"""Of a warpgroup."""
 REGISTERS = {2: (40, 232), 4: (32, 112)}
 """Of a thread that brings and of one that multiplies, by how many warpgroups multiply."""
-WIDEST = 256
-"""Rows of one WGMMA, as its right operand."""
-MOST_ROWS = 320
-"""Of a tile: more sums than these leave no registers for weights."""
-LEFT = 16
-"""Rows that leave a tile at once: tiles have a multiple of them, or 8 rows in all."""
-DEEP_ROWS = {2: 128, 4: 80}
-"""Of a tile with deep stages at most: the weights of two lie in registers."""
-FOUR_ROWS = 80
-"""Of a tile with four consumers at most."""
 SHARED = 216 * 1024
 """Bytes of shared memory for stages and for what leaves."""
 MOST_STAGES = 12
-FIXED_INPUTS, INPUTS_A_ROW = 256, 8
-"""What a tile costs besides its inputs, in inputs: the first stage's way, and so many for a row,
-whose sums are written and read again."""
-MOST_PARTS = 9
-
-
-class Tile(NamedTuple):
-    """Rows of a tile: so many groups, a WGMMA each, of so many rows; and tiles across all rows.
-
-    consumers: warpgroups that own 64 outputs each.
-    """
-
-    groups: int
-    rows: int
-    across: int
-    consumers: int
-
-    @classmethod
-    def of(cls, rows: int, outputs: int) -> Tile:
-        """As few tiles as hold all rows."""
-        across = ceil_div(rows, MOST_ROWS)
-        each = ceil_div(rows, across)
-        groups = ceil_div(each, WIDEST)
-        step = LEFT if rows > 8 else 8
-        height = step * ceil_div(ceil_div(each, groups), step)
-        wide = groups == 1 and height <= FOUR_ROWS and outputs % (4 * OUTPUTS) == 0
-        return cls(groups, height, across, 4 if wide else 2)
-
-    @property
-    def height(self) -> int:
-        """Rows of all groups."""
-        return self.groups * self.rows
-
-    @property
-    def depth(self) -> int:
-        """Inputs of a stage."""
-        return DEPTHS[self.height <= DEEP_ROWS[self.consumers]]
-
-    @property
-    def outputs(self) -> int:
-        """Of all consumers."""
-        return OUTPUTS * self.consumers
 
 
 def weight_matmul(
@@ -129,19 +73,6 @@ def in_float16(x: Float[Array, "M C"]) -> Float[Array, "M C"]:
     nearest to 65504 is 65536, which would become infinite."""
     largest = float(jnp.finfo(jnp.float16).max)
     return jnp.clip(x.astype(jnp.float32), -largest, largest).astype(jnp.float16)
-
-
-def parts_of(tiles: int, inputs: int, tile: Tile, ctas: int) -> int:
-    """Into how many parts the inputs go, so that all multiprocessors are done soonest.
-
-    No part is empty: with as many steps a part, fewer parts cost less.
-    """
-    steps, fixed = inputs // tile.depth, FIXED_INPUTS + INPUTS_A_ROW * tile.height
-
-    def cost(parts: int) -> int:
-        return ceil_div(tiles * parts, ctas) * (ceil_div(steps, parts) * tile.depth + fixed)
-
-    return min(range(1, min(MOST_PARTS, steps) + 1), key=cost)
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "parts", "gelu", "dtype", "ctas"))

@@ -10,6 +10,7 @@ import pytest
 import pallas_kernels as pk
 from pallas_kernels import backends, support
 from pallas_kernels.hopper import reasons as hopper_reasons
+from pallas_kernels.hopper.product_tiles import Tile, parts_of
 from pallas_kernels.portable import reasons
 
 HOPPER = support.Device("gpu", "NVIDIA H100 80GB HBM3", (9, 0), 132)
@@ -168,8 +169,7 @@ def test_hoppers_kernel_lowers(tokens, inputs, outputs, weights, on):
 )
 def test_inputs_are_parted_where_that_fills_the_gpu(tiles, inputs, rows, parts):
     """By hand, of 132: 84 tiles of 3584 + 384 inputs, or two turns of 252 tiles of 1280 + 384."""
-    kernel = pytest.importorskip("pallas_kernels.hopper.weight_matmul")
-    assert kernel.parts_of(tiles, inputs, kernel.Tile.of(rows, 128), 132) == parts
+    assert parts_of(tiles, inputs, Tile.of(rows, 128), 132) == parts
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,7 @@ def test_inputs_are_parted_where_that_fills_the_gpu(tiles, inputs, rows, parts):
     ],
 )
 def test_tiles_hold_all_rows(rows, outputs, tile):
-    kernel = pytest.importorskip("pallas_kernels.hopper.weight_matmul")
-    found = kernel.Tile.of(rows, outputs)
+    found = Tile.of(rows, outputs)
     assert found == tile
     assert found.across * found.height >= rows
 
