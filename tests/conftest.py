@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 
 import jax
 import jaxtyping
@@ -19,6 +20,10 @@ jaxtyping.install_import_hook(
 )
 
 set_flags()
+
+# A run in the background of a shell ignores interrupts, and so would every process that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Workers of `-n` on a machine with a GPU share its memory.
 if "PYTEST_XDIST_WORKER" in os.environ:
