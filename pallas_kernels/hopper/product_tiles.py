@@ -81,9 +81,9 @@ class Tile(NamedTuple):
         each = ceil_div(rows, across)
         groups = ceil_div(each, WIDEST)
         step = LEFT if rows > 8 else 8
-        height = step * ceil_div(ceil_div(each, groups), step)
-        wide = groups == 1 and height <= FOUR_ROWS and outputs % (4 * OUTPUTS) == 0
-        return cls(groups, height, across, 4 if wide else 2)
+        together = step * ceil_div(ceil_div(each, groups), step)
+        wide = together <= FOUR_ROWS and outputs % (4 * OUTPUTS) == 0
+        return cls(groups, together, across, 4 if wide else 2)
 
     @property
     def height(self) -> int:

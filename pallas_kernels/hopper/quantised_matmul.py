@@ -35,7 +35,7 @@ from pallas_kernels.xla.quantised import BLOCK, LARGEST
 DEPTH = 128
 """Columns of K in a stage."""
 CONSUMERS = 2
-ROWS = 64
+ROWS = TILE_ROWS // CONSUMERS
 """Rows of a warpgroup."""
 
 

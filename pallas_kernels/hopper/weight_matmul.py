@@ -143,8 +143,8 @@ class _Product:
             column, part = lax.rem(rest, self.columns), lax.div(rest, self.columns)
             first = part * self.each
             steps = jnp.minimum(self.each, self.steps - first)
-            place = row * self.shape.height, column * self.shape.outputs
-            body(part, *place, first, steps, before)
+            row, output = row * self.shape.height, column * self.shape.outputs
+            body(part, row, output, first, steps, before)
             return before + steps
 
         lax.fori_loop(0, mine, tile, jnp.int32(0))
