@@ -15,7 +15,7 @@ hypothesis = pytest.importorskip("hypothesis")
 
 from tests.fuzz import campaign, canary, limits, mutations, seeds, targets  # noqa: E402
 
-CASES = 18
+CASES = 30
 
 
 @pytest.fixture(scope="module")

@@ -83,8 +83,7 @@ def test_text_made_for_the_kernel_is_padded_once(interpreted):
 
 # --- lowering ---
 
-GRID_SIDES = (1, 2, 6, 20, 48, 64)
-"""Of released schedules: rows below 8, no multiples of 8, parts of a tile of rows, and many."""
+GRID_SIDES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
 MODELS = {"2b": (16, 128), "8b": (28, 128), "small": (6, 64)}
 
 
